@@ -1,0 +1,38 @@
+"""python -m launch.train --config=configs/laptop.py --workdir=runs/laptop --virtual_devices=8
+
+A small model on this machine's CPU, sharded as on a pod: expert 2 x tensor 2 x stage 2 virtual
+devices. It reads the source of Python's standard library, as bytes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict(
+    {
+      "model": {
+        "layers": 4,
+        "d_model": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "experts": 8,
+        "experts_per_token": 2,
+        "expert_hidden": 256,
+        "vocab": 256,
+        "dtype": "float32",  # bfloat16 is slower on CPUs
+      },
+      "mesh": {"expert": 2, "tensor": 2, "stage": 2},
+      "pipeline": {"schedule": "interleaved", "micro_batches": 16, "chunks": 2},
+      "moe": {"dispatch": "capacity", "capacity_factor": 1.25},
+      "train": {
+        "batch": 64,
+        "sequence": 256,
+        "steps": 200,
+        "warmup_steps": 20,
+        "learning_rate": 3e-3,
+        "checkpoint_every": 50,
+        "eval_every": 50,
+      },
+    }
+  )

@@ -1,0 +1,1 @@
+"""Programs: one verb per file, run with `python -m launch.<verb>`."""

@@ -1,0 +1,67 @@
+"""The environment a process needs before jax looks at it: XLA flags and virtual CPU devices.
+
+Called by `launch.flags.run` before a program's own code. It must not know configs or the model.
+"""
+
+import os
+import sys
+
+# An unknown XLA flag aborts the process, so every flag stands here and a test starts one with each.
+# The same names hold for jax 0.10.2 and 0.12.
+XLA_FLAGS = {
+  "cpu": {
+    # A collective that some device never reaches: say so after a minute, abort after five. Many
+    # virtual devices on few, shared cores can be minutes apart in a healthy run.
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": "60",
+    "xla_cpu_collective_call_terminate_timeout_seconds": "300",
+    "xla_cpu_collective_timeout_seconds": "300",
+  },
+  "gpu": {
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+  },
+}
+
+_DEVICE_COUNT = "xla_force_host_platform_device_count"
+
+
+def live_devices() -> None:
+  """Sets the flags of XLA_FLAGS for the devices that jax will find; those the user set stay."""
+  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"]})
+
+
+def virtual_devices(count: int) -> None:
+  """Makes jax see `count` devices, all of them this machine's CPU.
+
+  Args:
+    count: devices, at least 1. Replaces a count already in XLA_FLAGS; other flags there stay.
+
+  Raises:
+    ValueError: `count` is below 1.
+    RuntimeError: jax has already started its devices, too late for another number of them.
+  """
+  if count < 1:
+    raise ValueError(f"virtual_devices={count} is not positive; choose at least 1")
+  jax = sys.modules.get("jax")
+  if jax is not None:
+    # jax read the environment when it was imported. The first line raises if devices exist.
+    try:
+      jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+      raise RuntimeError(
+        f"virtual_devices({count}) was called after jax started its devices; call it before"
+        " anything that computes, or set XLA_FLAGS and JAX_PLATFORMS before the process starts"
+      ) from error
+    jax.config.update("jax_platforms", "cpu")
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  _set_xla_flags({**XLA_FLAGS["cpu"], _DEVICE_COUNT: str(count)}, replace=(_DEVICE_COUNT,))
+
+
+def _set_xla_flags(value_by_name: dict[str, str], replace: tuple[str, ...] = ()) -> None:
+  words = [
+    word
+    for word in os.environ.get("XLA_FLAGS", "").split()
+    if word.lstrip("-").partition("=")[0] not in replace
+  ]
+  present = {word.lstrip("-").partition("=")[0] for word in words}
+  words += [f"--{name}={value}" for name, value in value_by_name.items() if name not in present]
+  os.environ["XLA_FLAGS"] = " ".join(words)

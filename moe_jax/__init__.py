@@ -1,0 +1,1 @@
+"""Sharded Mixture-of-Experts transformers in JAX. Import the modules; this file stays empty."""

@@ -1,0 +1,1 @@
+"""Even experts: load seen, predicted and corrected; arrays in, arrays out."""

@@ -1,0 +1,320 @@
+"""What a deployment is: frozen, checked dataclasses, and the only way to make one from a mapping.
+
+Every size that must divide another is checked here, once, and the message names the field, the
+value and what would be right. This module knows names and numbers; it must not know jax, files or
+flags.
+"""
+
+import dataclasses
+import difflib
+import functools
+import sys
+import typing
+from collections.abc import Mapping
+
+# The keys of the tables that implement each choice; tests hold the two equal.
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SAVE = ("inputs", "residuals", "everything")
+DISPATCH = ("capacity", "dropless", "dense")
+EXCHANGE = ("hierarchical", "flat")
+TOKENIZERS = ("bytes", "bpe")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The network. Widths are numbers of elements."""
+
+  layers: int = 4
+  d_model: int = 512
+  heads: int = 16
+  kv_heads: int = 16
+  head_dim: int = 32
+  experts: int = 16
+  experts_per_token: int = 2
+  expert_hidden: int = 1024
+  vocab: int = 256
+  dtype: str = "bfloat16"  # of the computation; master weights are float32
+  tied_embeddings: bool = False
+  rope_theta: float = 10_000.0
+  norm_epsilon: float = 1e-5
+
+  def __post_init__(self):
+    _positive(
+      self, "model", "layers", "d_model", "heads", "kv_heads", "head_dim", "experts",
+      "experts_per_token", "expert_hidden", "vocab", "rope_theta", "norm_epsilon",
+    )  # fmt: skip
+    _one_of(self, "model", "dtype", DTYPES)
+    _divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+    if self.head_dim % 2:
+      raise ValueError(
+        f"model.head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even width"
+      )
+    if self.experts_per_token > self.experts:
+      raise ValueError(
+        f"model.experts_per_token={self.experts_per_token} is more than"
+        f" model.experts={self.experts}; choose at most {self.experts}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices along each axis. All three axes always exist; size 1 is normal."""
+
+  expert: int = 1
+  tensor: int = 1
+  stage: int = 1
+
+  def __post_init__(self):
+    _positive(self, "mesh", "expert", "tensor", "stage")
+
+  @property
+  def num_devices(self) -> int:
+    return self.expert * self.tensor * self.stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """When each micro-batch runs, and what of it waits for its backward pass."""
+
+  schedule: str = "1f1b"
+  micro_batches: int = 1
+  chunks: int = 1  # pieces of consecutive layers on each stage
+  save: str = "inputs"
+
+  def __post_init__(self):
+    _positive(self, "pipeline", "micro_batches", "chunks")
+    _one_of(self, "pipeline", "schedule", SCHEDULES)
+    _one_of(self, "pipeline", "save", SAVE)
+    if self.schedule != "interleaved" and self.chunks != 1:
+      raise ValueError(
+        f"pipeline.chunks={self.chunks} needs pipeline.schedule=interleaved,"
+        f" got {self.schedule}; choose chunks=1 or schedule=interleaved"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+  """How tokens reach their experts."""
+
+  dispatch: str = "capacity"
+  exchange: str = "hierarchical"
+  capacity_factor: float = 1.25  # rows per source rank and expert, over the even share
+  spill: bool = False  # overflow goes to the token's next-ranked expert with room
+  load_balance_weight: float = 0.01
+  router_z_weight: float = 0.001
+
+  def __post_init__(self):
+    _one_of(self, "moe", "dispatch", DISPATCH)
+    _one_of(self, "moe", "exchange", EXCHANGE)
+    _positive(self, "moe", "capacity_factor")
+    _not_negative(self, "moe", "load_balance_weight", "router_z_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """A training run. `batch` counts sequences, `sequence` tokens, `*_every` and `*_steps` steps."""
+
+  batch: int = 8
+  sequence: int = 128
+  steps: int = 100
+  learning_rate: float = 3e-3
+  warmup_steps: int = 10
+  final_learning_rate_fraction: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  seed: int = 0
+  checkpoint_every: int = 50
+  keep_checkpoints: int = 2
+  eval_every: int = 50
+  eval_batches: int = 4
+  max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite
+
+  def __post_init__(self):
+    _positive(
+      self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
+      "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "max_skipped_steps",
+    )  # fmt: skip
+    _not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
+    _fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
+    for name in ("beta1", "beta2"):
+      if getattr(self, name) == 1:
+        raise ValueError(
+          f"train.{name}=1.0 never forgets a gradient; choose less than 1, such as 0.95"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Text to train on: `paths` are globs, comma-separated; empty is Python's standard library."""
+
+  paths: str = ""
+  tokenizer: str = "bytes"
+  held_out_fraction: float = 0.05  # of the files
+
+  def __post_init__(self):
+    _one_of(self, "data", "tokenizer", TOKENIZERS)
+    _fraction(self, "data", "held_out_fraction")
+    if not 0 < self.held_out_fraction < 1:
+      raise ValueError(
+        f"data.held_out_fraction={self.held_out_fraction} leaves nothing to train on or to"
+        " evaluate; choose a fraction between 0 and 1, such as 0.05"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One deployment. Raises ValueError, with the fix in the message, where the parts do not fit."""
+
+  model: Model = dataclasses.field(default_factory=Model)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)
+  moe: Moe = dataclasses.field(default_factory=Moe)
+  train: Train = dataclasses.field(default_factory=Train)
+  data: Data = dataclasses.field(default_factory=Data)
+
+  def __post_init__(self):
+    model, mesh, pipeline, train = self.model, self.mesh, self.pipeline, self.train
+    for name in ("heads", "kv_heads", "expert_hidden"):
+      _divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
+    _divides("model.experts", model.experts, "mesh.expert", mesh.expert)
+    _divides("model.vocab", model.vocab, "mesh.stage x mesh.tensor", mesh.stage * mesh.tensor)
+    _divides(
+      "model.layers", model.layers, "mesh.stage x pipeline.chunks", mesh.stage * pipeline.chunks
+    )
+    _divides("train.sequence", train.sequence, "mesh.tensor", mesh.tensor)
+    _divides(
+      "train.batch", train.batch,
+      "pipeline.micro_batches x mesh.expert", pipeline.micro_batches * mesh.expert,
+    )  # fmt: skip
+    if self.data.tokenizer == "bytes" and model.vocab < 256:
+      raise ValueError(
+        f"model.vocab={model.vocab} cannot hold bytes; data.tokenizer=bytes needs at least 256"
+      )
+
+
+def from_mapping(mapping: Mapping) -> Config:
+  """Returns the checked Config that a nested mapping describes; absent fields take their defaults.
+
+  Args:
+    mapping: sections (`model`, `mesh`, ...) of fields; a ConfigDict or plain dicts.
+
+  Raises:
+    ValueError: an unknown section or field (the nearest known one is named), a value of the wrong
+      type, or sizes that do not fit.
+  """
+  sections = {f.name: f.type for f in dataclasses.fields(Config)}
+  for name in mapping:
+    if name not in sections:
+      near = difflib.get_close_matches(str(name), sections, 1)
+      hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
+      raise ValueError(f"{name} is not a config section; {hint}")
+  return Config(**{name: _section(name, sections[name], mapping[name]) for name in mapping})
+
+
+def as_dict(config: Config) -> dict:
+  """Returns `config` as nested plain dicts; `from_mapping` takes them back."""
+  return dataclasses.asdict(config)
+
+
+@functools.cache
+def field_types() -> Mapping[str, type]:
+  """Returns the type of every field of a Config by its dotted name, such as `train.steps`."""
+  return {
+    f"{section.name}.{name}": expected
+    for section in dataclasses.fields(Config)
+    for name, expected in typing.get_type_hints(section.type).items()
+  }
+
+
+def check_field(name: str) -> None:
+  """Checks that `name`, such as `train.steps`, is a field of a Config.
+
+  Raises:
+    ValueError: it is not; the message names the nearest field.
+  """
+  known = list(field_types())
+  if name in known:
+    return
+  section, field = name.partition(".")[0], name.rpartition(".")[2]
+  siblings = {k.partition(".")[2]: k for k in known if k.startswith(f"{section}.")}
+  elsewhere = [k for k in known if k.partition(".")[2] == field]
+  near = (
+    elsewhere
+    or [siblings[k] for k in difflib.get_close_matches(field, siblings, 1)]
+    # The dot and the section weigh in here, so that a weaker match would be a random one.
+    or difflib.get_close_matches(name, known, 1, cutoff=0.75)
+  )
+  if siblings and name == section:
+    raise ValueError(f"{name} is a config section; set one of {', '.join(siblings.values())}")
+  if near:
+    hint = f"did you mean {near[0]}?"
+  elif siblings:
+    hint = f"{section} has {', '.join(siblings)}"
+  else:
+    hint = f"sections are {', '.join(dict.fromkeys(k.partition('.')[0] for k in known))}"
+  raise ValueError(f"{name} is not a config field; {hint}")
+
+
+def _section(section: str, cls: type, mapping: Mapping):
+  if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+    raise ValueError(f"{section} is a {type(mapping).__name__}; expected a mapping of its fields")
+  values = {}
+  for name, value in mapping.items():
+    check_field(f"{section}.{name}")
+    values[name] = _typed(f"{section}.{name}", value, field_types()[f"{section}.{name}"])
+  return cls(**values)
+
+
+def _typed(name: str, value, expected: type):
+  if type(value) is not expected and not (expected is float and type(value) is int):
+    raise ValueError(
+      f"{name}={value!r} is of type {type(value).__name__}; expected {expected.__name__}"
+    )
+  if expected is float and not abs(value) <= sys.float_info.max:
+    raise ValueError(f"{name}={value} is not a finite number; choose one such as 0.1")
+  return expected(value)
+
+
+def _positive(part, section: str, *names: str):
+  for name in names:
+    value = getattr(part, name)
+    if not value > 0:
+      least = "at least 1" if isinstance(value, int) else "a number above 0"
+      raise ValueError(f"{section}.{name}={value} is not positive; choose {least}")
+
+
+def _not_negative(part, section: str, *names: str):
+  for name in names:
+    if not getattr(part, name) >= 0:
+      raise ValueError(f"{section}.{name}={getattr(part, name)} is negative; choose 0 or more")
+
+
+def _fraction(part, section: str, *names: str):
+  for name in names:
+    if not 0 <= getattr(part, name) <= 1:
+      raise ValueError(
+        f"{section}.{name}={getattr(part, name)} is not a fraction; choose from 0 to 1"
+      )
+
+
+def _one_of(part, section: str, name: str, choices):
+  value = getattr(part, name)
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{section}.{name}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def _divides(name: str, size: int, by_name: str, by: int):
+  if size % by:
+    # No mesh has more ranks than this; looking further would take minutes for a mistyped 10**10.
+    fits = [d for d in range(1, min(size, 4096) + 1) if size % d == 0]
+    shown = ", ".join(map(str, fits if len(fits) <= 12 else [*fits[:11], "..."]))
+    multiple = -(-size // by) * by
+    raise ValueError(
+      f"{name}={size} is not divisible by {by_name}={by}; choose {by_name} from {shown}"
+      f" or {name}={multiple}"
+    )

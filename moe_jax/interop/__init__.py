@@ -1,0 +1,1 @@
+"""Other people's formats, in and out: tokenizers and Hugging Face weights."""

@@ -1,0 +1,170 @@
+"""Text to token ids and back: bytes as they are, or a byte-level BPE trained on the corpus.
+
+Both can encode any text, so there is no unknown token. This module knows text and ids; it must not
+know where the text comes from or what the ids are for.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import tokenizers
+
+FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+  """What every entry of TOKENIZERS is.
+
+  `pieces[i]` are the bytes that id i stands for; they need not be UTF-8 alone. `identity` is equal
+  exactly if two tokenizers encode alike.
+  """
+
+  pieces: Sequence[bytes]
+  identity: str
+
+  @property
+  def vocab(self) -> int:
+    """Number of ids: they are 0 to vocab - 1."""
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab: int) -> Self:
+    """Returns a tokenizer with at most `vocab` ids, the same for the same texts."""
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, vocab: int) -> Self:
+    """Returns the tokenizer that `save` left in `folder`; ValueError if it has over `vocab` ids."""
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes to `folder` whatever `load` needs."""
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of `text`, int32 of one dimension; decoding gives `text` back."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`; what is not UTF-8, and ids past the vocabulary, become U+FFFD."""
+
+
+class Bytes:
+  """The 256 bytes of UTF-8, each its own id. Nothing to learn, so nothing to save."""
+
+  pieces = tuple(bytes([byte]) for byte in range(256))
+  identity = "bytes"
+  vocab = 256
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab: int) -> Self:
+    _fits("data.tokenizer=bytes", cls.vocab, vocab)
+    return cls()
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, vocab: int) -> Self:
+    _fits("data.tokenizer=bytes", cls.vocab, vocab)
+    return cls()
+
+  def save(self, folder: str | os.PathLike) -> None:
+    pass
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return _decode(self.pieces, ids)
+
+
+class Bpe:
+  """Byte-level byte-pair encoding: 256 bytes, and the merges that shorten the training text most.
+
+  Source: Sennrich et al. 2016 (arXiv:1508.07909), section 3.2; over bytes as in GPT-2.
+  """
+
+  def __init__(self, encoder: tokenizers.Tokenizer):
+    self._encoder = encoder
+    letters = sorted(encoder.get_vocab().items(), key=lambda item: item[1])
+    if [token_id for _, token_id in letters] != list(range(len(letters))):
+      raise ValueError("its ids have gaps")
+    self.pieces = tuple(_bytes_of_letters(token) for token, _ in letters)
+    self.identity = "bpe-" + hashlib.sha256(encoder.to_str().encode()).hexdigest()
+
+  @property
+  def vocab(self) -> int:
+    return len(self.pieces)
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab: int) -> Self:
+    _fits("data.tokenizer=bpe", 256, vocab)
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE())
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab, initial_alphabet=list(_BYTE_BY_LETTER), show_progress=False
+    )
+    encoder.train_from_iterator(texts, trainer)
+    return cls(encoder)
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, vocab: int) -> Self:
+    path = Path(folder, FILE)
+    if not path.is_file():
+      raise ValueError(
+        f"{path} is missing; the tokenizer of a bpe run is saved in the run's folder"
+      )
+    try:
+      tokenizer = cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the package raises no narrower type than Exception
+      raise ValueError(f"{path} is not a byte-level BPE tokenizer: {error}") from error
+    _fits(str(path), tokenizer.vocab, vocab)
+    return tokenizer
+
+  def save(self, folder: str | os.PathLike) -> None:
+    path = Path(folder, FILE)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(self._encoder.to_str(pretty=True), encoding="utf-8")
+    # At once or not at all, whenever the process is killed.
+    partial.replace(path)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.asarray(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return _decode(self.pieces, ids)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": Bytes, "bpe": Bpe}
+
+
+def _byte_by_letter() -> dict[str, int]:
+  """Returns the byte that each letter of byte-level BPE stands for.
+
+  The 188 bytes that print in Latin-1 stand for themselves, the others follow from U+0100 on.
+
+  Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
+  """
+  printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(0x100) if byte not in printing]
+  letters = {chr(byte): byte for byte in printing}
+  return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_BY_LETTER = _byte_by_letter()
+
+
+def _bytes_of_letters(token: str) -> bytes:
+  foreign = set(token) - set(_BYTE_BY_LETTER)
+  if foreign:
+    raise ValueError(f"its token {token!r} is not made of bytes")
+  return bytes(_BYTE_BY_LETTER[letter] for letter in token)
+
+
+def _decode(pieces: Sequence[bytes], ids: Iterable[int]) -> str:
+  # A byte that UTF-8 never uses stands for what is no id, so that it shows as U+FFFD as well.
+  parts = (pieces[i] if 0 <= i < len(pieces) else b"\xff" for i in map(int, ids))
+  return b"".join(parts).decode(errors="replace")
+
+
+def _fits(what: str, needed: int, vocab: int) -> None:
+  if needed > vocab:
+    raise ValueError(f"model.vocab={vocab} cannot hold {what}; it needs at least {needed}")

@@ -1,0 +1,232 @@
+"""The network: a Mixtral-shaped Mixture-of-Experts transformer as embed, layer and head functions.
+
+The functions are per-device programs for inside the manual region; `functions` hands them to the
+pipeline. Between layers a device holds its sequences' positions of its tensor rank, `x_bsD`. Knows
+the model; must not know schedules, optimizers or files.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.model.attention import Attention, attend
+from moe_jax.model.layers import rms_norm
+from moe_jax.moe.layer import Experts, Report, Router, moe
+from moe_jax.parallel import collectives
+from moe_jax.parallel.axes import STAGE, TENSOR
+from moe_jax.parallel.parameters import cast as cast_parameters
+from moe_jax.parallel.parameters import parameter, scale
+from moe_jax.parallel.parameters import specs as parameter_specs
+from moe_jax.pipeline.executor import Functions
+
+
+class Parameters(NamedTuple):
+  """All parameters of the model.
+
+  Attributes:
+    layers: of `Layer`, leaves [L, ...]; the order along L is the pipeline's placement.
+    shared: of `Shared`.
+  """
+
+  layers: nnx.State
+  shared: nnx.State
+
+
+class Inputs(NamedTuple):
+  """What a micro-batch brings besides activations, this device's b sequences, whole.
+
+  Attributes:
+    tokens_bS, targets_bS, positions_bS, segments_bS: int32.
+    weights_bS: weight of each target in the step's loss, float32; they sum to 1 over the whole
+    step.
+  """
+
+  tokens_bS: jax.Array
+  targets_bS: jax.Array
+  positions_bS: jax.Array
+  segments_bS: jax.Array
+  weights_bS: jax.Array
+
+
+class Norm(nnx.Module):
+  """Parameters of a norm: scale [D]."""
+
+  def __init__(self, model: config.Model):
+    self.scale = scale(model.d_model)
+
+
+class Layer(nnx.Module):
+  """Parameters of one layer."""
+
+  def __init__(self, model: config.Model, rngs: nnx.Rngs):
+    self.attention_norm = Norm(model)
+    self.attention = Attention(model, rngs)
+    self.expert_norm = Norm(model)
+    self.router = Router(model, rngs)
+    self.experts = Experts(model, rngs)
+
+
+class Embedding(nnx.Module):
+  """Parameters of the embedding: table [V, D]."""
+
+  def __init__(self, model: config.Model, rngs: nnx.Rngs):
+    V, D = model.vocab, model.d_model
+    # A tied table is the head's kernel too, which wants the smaller scale.
+    fan_in = D if model.tied_embeddings else 1
+    self.table = parameter(rngs, (V, D), ("vocab", "model"), fan_in=fan_in)
+
+
+class Head(nnx.Module):
+  """Parameters of the head: kernel [D, V]."""
+
+  def __init__(self, model: config.Model, rngs: nnx.Rngs):
+    D, V = model.d_model, model.vocab
+    self.kernel = parameter(rngs, (D, V), ("model", "vocab"), fan_in=D)
+
+
+class Shared(nnx.Module):
+  """Parameters outside the layers, on every stage: embedding, final norm, head (unless tied)."""
+
+  def __init__(self, model: config.Model, rngs: nnx.Rngs):
+    self.embedding = Embedding(model, rngs)
+    self.final_norm = Norm(model)
+    if not model.tied_embeddings:
+      self.head = Head(model, rngs)
+
+  def head_kernel(self) -> jax.Array:
+    """Returns the kernel of the head, [D, V] or this device's share of V."""
+    return self.head.kernel[...] if hasattr(self, "head") else self.embedding.table[...].T
+
+
+def embed(shared: Shared, tokens_bS: jax.Array) -> jax.Array:
+  """Returns `x_bsD`, the embedding of this tensor rank's positions, the same on every stage.
+
+  Every device looks up its share of the vocabulary.
+
+  Communication: reduce-scatter over `tensor`, then all-reduce over `stage`.
+  """
+  table_vD = shared.embedding.table[...]
+  local_bS = tokens_bS - _first_of_share(table_vD.shape[0])
+  is_mine_bS = (local_bS >= 0) & (local_bS < table_vD.shape[0])
+  rows_bSD = table_vD[jnp.where(is_mine_bS, local_bS, 0)]
+  x_bSD = jnp.where(is_mine_bS[..., None], rows_bSD, jnp.zeros((), table_vD.dtype))
+  return jax.lax.psum(collectives.reduce_scatter(x_bSD, TENSOR, 1), STAGE)
+
+
+def run_layer(
+  weights: Layer, model: config.Model, moe_config: config.Moe, x_bsD: jax.Array, inputs: Inputs
+) -> tuple[jax.Array, jax.Array, Report]:
+  """Returns `y_bsD`, this device's share of the weighted auxiliary loss, and the layer's report.
+
+  Communication: attention's over `tensor`; the MoE layer's over `expert` and `tensor`.
+  """
+  with jax.named_scope("attention"):
+    h_bsD = rms_norm(weights.attention_norm.scale[...], x_bsD, model.norm_epsilon)
+    x_bsD += attend(
+      weights.attention, h_bsD, inputs.positions_bS, inputs.segments_bS, model.rope_theta
+    )
+  h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
+  y_tD, auxiliary_loss, report = moe(
+    weights.router, weights.experts, moe_config, model.experts_per_token,
+    h_bsD.reshape(-1, h_bsD.shape[-1]),
+  )  # fmt: skip
+  return x_bsD + y_tD.reshape(x_bsD.shape), auxiliary_loss, report
+
+
+def head_logits(shared: Shared, model: config.Model, y_bsD: jax.Array) -> jax.Array:
+  """Returns `logits_bSv`, float32: this device's share of the vocabulary, at every position.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * y.size elements.
+  """
+  h_bsD = rms_norm(shared.final_norm.scale[...], y_bsD, model.norm_epsilon)
+  h_bSD = collectives.gather(h_bsD, TENSOR, 1)
+  return jnp.einsum("bsd,dv->bsv", h_bSD, shared.head_kernel(), preferred_element_type=jnp.float32)
+
+
+def head_loss(shared: Shared, model: config.Model, y_bsD: jax.Array, inputs: Inputs) -> jax.Array:
+  """Returns this device's share of the weighted cross-entropy, a scalar, nats.
+
+  Communication: all-gather of `y` over `tensor`; all-reduces of three [b, S] arrays over `stage`
+  and `tensor`.
+  """
+  logits_bSv = head_logits(shared, model, y_bsD)
+  local_bS = inputs.targets_bS - _first_of_share(logits_bSv.shape[-1])
+  is_mine_bS = (local_bS >= 0) & (local_bS < logits_bSv.shape[-1])
+  high_bS = jax.lax.pmax(jax.lax.stop_gradient(logits_bSv.max(-1)), (STAGE, TENSOR))
+  total_bS = jax.lax.psum(jnp.exp(logits_bSv - high_bS[..., None]).sum(-1), (STAGE, TENSOR))
+  picked_bS = jnp.take_along_axis(logits_bSv, jnp.where(is_mine_bS, local_bS, 0)[..., None], -1)
+  target_bS = jax.lax.psum(jnp.where(is_mine_bS, picked_bS[..., 0], 0.0), (STAGE, TENSOR))
+  loss = jnp.sum(inputs.weights_bS * (high_bS + jnp.log(total_bS) - target_bS))
+  return collectives.share(loss)
+
+
+def init(key: jax.Array, model: config.Model) -> Parameters:
+  """Returns float32 parameters, layers in logical order; each layer's depend on its number
+  alone.
+  """
+  layer_keys = jax.random.split(key, model.layers + 1)
+  layer = lambda key: nnx.state(Layer(model, nnx.Rngs(key)))
+  return Parameters(
+    layers=jax.vmap(layer)(layer_keys[1:]), shared=nnx.state(Shared(model, nnx.Rngs(layer_keys[0])))
+  )
+
+
+def specs(model: config.Model) -> Parameters:
+  """Returns the PartitionSpec of every parameter."""
+  parameters = jax.eval_shape(lambda: init(jax.random.key(0), model))
+  return Parameters(
+    layers=parameter_specs(parameters.layers, "layers"), shared=parameter_specs(parameters.shared)
+  )
+
+
+def cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
+  """Returns the parameters as the computation takes them."""
+  return Parameters(*(cast_parameters(state, dtype) for state in parameters))
+
+
+def loss_functions(settings: config.Config) -> Functions:
+  """Returns the model for the pipeline; the head gives the loss and no outputs.
+
+  The auxiliary loss is the mean over layers and micro-batches.
+  """
+  embed_inputs, layer, merge_shared = _embed_and_layer(settings)
+
+  def head(shared, y_bsD, inputs):
+    return head_loss(merge_shared(shared), settings.model, y_bsD, inputs), ()
+
+  return Functions(embed_inputs, layer, head)
+
+
+def logits_functions(settings: config.Config) -> Functions:
+  """Returns the model for the pipeline; the head gives no loss and this device's `logits_bSv`."""
+  embed_inputs, layer, merge_shared = _embed_and_layer(settings)
+
+  def head(shared, y_bsD, inputs):
+    logits_bSv = head_logits(merge_shared(shared), settings.model, y_bsD)
+    return collectives.varying(jnp.zeros((), jnp.float32)), logits_bSv
+
+  return Functions(embed_inputs, layer, head)
+
+
+def _embed_and_layer(settings: config.Config):
+  model, micro_batches = settings.model, settings.pipeline.micro_batches
+  layer_definition = nnx.graphdef(nnx.eval_shape(lambda: Layer(model, nnx.Rngs(0))))
+  shared_definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
+  merge_shared = lambda shared: nnx.merge(shared_definition, shared)
+  embed_inputs = lambda shared, inputs: embed(merge_shared(shared), inputs.tokens_bS)
+
+  def layer(weights, shared, x_bsD, inputs):
+    y_bsD, auxiliary_loss, report = run_layer(
+      nnx.merge(layer_definition, weights), model, settings.moe, x_bsD, inputs
+    )
+    return y_bsD, auxiliary_loss / (model.layers * micro_batches), report
+
+  return embed_inputs, layer, merge_shared
+
+
+def _first_of_share(share: int) -> jax.Array:
+  """Returns the first vocabulary entry of this device's share: `stage` major, `tensor` minor."""
+  return jax.lax.axis_index((STAGE, TENSOR)) * share

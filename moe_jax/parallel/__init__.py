@@ -1,0 +1,1 @@
+"""Where arrays live and how bytes move between devices."""

@@ -1,0 +1,103 @@
+"""Which logical axis of an array lies along which mesh axis: one table of rules, and specs from it.
+
+Knows names of axes and shapes; must not know parameters or the model that they belong to.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh, PartitionSpec
+
+from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+
+# Logical axis -> mesh axes, outermost first. None keeps the whole dimension on every device.
+RULES: Mapping[str, tuple[str, ...] | None] = {
+  "layers": (STAGE,),
+  "vocab": (STAGE, TENSOR),  # every stage computes a share of the head: no stage is a bottleneck
+  "heads": (TENSOR,),
+  "kv_heads": (TENSOR,),
+  "experts": (EXPERT,),
+  "hidden": (TENSOR,),
+  "model": None,
+  "head_dim": None,
+  "all_experts": None,  # the router scores every expert on every device
+  "micro_batches": None,
+  "sequences": (EXPERT,),
+  "positions": None,
+}
+
+
+def spec(logical_axes: Sequence[str]) -> PartitionSpec:
+  """Returns the PartitionSpec of an array with these logical axes.
+
+  Raises:
+    ValueError: a logical axis without a rule, or two that want the same mesh axis.
+
+  >>> spec(("experts", "model", "hidden"))
+  PartitionSpec('expert', None, 'tensor')
+  """
+  taken: dict[str, str] = {}
+  entries = []
+  for name in logical_axes:
+    if name not in RULES:
+      raise ValueError(f"logical axis {name!r} has no sharding rule; known: {', '.join(RULES)}")
+    for mesh_axis in RULES[name] or ():
+      if mesh_axis in taken:
+        raise ValueError(
+          f"logical axes {taken[mesh_axis]!r} and {name!r} of one array both lie along mesh axis"
+          f" {mesh_axis!r}; give one of them another rule or another name"
+        )
+      taken[mesh_axis] = name
+    entries.append(_entry(RULES[name] or ()))
+  return PartitionSpec(*entries)
+
+
+def axes_of(partition: PartitionSpec) -> tuple[str, ...]:
+  """Returns the mesh axes that `partition` splits over."""
+  flat = [name for entry in partition for name in _names(entry)]
+  return tuple(name for name in ALL if name in flat)
+
+
+def replicated_axes(partition: PartitionSpec) -> tuple[str, ...]:
+  """Returns the mesh axes along which every device holds the same part: gradients are summed
+  there.
+  """
+  return tuple(name for name in ALL if name not in axes_of(partition))
+
+
+def zero_dimension(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> int | None:
+  """Returns the dimension that ZeRO-1 splits over `expert` as well, or None where none divides.
+
+  Source: ZeRO (arXiv:1910.02054), section 5.1: optimizer state is split over the data-parallel
+  ranks, which here are the ranks of the `expert` axis.
+  """
+  if EXPERT in axes_of(partition):
+    return None
+  entries = tuple(partition) + (None,) * (len(shape) - len(partition))
+  for dimension in sorted(range(len(shape)), key=lambda d: -shape[d]):
+    parts = math.prod(mesh.shape[name] for name in _names(entries[dimension]))
+    if shape[dimension] % (parts * mesh.shape[EXPERT]) == 0:
+      return dimension
+  return None
+
+
+def zero_spec(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Returns `partition` with the dimension of `zero_dimension` split over `expert` too
+  (innermost).
+  """
+  dimension = zero_dimension(partition, shape, mesh)
+  if dimension is None:
+    return partition
+  entries = list(tuple(partition) + (None,) * (len(shape) - len(partition)))
+  entries[dimension] = _entry((*_names(entries[dimension]), EXPERT))
+  return PartitionSpec(*entries)
+
+
+def _names(entry) -> tuple[str, ...]:
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(names: tuple[str, ...]):
+  return None if not names else names[0] if len(names) == 1 else names

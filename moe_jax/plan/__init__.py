@@ -1,0 +1,1 @@
+"""Choose before running: hardware, cost, memory. Imports without jax."""

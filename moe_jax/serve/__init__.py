@@ -1,0 +1,1 @@
+"""Generate from a trained model."""

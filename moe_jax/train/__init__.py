@@ -1,0 +1,1 @@
+"""Training: data, optimizer, state, step, loop and checkpoints."""

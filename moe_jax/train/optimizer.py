@@ -1,0 +1,38 @@
+"""AdamW with warm-up and cosine decay, clipped by global norm: optax, assembled from the config.
+
+Pure functions of whole (global) arrays; `jit` shards them. Must not know the model or the mesh.
+"""
+
+import jax
+import optax
+
+from moe_jax import config
+
+
+def schedule(train: config.Train) -> optax.Schedule:
+  """Returns the learning rate at each step: linear warm-up, then cosine decay to a fraction."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if train.warmup_steps else train.learning_rate,
+    peak_value=train.learning_rate,
+    warmup_steps=train.warmup_steps,
+    decay_steps=max(train.steps, train.warmup_steps + 1),
+    end_value=train.learning_rate * train.final_learning_rate_fraction,
+  )
+
+
+def make(train: config.Train) -> optax.GradientTransformation:
+  """Returns the optimizer; weight decay leaves vectors (norm scales) alone.
+
+  Source: Decoupled Weight Decay Regularization (arXiv:1711.05101), algorithm 2.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(train.clip_norm),
+    optax.scale_by_adam(b1=train.beta1, b2=train.beta2),
+    optax.add_decayed_weights(train.weight_decay, mask=_decayed),
+    optax.scale_by_learning_rate(schedule(train)),
+  )
+
+
+def _decayed(parameters):
+  is_scale = lambda path: "['scale']" in jax.tree_util.keystr(path)
+  return jax.tree_util.tree_map_with_path(lambda path, _: not is_scale(path), parameters)

@@ -1,0 +1,188 @@
+"""One optimizer step: the manual region opened once, and around it, under `jit`, the optimizer.
+
+Inside the region a device runs the pipeline on its own share and sums each gradient once, into the
+part of the optimizer state that it holds (ZeRO-1). Knows the model's functions, the schedule and
+the optimizer; must not know data, files or the loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config
+from moe_jax.model import transformer
+from moe_jax.model.transformer import Inputs, Parameters
+from moe_jax.moe.layer import Report
+from moe_jax.parallel import collectives, sharding
+from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.pipeline import executor
+from moe_jax.pipeline.schedules import SCHEDULES, forward_only
+from moe_jax.pipeline.table import Table
+from moe_jax.train.state import State
+
+
+class Losses(NamedTuple):
+  """What the forward passes of a step found, summed over devices.
+
+  Attributes:
+    cross_entropy: mean over weighted targets, nats per token, float32.
+    total: with the weighted auxiliary losses.
+    report: the layers' reports, leaves [L, ...] in the pipeline's placement, summed over
+      micro-batches.
+    ticks: of the schedule, as executed.
+  """
+
+  cross_entropy: jax.Array
+  total: jax.Array
+  report: Report
+  ticks: jax.Array
+
+
+class Metrics(NamedTuple):
+  """What a training step reports besides its losses."""
+
+  losses: Losses
+  gradient_norm: jax.Array
+  is_finite: jax.Array
+
+
+def inputs_spec() -> Inputs:
+  """Returns the PartitionSpec of a batch: leaves [U, B / U, S], sequences over `expert`."""
+  return Inputs(*[sharding.spec(("micro_batches", "sequences", "positions"))] * len(Inputs._fields))
+
+
+def table(settings: config.Config) -> Table:
+  """Returns the schedule of the deployment."""
+  pipeline = settings.pipeline
+  return SCHEDULES[pipeline.schedule](settings.mesh.stage, pipeline.micro_batches, pipeline.chunks)
+
+
+def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
+  """Returns (parameters, inputs) -> (Losses, gradients as Parameters).
+
+  Parameters come in the compute dtype, laid out by `transformer.specs`; gradients leave in float32,
+  split over `expert` as well where a dimension divides (`sharding.zero_spec`).
+
+  Communication: the pipeline's; then each gradient once: a reduce-scatter over `expert` of what is
+  replicated there, all-reduces over the other axes of what is replicated on those.
+  """
+  specs = transformer.specs(settings.model)
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
+  gradient_specs = jax.tree.map(lambda s, a: sharding.zero_spec(s, a.shape, mesh), specs, shapes)
+  functions = transformer.loss_functions(settings)
+  schedule = table(settings)
+
+  def region(parameters: Parameters, inputs: Inputs):
+    layers, shared = collectives.varying(parameters)
+    result = executor.run(functions, schedule, layers, shared, inputs, save=settings.pipeline.save)
+    gradients = jax.tree.map(
+      functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes
+    )
+    return _sum_losses(result), gradients
+
+  return jax.shard_map(
+    region, mesh=mesh, in_specs=(specs, inputs_spec()), out_specs=(_losses_spec(), gradient_specs)
+  )
+
+
+def evaluate(settings: config.Config, mesh: Mesh) -> Callable:
+  """Returns (parameters, inputs) -> Losses, by the forward-only schedule."""
+  functions = transformer.loss_functions(settings)
+  schedule = forward_only(table(settings))
+
+  def region(parameters: Parameters, inputs: Inputs) -> Losses:
+    layers, shared = collectives.varying(parameters)
+    return _sum_losses(executor.run(functions, schedule, layers, shared, inputs))
+
+  return jax.shard_map(
+    region, mesh=mesh, in_specs=(transformer.specs(settings.model), inputs_spec()),
+    out_specs=_losses_spec(),
+  )  # fmt: skip
+
+
+def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTransformation):
+  """Returns (State, inputs) -> (State, Metrics), to be jitted with the state donated.
+
+  A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is
+  counted.
+  """
+  gradients_of = loss_and_gradients(settings, mesh)
+  to_compute = compute_parameters(settings, mesh)
+
+  def step(state: State, inputs: Inputs) -> tuple[State, Metrics]:
+    losses, gradients = gradients_of(to_compute(state.parameters), normalised(inputs))
+    norm = optax.global_norm(gradients)
+    is_finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+    with jax.named_scope("optimizer"):
+      updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+      parameters = optax.apply_updates(state.parameters, updates)
+      keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+      skipped = 1 - is_finite.astype(jnp.int32)
+      state = State(
+        step=state.step + 1,
+        parameters=keep(parameters, state.parameters),
+        optimizer=keep(optimizer_state, state.optimizer),
+        skipped_steps=state.skipped_steps + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+      )
+    return state, Metrics(losses, norm, is_finite)
+
+  return step
+
+
+def evaluate_step(settings: config.Config, mesh: Mesh) -> Callable:
+  """Returns (State, inputs) -> Losses, to be jitted."""
+  evaluate_region, to_compute = evaluate(settings, mesh), compute_parameters(settings, mesh)
+  return lambda state, inputs: evaluate_region(to_compute(state.parameters), normalised(inputs))
+
+
+def compute_parameters(settings: config.Config, mesh: Mesh) -> Callable[[Parameters], Parameters]:
+  """Returns the function from master weights (float32, split by ZeRO-1) to the region's parameters.
+
+  Communication: all-gather over `expert`, in the compute dtype, of what ZeRO-1 splits there.
+  """
+  specs = transformer.specs(settings.model)
+  dtype = jnp.dtype(settings.model.dtype)
+
+  def convert(parameters: Parameters) -> Parameters:
+    parameters = transformer.cast(parameters, dtype)
+    place = lambda leaf, s: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, s))
+    return jax.tree.map(place, parameters, specs)
+
+  return convert
+
+
+def normalised(inputs: Inputs) -> Inputs:
+  """Returns `inputs` with target weights that sum to 1 over the whole step."""
+  weights = inputs.weights_bS
+  return inputs._replace(weights_bS=weights / jnp.maximum(weights.sum(), 1.0))
+
+
+def _losses_spec() -> Losses:
+  return Losses(cross_entropy=P(), total=P(), report=P(STAGE), ticks=P())
+
+
+def _sum_losses(result: executor.Result) -> Losses:
+  cross_entropy = jax.lax.psum(result.loss, ALL)
+  return Losses(
+    cross_entropy=cross_entropy,
+    total=cross_entropy + jax.lax.psum(result.auxiliary_loss, ALL),
+    report=jax.lax.psum(result.reports, (EXPERT, TENSOR)),
+    ticks=result.ticks,
+  )
+
+
+def _reduce(mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """Returns the gradient summed over the axes on which the parameter is replicated."""
+  axes = sharding.replicated_axes(spec)
+  dimension = sharding.zero_dimension(spec, shape.shape, mesh)
+  if dimension is not None:
+    gradient = collectives.reduce_scatter(gradient, EXPERT, dimension)
+    axes = tuple(name for name in axes if name != EXPERT)
+  return jax.lax.psum(gradient, axes) if axes else gradient

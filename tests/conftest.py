@@ -1,0 +1,53 @@
+"""What every test runs under: eight virtual CPU devices, and jax at its strictest.
+
+The environment is set before jax is imported, here and for the programs that tests start. Warnings
+are errors through `filterwarnings` in setup.cfg. This file knows jax and pytest; it must not know
+moe_jax.
+"""
+
+import os
+import sys
+
+NUM_DEVICES = 8
+
+if "jax" in sys.modules:
+  raise RuntimeError(
+    "jax was imported before tests/conftest.py, which sets its devices; load it later"
+  )
+
+# jax 0.10 and 0.12 both take these, and abort on names that they do not know. The last setting of a
+# flag holds, so what the user has in XLA_FLAGS stays, except for these.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    # A deadlocked collective ends the process after their sum, and the report names the rendezvous
+    # that was missed. On two busy cores a healthy one may wait for seconds.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=10",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=30",
+  ]
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+# A user's own cache would hide recompilation and be filled with the tests' programs.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_sessionstart(session):
+  if jax.device_count() != NUM_DEVICES:
+    raise pytest.UsageError(
+      f"jax has {jax.device_count()} devices; the tests need {NUM_DEVICES} virtual CPU devices:"
+      f" unset JAX_NUM_CPU_DEVICES, and see XLA_FLAGS={os.environ['XLA_FLAGS']!r}"
+    )
+
+
+@pytest.fixture
+def standard_dtype_promotion():
+  """Lifts strict dtype promotion for one test: optax raises its integer step count under it."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield

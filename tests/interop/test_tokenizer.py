@@ -1,0 +1,140 @@
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tokenizers
+
+from moe_jax import config
+from moe_jax.interop import tokenizer
+
+TEXTS = [
+  "def f(x):\n  return x + 1\n" * 20,
+  "Grüße, 世界! 🙂 naïve café\n" * 10,
+  "the then there\n" * 30,
+]
+
+# Every character whose UTF-8 needs each of its lengths, among others.
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module", params=sorted(tokenizer.TOKENIZERS))
+def made(request):
+  return tokenizer.TOKENIZERS[request.param].train(TEXTS, 400)
+
+
+def test_table_holds_what_config_allows():
+  assert set(tokenizer.TOKENIZERS) == set(config.TOKENIZERS)
+
+
+@hypothesis.given(text=any_text)
+@hypothesis.settings(deadline=None)
+def test_round_trip(made, text):
+  ids = made.encode(text)
+  assert ids.dtype == np.int32 and ids.ndim == 1
+  assert made.decode(ids) == text
+  assert b"".join(made.pieces[i] for i in ids) == text.encode()
+
+
+def test_ids_are_below_vocab_and_all_bytes_are_there(made):
+  assert made.vocab == len(made.pieces) <= 400
+  assert len(set(made.pieces)) == made.vocab
+  assert {bytes([byte]) for byte in range(256)} <= set(made.pieces)
+
+
+def test_bytes_are_utf8():
+  np.testing.assert_array_equal(tokenizer.Bytes().encode("aé"), [0x61, 0xC3, 0xA9])
+
+
+def test_bpe_learns_merges():
+  bpe = tokenizer.Bpe.train(TEXTS, 400)
+  assert bpe.vocab > 256
+  assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+@pytest.mark.parametrize("ids", [[0xC3], [-1], [10**6], np.array([0xFF], np.int32)])
+def test_decode_shows_what_is_no_text(ids):
+  assert tokenizer.Bytes().decode(ids) == "\ufffd"
+
+
+def test_decode_of_a_sampled_id_past_the_bpe_vocabulary():
+  bpe = tokenizer.Bpe.train(TEXTS, 300)
+  assert bpe.decode([*bpe.encode("the"), bpe.vocab]) == "the\ufffd"
+
+
+def test_letters_are_those_of_the_package():
+  letters = tokenizer._byte_by_letter()
+  assert set(letters) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  # These characters hold every byte that UTF-8 can hold but the leads of rare planes.
+  for point in [*range(0x800), *range(0x800, 0xD800, 61), *range(0x10000, 0x110000, 4093)]:
+    ((mapped, _),) = split.pre_tokenize_str(chr(point))
+    assert bytes(letters[letter] for letter in mapped) == chr(point).encode()
+
+
+def test_save_and_load(made, tmp_path):
+  made.save(tmp_path)
+  loaded = type(made).load(tmp_path, 400)
+  assert loaded.identity == made.identity
+  assert loaded.pieces == made.pieces
+  for text in TEXTS:
+    np.testing.assert_array_equal(loaded.encode(text), made.encode(text))
+  assert not list(tmp_path.glob("*.partial"))
+
+
+def test_identity_tells_tokenizers_apart():
+  identities = {
+    tokenizer.Bytes().identity,
+    tokenizer.Bpe.train(TEXTS, 300).identity,
+    tokenizer.Bpe.train(TEXTS, 301).identity,
+    tokenizer.Bpe.train(TEXTS[::2], 301).identity,
+  }
+  assert len(identities) == 4
+
+
+def test_training_is_the_same_in_every_process():
+  program = (
+    "from tests.interop import test_tokenizer as t;"
+    "print(t.tokenizer.Bpe.train(t.TEXTS, 400).identity)"
+  )
+  runs = [
+    subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for _ in range(2)
+  ]
+  assert {run.stdout.strip() for run in runs} == {tokenizer.Bpe.train(TEXTS, 400).identity}
+
+
+@pytest.mark.parametrize("name", sorted(tokenizer.TOKENIZERS))
+def test_vocab_without_room_for_bytes(name, tmp_path):
+  with pytest.raises(ValueError, match=rf"model\.vocab=255 .*tokenizer={name}.* at least 256"):
+    tokenizer.TOKENIZERS[name].train(TEXTS, 255)
+
+
+def test_load_refuses_a_larger_vocabulary(tmp_path):
+  bpe = tokenizer.Bpe.train(TEXTS, 300)
+  bpe.save(tmp_path)
+  with pytest.raises(ValueError, match=r"model\.vocab=299 cannot hold .*tokenizer\.json.* 300"):
+    tokenizer.Bpe.load(tmp_path, 299)
+  with pytest.raises(ValueError, match=r"model\.vocab=255 cannot hold"):
+    tokenizer.Bytes.load(tmp_path, 255)
+
+
+def test_load_names_a_missing_file(tmp_path):
+  with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+    tokenizer.Bpe.load(tmp_path, 300)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b'{"version": "1.0"}'])
+def test_load_names_a_damaged_file(content, tmp_path):
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"tokenizer\.json is not a byte-level BPE tokenizer"):
+    tokenizer.Bpe.load(tmp_path, 300)
+
+
+def test_load_refuses_a_tokenizer_of_words(tmp_path):
+  words = tokenizers.models.WordLevel({"new word": 0, "b": 1}, unk_token="b")
+  tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ValueError, match=r"not a byte-level BPE tokenizer.*'new word'"):
+    tokenizer.Bpe.load(tmp_path, 300)

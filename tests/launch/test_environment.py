@@ -1,0 +1,88 @@
+"""Each XLA flag of the table starts a process; devices are set in time or refused."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch import environment
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMPUTE = "import jax; print(jax.device_count(), jax.default_backend(), jax.numpy.ones(3).sum())"
+VIRTUAL = "from launch import environment; environment.virtual_devices"
+
+
+def run(code, **variables):
+  inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+  return subprocess.run(
+    [sys.executable, "-W", "error", "-c", code],
+    cwd=ROOT,
+    env={**inherited, **variables},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def test_every_flag_of_the_table_starts_a_process():
+  done = run(f"from launch import environment; environment.live_devices(); {COMPUTE}")
+  assert done.returncode == 0, done.stderr
+  # The check above can fail: a flag that this XLA does not know ends the process.
+  done = run(COMPUTE, XLA_FLAGS="--xla_cpu_no_such_flag=1")
+  assert done.returncode != 0 and "xla_cpu_no_such_flag" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["pass", "import jax"])
+def test_virtual_devices_before_and_after_importing_jax(first):
+  done = run(
+    f"{first}; {VIRTUAL}(3); {COMPUTE}", XLA_FLAGS="--xla_force_host_platform_device_count=5"
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "3 cpu 3.0\n"
+
+
+def test_virtual_devices_too_late_is_refused():
+  done = run(f"{COMPUTE}; {VIRTUAL}(3)", JAX_PLATFORMS="cpu")
+  assert done.returncode == 1
+  assert "RuntimeError: virtual_devices(3) was called after jax started" in done.stderr
+
+
+def test_the_users_own_flags_stay(monkeypatch):
+  users = "--xla_cpu_collective_timeout_seconds=7"
+  monkeypatch.setenv("XLA_FLAGS", f"{users} --xla_dump_to=x")
+  environment.live_devices()
+  flags = os.environ["XLA_FLAGS"].split()
+  assert flags[:2] == [users, "--xla_dump_to=x"]
+  names = [flag.partition("=")[0].removeprefix("--") for flag in flags]
+  assert sorted(names) == sorted(
+    {*environment.XLA_FLAGS["cpu"], *environment.XLA_FLAGS["gpu"], "xla_dump_to"}
+  )
+  before = os.environ["XLA_FLAGS"]
+  environment.live_devices()
+  assert os.environ["XLA_FLAGS"] == before
+
+
+def test_no_devices_is_refused():
+  with pytest.raises(ValueError, match="virtual_devices=0 is not positive"):
+    environment.virtual_devices(0)
+
+
+def test_a_deadlocked_collective_ends_the_process():
+  # Device 0 alone enters a collective over all: without the timeouts this would wait for ever.
+  code = f"""
+import jax, functools
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+{VIRTUAL}(2)
+mesh = Mesh(jax.devices(), ("x",))
+def alone(x):
+  go = lambda y: jax.lax.ppermute(y, "x", [(0, 1), (1, 0)])
+  return jax.lax.cond(jax.lax.axis_index("x") == 0, go, lambda y: y + 1, x)
+step = jax.jit(jax.shard_map(alone, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False))
+print(step(jax.numpy.ones(2)))
+"""
+  timeouts = " ".join(f"--{name}=2" for name in environment.XLA_FLAGS["cpu"])
+  done = run(code, XLA_FLAGS=timeouts)
+  assert done.returncode < 0, done  # ended by its own abort
+  assert "rendezvous" in done.stderr.lower()

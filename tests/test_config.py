@@ -1,0 +1,240 @@
+"""A Config either is right or is refused with the field, the value and what would be right."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax.config import Config, Mesh, Model, Pipeline, as_dict, check_field, from_mapping
+
+FIELD_TYPES = config_lib.field_types()
+SIZES = st.integers(-1, 24) | st.sampled_from([32, 64, 96, 128, 256, 320, 512, 10**12, 10**400])
+WORDS = st.sampled_from(
+  [
+    *config_lib.SCHEDULES, *config_lib.SAVE, *config_lib.DISPATCH, *config_lib.EXCHANGE,
+    *config_lib.TOKENIZERS, *config_lib.DTYPES, "", "zebra",
+  ]
+)  # fmt: skip
+VALUES = {
+  int: SIZES,
+  float: st.floats() | st.sampled_from([0.0, 0.05, 0.5, 1.0]) | SIZES,
+  str: WORDS,
+  bool: st.booleans(),
+}
+
+
+@st.composite
+def mappings(draw, values):
+  """Nested dicts of some fields, each drawn from the strategy that `values` gives for its type."""
+  mapping = {}
+  for name in draw(st.lists(st.sampled_from(list(FIELD_TYPES)), unique=True, max_size=12)):
+    section, field = name.split(".")
+    mapping.setdefault(section, {})[field] = draw(values(FIELD_TYPES[name]))
+  return mapping
+
+
+def names_a_field(message):
+  return any(name in message for name in FIELD_TYPES)
+
+
+def assert_sound(config):
+  """What everything downstream assumes, written out once more."""
+  model, mesh, pipeline, train = config.model, config.mesh, config.pipeline, config.train
+  ranks = mesh.expert, mesh.tensor, mesh.stage
+  assert min(ranks) >= 1 and mesh.num_devices == math.prod(ranks)
+  assert model.heads % mesh.tensor == model.kv_heads % mesh.tensor == 0
+  assert model.expert_hidden % mesh.tensor == train.sequence % mesh.tensor == 0
+  assert model.heads % model.kv_heads == 0 and model.head_dim % 2 == 0
+  assert model.experts % mesh.expert == 0 and 1 <= model.experts_per_token <= model.experts
+  assert model.vocab % (mesh.tensor * mesh.stage) == 0
+  assert model.layers % (mesh.stage * pipeline.chunks) == 0
+  assert train.batch % (pipeline.micro_batches * mesh.expert) == 0
+  assert pipeline.chunks == 1 or pipeline.schedule == "interleaved"
+  for section in dataclasses.fields(config):
+    for field, expected in section.type.__annotations__.items():
+      value = getattr(getattr(config, section.name), field)
+      assert type(value) is expected
+      assert expected is not float or math.isfinite(value)
+
+
+@given(mappings(lambda expected: VALUES[expected]))
+def test_any_combination_builds_or_names_a_field(mapping):
+  try:
+    config = from_mapping(mapping)
+  except ValueError as error:
+    assert names_a_field(str(error)), error
+    assert "\n" not in str(error)
+  else:
+    assert_sound(config)
+    assert from_mapping(as_dict(config)) == config
+    assert from_mapping(ConfigDict(mapping)) == config
+
+
+@st.composite
+def fitting(draw):
+  """Sizes that fit by construction."""
+  ranks = st.sampled_from([1, 2, 3, 4, 8])
+  expert, tensor, stage, chunks, micro = (draw(ranks) for _ in range(5))
+  times = lambda *factors: math.prod(factors) * draw(st.integers(1, 3))
+  kv_heads = times(tensor)
+  experts = times(expert)
+  return {
+    "mesh": {"expert": expert, "tensor": tensor, "stage": stage},
+    "model": {
+      "kv_heads": kv_heads,
+      "heads": times(kv_heads),
+      "head_dim": times(2),
+      "experts": experts,
+      "experts_per_token": draw(st.integers(1, experts)),
+      "expert_hidden": times(tensor),
+      "vocab": times(256, tensor, stage),
+      "layers": times(stage, chunks),
+    },
+    "pipeline": {"schedule": "interleaved", "chunks": chunks, "micro_batches": micro},
+    "train": {"sequence": times(tensor), "batch": times(micro, expert)},
+  }
+
+
+@given(fitting())
+def test_sizes_that_fit_are_accepted(mapping):
+  config = from_mapping(mapping)
+  assert_sound(config)
+  assert from_mapping(as_dict(config)) == config
+  for section, fields in mapping.items():
+    for field, value in fields.items():
+      assert getattr(getattr(config, section), field) == value
+
+
+# Each size that must divide, by what, and the sections that it takes to see it.
+INDIVISIBLE = {
+  ("model.heads", "mesh.tensor"): {"model": {"heads": 6, "kv_heads": 2}, "mesh": {"tensor": 4}},
+  ("model.kv_heads", "mesh.tensor"): {"model": {"heads": 8, "kv_heads": 2}, "mesh": {"tensor": 4}},
+  ("model.heads", "model.kv_heads"): {"model": {"heads": 8, "kv_heads": 3}},
+  ("model.expert_hidden", "mesh.tensor"): {"model": {"expert_hidden": 18}, "mesh": {"tensor": 4}},
+  ("train.sequence", "mesh.tensor"): {"train": {"sequence": 18}, "mesh": {"tensor": 4}},
+  ("model.experts", "mesh.expert"): {"model": {"experts": 6}, "mesh": {"expert": 4}},
+  ("model.vocab", "mesh.stage x mesh.tensor"): {
+    "model": {"vocab": 260}, "mesh": {"tensor": 4, "stage": 2},
+  },
+  ("model.layers", "mesh.stage x pipeline.chunks"): {
+    "model": {"layers": 6}, "mesh": {"stage": 2},
+    "pipeline": {"chunks": 2, "schedule": "interleaved"},
+  },
+  ("train.batch", "pipeline.micro_batches x mesh.expert"): {
+    "train": {"batch": 12}, "pipeline": {"micro_batches": 4}, "mesh": {"expert": 2},
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", INDIVISIBLE, ids="-".join)
+def test_an_indivisible_size_is_refused_by_name(names):
+  with pytest.raises(
+    ValueError, match=rf"^{names[0]}=\d+ is not divisible by {names[1]}=\d+; choose"
+  ):
+    from_mapping(INDIVISIBLE[names])
+
+
+@given(
+  st.sampled_from(list(FIELD_TYPES)),
+  st.one_of(st.none(), st.text(), st.booleans(), st.floats(), st.lists(st.integers()), SIZES),
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
+  expected = FIELD_TYPES[name]
+  if type(value) is expected or (expected is float and type(value) is int):
+    return
+  section, field = name.split(".")
+  with pytest.raises(ValueError, match=f"^{name}=.* is of type {type(value).__name__}; expected"):
+    from_mapping({section: {field: value}})
+
+
+@given(st.text(max_size=20))
+def test_an_unknown_name_is_refused(name):
+  if name not in ("model", "mesh", "pipeline", "moe", "train", "data"):
+    with pytest.raises(ValueError, match="is not a config section"):
+      from_mapping({name: {}})
+  if name not in FIELD_TYPES:
+    with pytest.raises(ValueError, match=r"is not a config field|is a config section"):
+      check_field(name)
+
+
+@pytest.mark.parametrize(
+  ("mapping", "message"),
+  [
+    (
+      {"model": {"heads": 12, "kv_heads": 12}, "mesh": {"tensor": 8}},
+      "model.heads=12 is not divisible by mesh.tensor=8;"
+      " choose mesh.tensor from 1, 2, 3, 4, 6, 12 or model.heads=16",
+    ),
+    (
+      {"model": {"vocab": 258}, "mesh": {"tensor": 2, "stage": 2}},
+      "model.vocab=258 is not divisible by mesh.stage x mesh.tensor=4;"
+      " choose mesh.stage x mesh.tensor from 1, 2, 3, 6, 43, 86, 129, 258 or model.vocab=260",
+    ),
+    (
+      {"train": {"batch": 24}, "pipeline": {"micro_batches": 16}},
+      "train.batch=24 is not divisible by pipeline.micro_batches x mesh.expert=16;"
+      " choose pipeline.micro_batches x mesh.expert from 1, 2, 3, 4, 6, 8, 12, 24"
+      " or train.batch=32",
+    ),
+    (
+      {"pipeline": {"chunks": 2}},
+      "pipeline.chunks=2 needs pipeline.schedule=interleaved, got 1f1b;"
+      " choose chunks=1 or schedule=interleaved",
+    ),
+    ({"model": {"layers": 0}}, "model.layers=0 is not positive; choose at least 1"),
+    ({"moe": {"capacity_factor": 0}}, "moe.capacity_factor=0.0 is not positive; choose a number"),
+    ({"train": {"seed": -1}}, "train.seed=-1 is negative; choose 0 or more"),
+    ({"train": {"beta1": 1.5}}, "train.beta1=1.5 is not a fraction; choose from 0 to 1"),
+    ({"train": {"beta2": 1}}, "train.beta2=1.0 never forgets a gradient; choose less than 1"),
+    ({"moe": {"dispatch": "droples"}}, "moe.dispatch='droples' is not one of capacity, dropless"),
+    ({"model": {"head_dim": 7}}, "model.head_dim=7 is odd"),
+    ({"model": {"experts_per_token": 17}}, "model.experts_per_token=17 is more than"),
+    ({"model": {"vocab": 100}}, "model.vocab=100 cannot hold bytes"),
+    ({"data": {"held_out_fraction": 1.0}}, "data.held_out_fraction=1.0 leaves nothing"),
+    ({"train": 3}, "train is a int; expected a mapping of its fields"),
+    ({"train": {"stpes": 3}}, "train.stpes is not a config field; did you mean train.steps?"),
+    ({"model": {"batch": 3}}, "model.batch is not a config field; did you mean train.batch?"),
+    ({"mesh": {"zebra": 3}}, "mesh.zebra is not a config field; mesh has expert, tensor, stage"),
+    ({"tarin": {}}, "tarin is not a config section; did you mean train?"),
+  ],
+)
+def test_the_message_says_what_would_be_right(mapping, message):
+  with pytest.raises(ValueError) as caught:
+    from_mapping(mapping)
+  assert str(caught.value).startswith(message)
+
+
+def test_the_remedies_are_accepted():
+  # What the first message above advises.
+  heads = {"heads": 12, "kv_heads": 12}
+  for tensor in (1, 2, 4):
+    from_mapping({"model": heads, "mesh": {"tensor": tensor}})
+  from_mapping({"model": {"heads": 16, "kv_heads": 16}, "mesh": {"tensor": 8}})
+
+
+def test_a_config_cannot_change():
+  config = Config()
+  for part, field in ((config, "model"), (config.model, "layers")):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      setattr(part, field, None)
+  assert hash(config) == hash(Config())
+
+
+def test_replacing_a_part_checks_the_whole_again():
+  config = Config(model=Model(layers=4))
+  assert dataclasses.replace(config, mesh=Mesh(stage=4)).mesh.num_devices == 4
+  with pytest.raises(ValueError, match=r"model\.layers=4 is not divisible by mesh\.stage"):
+    dataclasses.replace(config, mesh=Mesh(stage=8))
+  with pytest.raises(ValueError, match=r"pipeline\.chunks=2 needs"):
+    dataclasses.replace(config, pipeline=Pipeline(chunks=2))
+
+
+def test_config_imports_without_jax():
+  code = "import sys; sys.modules['jax'] = None; import moe_jax.config; moe_jax.config.Config()"
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
