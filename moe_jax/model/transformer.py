@@ -21,6 +21,7 @@ from moe_jax.parallel.parameters import cast as cast_parameters
 from moe_jax.parallel.parameters import parameter, scale
 from moe_jax.parallel.parameters import specs as parameter_specs
 from moe_jax.pipeline.executor import Functions
+from moe_jax.pipeline.saving import residual
 
 
 class Parameters(NamedTuple):
@@ -128,6 +129,7 @@ def run_layer(
     x_bsD += attend(
       weights.attention, h_bsD, inputs.positions_bS, inputs.segments_bS, model.rope_theta
     )
+    x_bsD = residual(x_bsD)
   h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
   y_tD, auxiliary_loss, report = moe(
     weights.router, weights.experts, moe_config, model.experts_per_token,

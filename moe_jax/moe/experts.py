@@ -7,6 +7,8 @@ units. Knows rows and weights; must not know where rows come from.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.pipeline.saving import residual
+
 
 def swiglu(
   gate_eDf: jax.Array, up_eDf: jax.Array, down_efD: jax.Array, rows_eRD: jax.Array
@@ -16,6 +18,6 @@ def swiglu(
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  gate_eRf = jnp.einsum("erd,edf->erf", rows_eRD, gate_eDf)
-  up_eRf = jnp.einsum("erd,edf->erf", rows_eRD, up_eDf)
+  gate_eRf = residual(jnp.einsum("erd,edf->erf", rows_eRD, gate_eDf))
+  up_eRf = residual(jnp.einsum("erd,edf->erf", rows_eRD, up_eDf))
   return jnp.einsum("erf,efd->erd", jax.nn.silu(gate_eRf) * up_eRf, down_efD)

@@ -16,6 +16,7 @@ from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.experts import swiglu
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.parameters import parameter
+from moe_jax.pipeline.saving import residual
 
 
 class Experts(nnx.Module):
@@ -72,11 +73,11 @@ def moe(
     )
     plan = capacity.plan(jax.lax.stop_gradient(routing), num_experts, num_rows)
     rows_RD = dispatch.tokens_to_rows(x_tD, plan)
-    rows_eRD = exchange.to_experts(rows_RD.reshape(num_experts, num_rows, -1))
+    rows_eRD = residual(exchange.to_experts(rows_RD.reshape(num_experts, num_rows, -1)))
   with jax.named_scope("experts"):
     rows_eRD = swiglu(experts.gate[...], experts.up[...], experts.down[...], rows_eRD)
   with jax.named_scope("combine"):
-    rows_ECD = exchange.to_tokens(rows_eRD)
+    rows_ECD = residual(exchange.to_tokens(rows_eRD))
     y_tD = dispatch.rows_to_tokens(rows_ECD.reshape(rows_RD.shape), routing.weights_TK, plan)
   auxiliary_loss = (
     moe_config.load_balance_weight * losses.load_balance

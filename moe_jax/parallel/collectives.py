@@ -53,6 +53,8 @@ def gather(x, axis_name: str, dimension: int):
 
   Communication: all-gather over `axis_name`, (n - 1) * x.size elements.
   """
+  if jax.lax.axis_size(axis_name) == 1:
+    return x
   return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True)
 
 
@@ -61,6 +63,8 @@ def reduce_scatter(x, axis_name: str, dimension: int):
 
   Communication: reduce-scatter over `axis_name`, (n - 1) / n * x.size elements.
   """
+  if jax.lax.axis_size(axis_name) == 1:
+    return x
   return jax.lax.psum_scatter(x, axis_name, scatter_dimension=dimension, tiled=True)
 
 
@@ -72,6 +76,8 @@ def exchange(x_n, axis_name: str):
 
   Communication: all-to-all over `axis_name`, (n - 1) / n * x.size elements.
   """
+  if jax.lax.axis_size(axis_name) == 1:
+    return x_n
   return jax.lax.all_to_all(x_n, axis_name, split_axis=0, concat_axis=0, tiled=True)
 
 
@@ -81,6 +87,8 @@ def shift(tree, axis_name: str, by: int):
   Communication: collective-permute over `axis_name`, the size of `tree` in elements.
   """
   size = jax.lax.axis_size(axis_name)
+  if size == 1:
+    return tree
   ring = [(i, (i + by) % size) for i in range(size)]
   return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, ring), tree)
 

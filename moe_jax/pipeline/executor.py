@@ -168,7 +168,7 @@ class _Executor:
     return Result(loss, state.auxiliary_loss, state.reports, outputs, gradients, state.ticks)
 
   def _units(self) -> dict[str, np.ndarray]:
-    """Returns, for each kind of unit, in which ticks any stage runs it."""
+    """Returns, for each kind of unit, in which ticks any stage runs it; full: all run a forward."""
     table = self.table
     return {
       "arrival": (table.arrival_slot_QZ >= 0).any(1),
@@ -177,6 +177,7 @@ class _Executor:
       "embed_gradient": (table.embed_gradient_micro_Q >= 0) & self.has_backward,
       "embed": table.embed_micro_Q >= 0,
       "forward": (table.forward_micro_QZ >= 0).any(1),
+      "full": (table.forward_micro_QZ >= 0).all(1),
     }
 
   def _segments(self) -> Iterator[tuple[int, int]]:
@@ -305,6 +306,9 @@ class _Executor:
     g_auxiliary = collectives.varying(runs.astype(jnp.float32))
     first = jnp.maximum(row.backward_chunk, 0) * self.num_layers
     slot = jnp.maximum(row.backward_slot, 0)
+    # With one micro-batch and one stage there is nothing to add to, and no idle cell.
+    once = self.table.num_micro_batches == self.table.num_stages == 1
+    accumulate = lambda total, i, g: total.at[i].set(g) if once else total.at[i].add(g)
 
     def layer(carry, l):
       gy, g_layers, g_shared = carry
@@ -313,7 +317,7 @@ class _Executor:
         _at(self.layers, first + l), self.shared, inputs, saved, gy, g_auxiliary
       )
       g_layers = jax.tree.map(
-        lambda total, g: total.at[first + l].add(g.astype(total.dtype)), g_layers, g_weights
+        lambda total, g: accumulate(total, first + l, g.astype(total.dtype)), g_layers, g_weights
       )
       return (gx, g_layers, _add(g_shared, g_shared_here)), None
 
@@ -345,6 +349,8 @@ class _Executor:
     x = _select(row.forward_inbox_slot >= 0, from_inbox, x_embedded)
     first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
     slot = jnp.maximum(row.forward_slot, 0)
+    all_run = self.units["full"] == "always"  # then nothing needs a mask
+    keep = lambda new, old: new if all_run else jnp.where(runs, new, old)
 
     def layer(carry, l):
       x, stash, auxiliary_loss, reports = carry
@@ -352,14 +358,14 @@ class _Executor:
       if self.has_backward:
         y, auxiliary, report, saved = self.layer.forward(weights, self.shared, x, inputs)
         stash = [
-          leaf.at[slot, l].set(jnp.where(runs, new, leaf[slot, l]))
+          leaf.at[slot, l].set(keep(new, leaf[slot, l]))
           for leaf, new in zip(stash, saved, strict=True)
         ]
       else:
         y, auxiliary, report = self.functions.layer(weights, self.shared, x, inputs)
-      auxiliary_loss += jnp.where(runs, auxiliary, 0.0)
+      auxiliary_loss += keep(auxiliary, jnp.zeros_like(auxiliary))
       reports = jax.tree.map(
-        lambda total, r: total.at[first + l].add(jnp.where(runs, r, jnp.zeros((), r.dtype))),
+        lambda total, r: total.at[first + l].add(keep(r, jnp.zeros_like(r))),
         reports, report,
       )  # fmt: skip
       return (y, stash, auxiliary_loss, reports), None

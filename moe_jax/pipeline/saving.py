@@ -9,10 +9,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-# Models mark with `jax.ad_checkpoint.checkpoint_name(value, RESIDUAL)` what the backward pass
-# needs and what is dear to make again: results of matrix products and of exchanges.
-RESIDUAL = "residual"
+_RESIDUAL = "residual"
+
+
+def residual(x: jax.Array) -> jax.Array:
+  """Returns `x`, marked as what the backward pass needs and is dear to make again.
+
+  Models mark results of matrix products and of exchanges; the policy "residuals" keeps these.
+  """
+  return checkpoint_name(x, _RESIDUAL)
 
 
 class SavedLayer(NamedTuple):
@@ -49,8 +56,8 @@ def _save_inputs(layer: Callable, example: tuple) -> SavedLayer:
 
 
 def _save_named(layer: Callable, example: tuple) -> SavedLayer:
-  """Keeps the values marked RESIDUAL and the layer's input; the rest, cheap, is computed again."""
-  policy = jax.checkpoint_policies.save_only_these_names(RESIDUAL)
+  """Keeps the values marked `residual` and the layer's input; computes the cheap rest again."""
+  policy = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
   return _save_everything(jax.checkpoint(layer, policy=policy), example)
 
 
