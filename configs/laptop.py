@@ -24,15 +24,16 @@ def get_config() -> ConfigDict:
       },
       "mesh": {"expert": 2, "tensor": 2, "stage": 2},
       "pipeline": {"schedule": "interleaved", "micro_batches": 16, "chunks": 2},
-      "moe": {"dispatch": "capacity", "capacity_factor": 1.25},
+      "moe": {"dispatch": "capacity", "capacity_factor": 1.5},
       "train": {
-        "batch": 64,
+        "batch": 32,
         "sequence": 256,
-        "steps": 200,
+        "steps": 160,
         "warmup_steps": 20,
         "learning_rate": 3e-3,
-        "checkpoint_every": 50,
-        "eval_every": 50,
+        "checkpoint_every": 40,
+        "eval_every": 40,
+        "eval_batches": 8,
       },
     }
   )

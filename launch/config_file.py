@@ -4,6 +4,7 @@ Must not know absl's flag objects, devices or what a program does with its confi
 """
 
 import difflib
+import itertools
 import pathlib
 import re
 import traceback
@@ -40,7 +41,8 @@ def take_path(words: Sequence[str], default: str | None) -> tuple[str, list[str]
       rest.append(word)
       continue
     if path is not None:
-      raise ValueError(f"--config is given twice; choose between {path} and {value or next(words)}")
+      other = value if equals else next(words, "")
+      raise ValueError(f"--config is given twice, as {path!r} and {other!r}; give it once")
     path = value if equals else next(words, "")
     if not path or path.startswith("-"):
       raise ValueError(f"--config has no file, got {path!r}; give one, as in {_example()}")
@@ -49,21 +51,21 @@ def take_path(words: Sequence[str], default: str | None) -> tuple[str, list[str]
   return default if path is None else path, rest
 
 
-def check_overrides(words: Sequence[str]) -> None:
-  """Checks that each `--config.section.field` among `words` names a field.
+def overrides(words: Sequence[str]) -> list[str]:
+  """Returns the `words` before a `--`, each `--config.section.field` among them a known field.
 
   Raises:
-    ValueError: one does not; the message names the nearest field.
+    ValueError: one does not exist; the message names the nearest field.
   """
+  words = list(itertools.takewhile(lambda word: word != "--", words))
   for word in words:
-    if word == "--":
-      return
     override = re.match(r"--?(?:no)?config\.([^=]*)", word)
     if override:
       try:
         config_lib.check_field(override[1])
       except ValueError as error:
         raise ValueError(f"{word}: {error}") from None
+  return words
 
 
 def load(path: str) -> config_dict.ConfigDict:

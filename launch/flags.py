@@ -69,6 +69,7 @@ def run(
     # absl.app.run would do this and much else; it makes --verbosity and --log_dir work.
     logging.use_absl_handler()
     if devices and FLAGS.virtual_devices:
+      environment.keep_freed_memory()
       environment.virtual_devices(FLAGS.virtual_devices)
     elif devices:
       environment.live_devices()
@@ -90,8 +91,8 @@ def _parse(argv: Sequence[str], config: bool, default_config: str | None) -> lis
     words = FLAGS.read_flags_from_files(words, force_gnu=False)
     if config:
       path, words = config_file.take_path(words, default_config)
-      config_file.check_overrides(words)
-      config_flags.DEFINE_config_dict("config", config_file.load(path), sys_argv=words)
+      overrides = config_file.overrides(words)
+      config_flags.DEFINE_config_dict("config", config_file.load(path), sys_argv=overrides)
     positional = FLAGS([program, *words])[1:]
   except flags.UnrecognizedFlagError as error:
     raise ValueError(_unknown(error.flagname, words, config)) from error
@@ -154,13 +155,10 @@ def _is_message(error: Exception) -> bool:
   """
   if isinstance(error, OSError):
     return True
-  # jax cuts its own frames out of a traceback, so that ours would look like the last.
-  if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):
-    return False
   last = error.__traceback__
   while last.tb_next:
     last = last.tb_next
-  frame = last.tb_frame
+  frame = last.tb_frame  # jax and numpy's C code leave no frame: then this one is at a call
   package = frame.f_globals.get("__name__", "").partition(".")[0]
   raised_here = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
   return package in _OUR_PACKAGES and raised_here

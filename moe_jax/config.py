@@ -81,11 +81,13 @@ class Pipeline:
   micro_batches: int = 1
   chunks: int = 1  # pieces of consecutive layers on each stage
   save: str = "inputs"
+  gradient_dtype: str = "float32"  # of the sums over micro-batches
 
   def __post_init__(self):
     _positive(self, "pipeline", "micro_batches", "chunks")
     _one_of(self, "pipeline", "schedule", SCHEDULES)
     _one_of(self, "pipeline", "save", SAVE)
+    _one_of(self, "pipeline", "gradient_dtype", DTYPES)
     if self.schedule != "interleaved" and self.chunks != 1:
       raise ValueError(
         f"pipeline.chunks={self.chunks} needs pipeline.schedule=interleaved,"
@@ -99,7 +101,7 @@ class Moe:
 
   dispatch: str = "capacity"
   exchange: str = "hierarchical"
-  capacity_factor: float = 1.25  # rows per source rank and expert, over the even share
+  capacity_factor: float = 1.25  # rows sent to an expert (dropless: to a rank), over the even share
   spill: bool = False  # overflow goes to the token's next-ranked expert with room
   load_balance_weight: float = 0.01
   router_z_weight: float = 0.001
@@ -108,6 +110,11 @@ class Moe:
     _one_of(self, "moe", "dispatch", DISPATCH)
     _one_of(self, "moe", "exchange", EXCHANGE)
     _positive(self, "moe", "capacity_factor")
+    if self.spill and self.dispatch != "capacity":
+      raise ValueError(
+        f"moe.spill=True needs moe.dispatch=capacity, got {self.dispatch}, which lets nothing"
+        " overflow; choose spill=False or dispatch=capacity"
+      )
     _not_negative(self, "moe", "load_balance_weight", "router_z_weight")
 
 
@@ -260,7 +267,9 @@ def check_field(name: str) -> None:
 
 def _section(section: str, cls: type, mapping: Mapping):
   if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
-    raise ValueError(f"{section} is a {type(mapping).__name__}; expected a mapping of its fields")
+    raise ValueError(
+      f"{section}={mapping!r} is of type {type(mapping).__name__}; expected a mapping of its fields"
+    )
   values = {}
   for name, value in mapping.items():
     check_field(f"{section}.{name}")

@@ -1,17 +1,39 @@
-"""Dispatch with a fixed number of rows per source device and expert; what does not fit is dropped.
+"""Dispatch with a fixed number of rows per source device and expert; what does not fit is spilled,
+by option, or dropped.
 
 Shapes are static and even, so one batched matmul serves all experts. Priority goes by router
-weight,
-not by position in the text: what is dropped is what matters least.
+weight, not by position in the text: what is dropped is what matters least.
+
+A spilled assignment goes to the best-ranked expert that its token did not choose and that has room
+left by the choices; among those that ask an expert at the same rank, the heaviest come first. It
+keeps the weight of the choice that it replaces: a token's weights still sum to 1, and the router
+learns from what the choice brought, not from an expert that it did not choose.
+
+Local letter: A assignments, T x K.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch import Plan
+from moe_jax.moe import plan as plans
+from moe_jax.moe import rows
+from moe_jax.moe.experts import Weights, swiglu
+from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
+from moe_jax.pipeline.saving import residual
+
+
+class _Served(NamedTuple):
+  """Who serves what: expert_TK, E where nobody; rank_TK, place among that expert's rows; and
+  rows_E, how many it has.
+  """
+
+  expert_TK: jax.Array
+  rank_TK: jax.Array
+  rows_E: jax.Array
 
 
 def rows_per_expert(
@@ -30,33 +52,143 @@ def rows_per_expert(
   return min(num_tokens, max(1, math.ceil(capacity_factor * even_share)))
 
 
-def plan(routing: Routing, num_experts: int, num_rows: int) -> Plan:
-  """Returns the plan that gives each expert its `num_rows` heaviest assignments.
+def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+  """Returns the plan that gives each expert its heaviest assignments.
 
   Args:
     routing: of this device's T tokens.
-    num_rows: C, rows of each expert's share. Rows are ordered by expert, then by falling weight.
+    logits_tE: by which the experts that a token did not choose are ranked.
   """
-  num_assignments = routing.experts_TK.size
+  num_rows = _rows_per_expert(setting)
+  chosen = _choices(routing, setting.num_experts, num_rows)
+  served = _OVERFLOW[setting.spill](chosen, routing, logits_tE, num_rows)
+  return plans.make(
+    setting,
+    served.expert_TK,
+    (served.expert_TK < setting.num_experts) & (served.expert_TK != routing.experts_TK),
+    setting.num_experts * num_rows,
+    1,
+    _layout(served, num_rows),
+  )
+
+
+def most_rounds(setting: Setting) -> int:
+  """Returns 1: what has no room does not travel."""
+  del setting
+  return 1
+
+
+def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int) -> jax.Array:
+  """Returns `rows_eRD`, all devices' rows for each expert of this device.
+
+  Communication: the exchange's.
+  """
+  del round_id
+  rows_RD = rows.tokens_to_rows(x_tD, plan.places)
+  return setting.exchange.to_experts(
+    rows_RD.reshape(setting.num_experts, _rows_per_expert(setting), -1)
+  )
+
+
+def compute(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
+  """Returns this tensor rank's partial sums `rows_eRD`."""
+  return swiglu(weights, rows_eRD)
+
+
+def back(
+  setting: Setting,
+  rows_eRD: jax.Array,
+  weights_TK: jax.Array,
+  plan: Plan,
+  round_id: jax.Array | int,
+) -> jax.Array:
+  """Returns `y_tD`, the weighted sum of the rows of each token.
+
+  Communication: the exchange's.
+  """
+  del round_id
+  rows_ECD = residual(setting.exchange.to_tokens(rows_eRD))
+  return rows.rows_to_tokens(rows_ECD.reshape(-1, rows_ECD.shape[-1]), weights_TK, plan.places)
+
+
+def _rows_per_expert(setting):
+  return rows_per_expert(
+    setting.num_tokens, setting.num_choices, setting.num_experts, setting.capacity_factor
+  )
+
+
+def _choices(routing: Routing, num_experts: int, num_rows: int) -> _Served:
+  """Returns the heaviest assignments of each expert, ranked by falling weight."""
   expert_A = routing.experts_TK.reshape(-1)
-  assignment_A = jnp.arange(num_assignments, dtype=jnp.int32)
-  sorted_expert_A, _, order_A = jax.lax.sort(
-    (expert_A, -routing.weights_TK.reshape(-1), assignment_A), num_keys=2
-  )
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
+  rank_A = _rank_among_equals(expert_A, routing.weights_TK.reshape(-1), assigned_E)
+  rank_TK = rank_A.reshape(routing.experts_TK.shape)
+  expert_TK = jnp.where(rank_TK < num_rows, routing.experts_TK, num_experts)
+  return _Served(expert_TK, rank_TK, jnp.minimum(assigned_E, num_rows))
+
+
+def _rank_among_equals(expert_A, weight_A, assigned_E):
+  """Returns each entry's place, from the heaviest, among those of its expert; E is no expert."""
+  number_A = jnp.arange(expert_A.size, dtype=jnp.int32)
+  sorted_expert_A, _, order_A = jax.lax.sort((expert_A, -weight_A, number_A), num_keys=2)
   first_E = jnp.cumsum(assigned_E, dtype=jnp.int32) - assigned_E
+  rank_A = number_A - first_E[jnp.minimum(sorted_expert_A, first_E.size - 1)]
+  # Sorting by the entry's number undoes the first sort; a scatter would run row by row on CPU.
+  return jax.lax.sort((order_A, rank_A), num_keys=1)[1]
 
-  place_EC = first_E[:, None] + jnp.arange(num_rows, dtype=jnp.int32)[None, :]
-  kept_E = jnp.minimum(assigned_E, num_rows)
-  filled_EC = jnp.arange(num_rows, dtype=jnp.int32)[None, :] < kept_E[:, None]
-  assignment_EC = jnp.where(
-    filled_EC, order_A[jnp.minimum(place_EC, num_assignments - 1)], num_assignments
-  )
 
-  rank_A = assignment_A - first_E[sorted_expert_A]
-  sorted_row_A = jnp.where(
-    rank_A < num_rows, sorted_expert_A * num_rows + rank_A, num_experts * num_rows
+def _drop(chosen: _Served, routing, logits_tE, num_rows) -> _Served:
+  """Returns the choices as they are."""
+  del routing, logits_tE, num_rows
+  return chosen
+
+
+def _spill(chosen: _Served, routing: Routing, logits_tE: jax.Array, num_rows: int) -> _Served:
+  """Returns the choices, and what they left out served by lower-ranked experts that have room.
+
+  Each step asks one rank further down, for the heaviest assignment of each token that is still
+  without an expert: where that one finds no room, a lighter one of the same token would not either.
+  """
+  num_tokens, num_choices = routing.experts_TK.shape
+  num_experts = logits_tE.shape[1]
+  _, ranking_tE = jax.lax.top_k(logits_tE, num_experts)
+  token_T = jnp.arange(num_tokens, dtype=jnp.int32)
+
+  def ask(served: _Served, expert_T):
+    waits_TK = served.expert_TK == num_experts
+    weight_TK = jnp.where(waits_TK, routing.weights_TK, -1.0)
+    choice_T = weight_TK.argmax(1).astype(jnp.int32)
+    expert_T = jnp.where(waits_TK.any(1), expert_T, num_experts)
+    asked_E = assignments_per_expert(expert_T[:, None], num_experts)
+    rank_T = _rank_among_equals(expert_T, weight_TK[token_T, choice_T], asked_E)
+    rank_T += served.rows_E[jnp.minimum(expert_T, num_experts - 1)]
+    is_served_TK = ((expert_T < num_experts) & (rank_T < num_rows))[:, None] & (
+      choice_T[:, None] == jnp.arange(num_choices, dtype=jnp.int32)[None, :]
+    )
+    return _Served(
+      jnp.where(is_served_TK, expert_T[:, None], served.expert_TK),
+      jnp.where(is_served_TK, rank_T[:, None], served.rank_TK),
+      jnp.minimum(served.rows_E + asked_E, num_rows),
+    ), None
+
+  lower_ranks = ranking_tE[:, num_choices:].T.astype(jnp.int32)
+  return jax.lax.scan(ask, chosen, lower_ranks)[0]
+
+
+_OVERFLOW = {False: _drop, True: _spill}
+
+
+def _layout(served: _Served, num_rows: int) -> rows.Layout:
+  """Returns the layout in which expert's rows follow each other, each expert's by rank."""
+  num_experts, num_assignments = served.rows_E.size, served.expert_TK.size
+  # An assignment that nobody serves has expert E, so whatever its rank it lies past the last row.
+  row_TK = jnp.minimum(served.expert_TK * num_rows + served.rank_TK, num_experts * num_rows)
+  _, order_A = jax.lax.sort(
+    (row_TK.reshape(-1), jnp.arange(num_assignments, dtype=jnp.int32)), num_keys=1
   )
-  # Sorting by the assignment number undoes the first sort; a scatter would run row by row on CPU.
-  _, row_A = jax.lax.sort((order_A, sorted_row_A), num_keys=1)
-  return Plan(row_A.reshape(routing.experts_TK.shape), assignment_EC.reshape(-1), kept_E)
+  first_E = jnp.cumsum(served.rows_E, dtype=jnp.int32) - served.rows_E
+  rank_C = jnp.arange(num_rows, dtype=jnp.int32)
+  place_EC = jnp.minimum(first_E[:, None] + rank_C[None, :], num_assignments - 1)
+  filled_EC = rank_C[None, :] < served.rows_E[:, None]
+  assignment_EC = jnp.where(filled_EC, order_A[place_EC], num_assignments)
+  return rows.Layout(row_TK, assignment_EC.reshape(-1))

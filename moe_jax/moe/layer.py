@@ -1,9 +1,10 @@
 """The Mixture-of-Experts layer as three phases: dispatch, experts, combine.
 
-Holds the layer's parameters and composes router, plan, exchange and experts. Knows this device's
-tokens; must not know attention, layers before or after, or the pipeline.
+Holds the layer's parameters and composes router, dispatch and experts. Knows this device's tokens;
+must not know how a dispatch works, attention, layers before or after, or the pipeline.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.moe import capacity, dispatch, router
+from moe_jax.moe import plan as plans
+from moe_jax.moe import rounds, router
+from moe_jax.moe.dispatch import DISPATCH, Dispatch
 from moe_jax.moe.exchange import EXCHANGE
-from moe_jax.moe.experts import swiglu
+from moe_jax.moe.experts import Weights
+from moe_jax.moe.plan import Plan
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.parameters import parameter
 from moe_jax.pipeline.saving import residual
@@ -44,12 +48,13 @@ class Report(NamedTuple):
 
   Attributes:
     assigned_E: this device's assignments per expert before any drop, int32.
-    counts: sent, kept, dropped, padded of this device, int32.
+    counts: of this device, but for `rounds`: those the first device alone counts, so that the sum
+      over devices is their number.
     losses: this device's share of each auxiliary loss, unweighted, float32.
   """
 
   assigned_E: jax.Array
-  counts: dispatch.Counts
+  counts: plans.Counts
   losses: router.Losses
 
 
@@ -58,30 +63,63 @@ def moe(
 ) -> tuple[jax.Array, jax.Array, Report]:
   """Returns `y_tD`, this device's share of the weighted auxiliary loss, and the report.
 
-  Communication: all-reduce of E integers over `expert` and `tensor`, and the exchange's, both ways.
+  Communication: all-reduce of E integers over `expert` and `tensor`, and the dispatch's, both ways.
   """
-  num_experts = kernel.kernel.shape[1]
-  exchange = EXCHANGE[moe_config.exchange]
   with jax.named_scope("dispatch"):
     routing, logits_tE = router.route(kernel.kernel[...], x_tD, num_choices)
-    assigned_E = router.assignments_per_expert(routing.experts_TK, num_experts)
+    assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
     losses = router.auxiliary_losses(
       logits_tE, jax.lax.psum(assigned_E, (EXPERT, TENSOR)), num_choices
     )
-    num_rows = capacity.rows_per_expert(
-      x_tD.shape[0], num_choices, num_experts, moe_config.capacity_factor
-    )
-    plan = capacity.plan(jax.lax.stop_gradient(routing), num_experts, num_rows)
-    rows_RD = dispatch.tokens_to_rows(x_tD, plan)
-    rows_eRD = residual(exchange.to_experts(rows_RD.reshape(num_experts, num_rows, -1)))
-  with jax.named_scope("experts"):
-    rows_eRD = swiglu(experts.gate[...], experts.up[...], experts.down[...], rows_eRD)
-  with jax.named_scope("combine"):
-    rows_ECD = residual(exchange.to_tokens(rows_eRD))
-    y_tD = dispatch.rows_to_tokens(rows_ECD.reshape(rows_RD.shape), routing.weights_TK, plan)
+  weights = Weights(experts.gate[...], experts.up[...], experts.down[...])
+  y_tD, plan = serve(weights, moe_config, routing, logits_tE, x_tD)
   auxiliary_loss = (
     moe_config.load_balance_weight * losses.load_balance
     + moe_config.router_z_weight * losses.router_z
   )
-  report = Report(assigned_E, dispatch.count(plan), jax.tree.map(jax.lax.stop_gradient, losses))
+  is_first = jax.lax.axis_index((EXPERT, TENSOR)) == 0
+  counts = plan.counts._replace(rounds=jnp.where(is_first, plan.counts.rounds, 0))
+  report = Report(assigned_E, counts, jax.tree.map(jax.lax.stop_gradient, losses))
   return y_tD, auxiliary_loss.astype(jnp.float32), report
+
+
+def serve(
+  weights: Weights,
+  moe_config: config.Moe,
+  routing: router.Routing,
+  logits_tE: jax.Array,
+  x_tD: jax.Array,
+) -> tuple[jax.Array, Plan]:
+  """Returns `y_tD`, what the experts make of tokens that are routed already, and the plan.
+
+  Args:
+    weights: of this device's experts.
+    routing: differentiated by its weights.
+    logits_tE: by which experts that were not chosen are ranked; not differentiated.
+
+  Communication: the dispatch's, both ways, in each round.
+  """
+  entry = DISPATCH[moe_config.dispatch]
+  setting = plans.Setting(
+    *routing.experts_TK.shape,
+    logits_tE.shape[1],
+    moe_config.capacity_factor,
+    moe_config.spill,
+    EXCHANGE[moe_config.exchange],
+  )
+  with jax.named_scope("dispatch"):
+    plan = entry.plan(setting, *jax.lax.stop_gradient((routing, logits_tE)))
+    plan = jax.tree.map(residual, plan)
+  one_round = functools.partial(_one_round, entry, setting)
+  given = (x_tD, routing.weights_TK, weights)
+  return rounds.run(one_round, given, plan, entry.most_rounds(setting)), plan
+
+
+def _one_round(entry: Dispatch, setting: plans.Setting, given, plan: Plan, round_id):
+  x_tD, weights_TK, weights = given
+  with jax.named_scope("dispatch"):
+    arrived = jax.tree.map(residual, entry.send(setting, x_tD, plan, round_id))
+  with jax.named_scope("experts"):
+    rows = entry.compute(weights, arrived)
+  with jax.named_scope("combine"):
+    return entry.back(setting, rows, weights_TK, plan, round_id)

@@ -84,7 +84,7 @@ class _Row(NamedTuple):
   cotangent_arrival_slot: jax.Array
   backward_micro: jax.Array
   backward_chunk: jax.Array
-  backward_slot: jax.Array
+  next_backward_slot: jax.Array
   backward_inbox_slot: jax.Array
 
 
@@ -103,6 +103,7 @@ class _State(NamedTuple):
   inbox: Tree  # [inbox slots, ...] activations that wait for a forward unit or the head
   cotangent_inbox: Tree  # [cotangent slots, ...]
   stash: Tree  # [stash slots, layers per chunk, ...] what the layers saved
+  saved: Tree  # [layers per chunk, ...] what the next backward unit reads, taken from the stash
   sums: _Sums
   auxiliary_loss: jax.Array
   reports: Tree
@@ -161,6 +162,9 @@ class _Executor:
     for start, stop in self._segments():
       piece = slice(start, stop)
       self.units = {kind: _presence(at_Q[piece]) for kind, at_Q in self._units().items()}
+      if self.units["backward"] != "never":
+        slot = jnp.asarray(self.table.backward_slot_QZ[start])[self.stage]
+        state = state._replace(saved=_at(state.stash, jnp.maximum(slot, 0)))
       body = lambda state, row: (self._tick(state, row), None)
       state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], rows))
     loss, outputs, g_shared = state.sums
@@ -210,7 +214,7 @@ class _Executor:
       cotangent_arrival_slot=this_stage(cotangent_QZ),
       backward_micro=this_stage(table.backward_micro_QZ),
       backward_chunk=this_stage(table.backward_chunk_QZ),
-      backward_slot=this_stage(table.backward_slot_QZ),
+      next_backward_slot=this_stage(np.roll(table.backward_slot_QZ, -1, axis=0)),
       backward_inbox_slot=this_stage(table.backward_inbox_slot_QZ),
     )
 
@@ -231,6 +235,7 @@ class _Executor:
       stash=zeros(stacked(self.layer.saved, table.peak_in_flight, self.num_layers))
       if backward
       else None,
+      saved=zeros(stacked(self.layer.saved, self.num_layers)) if backward else None,
       sums=_Sums(
         loss=scalar(jnp.float32),
         outputs=zeros(stacked(self.output, table.num_micro_batches)),
@@ -261,6 +266,11 @@ class _Executor:
     if self.units["forward"] != "never":
       _, x = self._branch("embed", self._embed, row.embed_micro, None, None)
       state = self._forward(state, row, x)
+    if self.units["backward"] != "never":
+      # Taken after the forward unit has written, not where it is used: XLA does not order a read
+      # of this tick's stash before that write, and would copy the whole stash in every tick.
+      slot = jnp.maximum(row.next_backward_slot, 0)
+      state = state._replace(saved=_at(state.stash, slot))
     return state._replace(ticks=state.ticks + 1)
 
   def _branch(self, kind: str, unit: Callable, micro, sums: _Sums | None, x):
@@ -305,14 +315,13 @@ class _Executor:
     gy = jax.tree.map(lambda leaf: jnp.where(runs, leaf, jnp.zeros((), leaf.dtype)), gy)
     g_auxiliary = collectives.varying(runs.astype(jnp.float32))
     first = jnp.maximum(row.backward_chunk, 0) * self.num_layers
-    slot = jnp.maximum(row.backward_slot, 0)
     # With one micro-batch and one stage there is nothing to add to, and no idle cell.
     once = self.table.num_micro_batches == self.table.num_stages == 1
     accumulate = lambda total, i, g: total.at[i].set(g) if once else total.at[i].add(g)
 
     def layer(carry, l):
       gy, g_layers, g_shared = carry
-      saved = [leaf[slot, l] for leaf in state.stash]
+      saved = _at(state.saved, l)
       g_weights, g_shared_here, gx = self.layer.backward(
         _at(self.layers, first + l), self.shared, inputs, saved, gy, g_auxiliary
       )

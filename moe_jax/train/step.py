@@ -23,7 +23,7 @@ from moe_jax.parallel import collectives, sharding
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
-from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.table import Table, check
 from moe_jax.train.state import State
 
 
@@ -45,11 +45,21 @@ class Losses(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """What a training step reports besides its losses."""
+  """What a training step reports.
+
+  Attributes:
+    losses: of the parameters that it began with.
+    gradient_norm: before clipping, float32.
+    is_finite: whether loss and gradient are, and so whether the parameters changed.
+    skipped_steps: as in the State that it leaves.
+    skipped_in_a_row: likewise.
+  """
 
   losses: Losses
   gradient_norm: jax.Array
   is_finite: jax.Array
+  skipped_steps: jax.Array
+  skipped_in_a_row: jax.Array
 
 
 def inputs_spec() -> Inputs:
@@ -58,9 +68,13 @@ def inputs_spec() -> Inputs:
 
 
 def table(settings: config.Config) -> Table:
-  """Returns the schedule of the deployment."""
+  """Returns the schedule of the deployment, proved legal."""
   pipeline = settings.pipeline
-  return SCHEDULES[pipeline.schedule](settings.mesh.stage, pipeline.micro_batches, pipeline.chunks)
+  schedule = SCHEDULES[pipeline.schedule](
+    settings.mesh.stage, pipeline.micro_batches, pipeline.chunks
+  )
+  check(schedule)
+  return schedule
 
 
 def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
@@ -80,7 +94,10 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
-    result = executor.run(functions, schedule, layers, shared, inputs, save=settings.pipeline.save)
+    result = executor.run(
+      functions, schedule, layers, shared, inputs,
+      save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
+    )  # fmt: skip
     gradients = jax.tree.map(
       functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes
     )
@@ -117,7 +134,7 @@ def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTra
 
   def step(state: State, inputs: Inputs) -> tuple[State, Metrics]:
     losses, gradients = gradients_of(to_compute(state.parameters), normalised(inputs))
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
       updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -131,7 +148,8 @@ def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTra
         skipped_steps=state.skipped_steps + skipped,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
       )
-    return state, Metrics(losses, norm, is_finite)
+    skips = (state.skipped_steps, state.skipped_in_a_row)
+    return state, Metrics(losses, norm, is_finite, *skips)
 
   return step
 
@@ -185,4 +203,5 @@ def _reduce(mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruc
   if dimension is not None:
     gradient = collectives.reduce_scatter(gradient, EXPERT, dimension)
     axes = tuple(name for name in axes if name != EXPERT)
-  return jax.lax.psum(gradient, axes) if axes else gradient
+  gradient = jax.lax.psum(gradient, axes) if axes else gradient
+  return gradient.astype(jnp.float32)

@@ -43,9 +43,8 @@ def test_it_builds_and_its_first_line_runs_it(name):
   words = shlex.split(
     ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())).split("\n")[0]
   )
-  assert "launch.train" in words
+  assert words[words.index("-m") + 1].startswith("launch.")
   assert f"--config=configs/{name}.py" in words
-  assert f"--workdir=runs/{name}" in words
 
 
 @pytest.mark.parametrize("name", ["laptop", "tiny"])

@@ -26,6 +26,7 @@ from launch.flags import run
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "how often", lower_bound=1)
 _RATE = flags.DEFINE_float("rate", 1.0, "requests per second")
+flags.register_validator("rate", lambda rate: rate > 0, "must be above 0")
 _MODE = flags.DEFINE_enum("mode", "fast", ["fast", "slow"], "how")
 _LOUD = flags.DEFINE_boolean("loud", False, "whether to shout")
 
@@ -124,6 +125,7 @@ def test_the_config_arrives_frozen_and_overridden(launch):
     (["--repeats=many"], ["--repeats=many", "expected a positive integer"]),
     (["--repeats=0"], ["--repeats=0", "expected a positive integer"]),
     (["--rate=fast"], ["--rate=fast", "expected a number"]),
+    (["--rate=-1"], ["error: --rate=-1.0: must be above 0"]),
     (["--mode=fsat"], ["--mode=fsat", "fast, slow", "did you mean fast?"]),
     (["--loud=maybe"], ["--loud=maybe", "expected true or false"]),
     (["--noloud=3"], ["--noloud=3", "does not take an argument"]),
@@ -131,8 +133,12 @@ def test_the_config_arrives_frozen_and_overridden(launch):
     (["train"], ["train does not belong to a flag", "--name=value"]),
     (["config.train.steps=3"], ["did you mean --config.train.steps=3?"]),
     (["--", "--repeats=4"], ["--repeats=4", "does not belong to a flag"]),
+    (["--", "--config=x.py"], ["--config=x.py does not belong to a flag"]),
+    (["--", "--config.zebra.x=3"], ["--config.zebra.x=3 does not belong to a flag"]),
     (["--flagfile=missing"], ["missing"]),
-    ([f"--config={TINY}"], ["--config is given twice"]),
+    (["--config=x.py"], ["--config is given twice", TINY, "x.py"]),
+    (["--config", "x.py"], ["--config is given twice", TINY, "x.py"]),
+    (["--config"], ["--config is given twice", TINY]),
   ],
 )
 def test_a_mistyped_command_line(launch, arguments, parts):
@@ -161,7 +167,7 @@ CONFIG_FILES = {
   "section": ("CONFIG({'trian': {}})", ["trian is not a config section", "did you mean train?"]),
   "field": ("CONFIG({'train': {'stepz': 3}})", ["train.stepz", "did you mean train.steps?"]),
   "type": ("CONFIG({'train': {'steps': '3'}})", ["train.steps='3'", "expected int"]),
-  "scalar": ("CONFIG({'train': 3})", ["train is a int", "expected a mapping"]),
+  "scalar": ("CONFIG({'train': 3})", ["train=3 is of type int", "expected a mapping"]),
   "placeholder": (
     "CONFIG({'train': {'steps': PLACEHOLDER}})",
     ["train.steps=None", "expected int"],
@@ -251,6 +257,10 @@ def test_a_default_config_can_be_overridden(launch):
     ("raise NotImplementedError('needs a GPU')", "error: needs a GPU"),
     ("open('no/such/file')", "error: no/such/file: No such file or directory"),
     ("from moe_jax import config; config.Model(layers=0)", "error: model.layers=0"),
+    (
+      "import jax; from moe_jax import config; jax.jit(lambda x: config.Model(layers=0))(1)",
+      "error: model.layers=0",
+    ),
   ],
 )
 def test_bad_input_found_by_the_program_takes_one_line(launch, statement, part):

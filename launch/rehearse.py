@@ -1,0 +1,67 @@
+"""Compiles a deployment for a pod that is not there, and says what it would do.
+
+  python -m launch.rehearse --config=configs/pod64.py --pod=h100:16x4 --json=report.json
+
+Needs no GPU: XLA's GPU compiler alone, two wheels that a first run names. Memory is XLA's; times
+are a model's, of the compiled schedule (moe_jax/rehearse).
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from launch import environment
+from launch.flags import run
+
+_POD = flags.DEFINE_string(
+  "pod", None, "CHIP:HOSTSxGPUS, such as h100:16x4; chips are a100, h100, h200, b200", required=True
+)
+_STEP = flags.DEFINE_enum("step", "train", ["train"], "What to compile.")
+_JSON = flags.DEFINE_string("json", None, "Also write the report here.")
+_PICTURE = flags.DEFINE_string(
+  "picture",
+  None,
+  "Also draw a steady tick here, as an .html file and a Perfetto .trace.json beside it.",
+)
+_DOES_NOT_FIT = 1
+
+
+def main(config) -> int:
+  environment.described_devices()
+  # jax takes seconds to import, which a mistyped flag need not wait for.
+  from moe_jax.rehearse import memory, picture, pod, report, text
+
+  start = time.perf_counter()
+  progress = lambda what: print(f"[{time.perf_counter() - start:5.1f} s] {what}", file=sys.stderr)
+  steps = {"train": report.train}
+  found, events = steps[_STEP.value](config, pod.describe(_POD.value), progress)
+  progress("done")
+  print(text.render(found))
+  if _JSON.value:
+    _write(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
+  if _PICTURE.value:
+    path = pathlib.Path(_PICTURE.value)
+    title = f"A steady tick of {found['pod']['name']}: {found['binding']}"
+    _write(path, picture.page(events, title))
+    _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(events)))
+  if not found["fits"]:
+    total, capacity = found["memory_bytes"]["total"], found["pod"]["memory_bytes"]
+    advice = memory.advice(found["memory_bytes"], config)
+    print(
+      f"the program needs {total / 1e9:.1f} GB, the GPU has {capacity / 1e9:.0f} GB; {advice}",
+      file=sys.stderr,
+    )
+    return _DOES_NOT_FIT
+  return 0
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,61 @@
+"""What SIGTERM and Ctrl-C mean to a run: finish the step, save, end; a second Ctrl-C ends at once.
+
+A thread hears them, for Python runs its own handlers only between two bytecodes of the main thread,
+which may wait for a device, or a compiler, for a long time. Must not know what a run saves.
+"""
+
+import os
+import signal
+import socket
+import threading
+
+from launch.flags import INTERRUPTED
+
+_HEARD = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopping:
+  """As a context, hears SIGTERM and SIGINT in place of what they did before.
+
+  Attributes:
+    exit_code: of a process that was stopped: 0 after SIGTERM, as job schedulers expect, 130 after
+      Ctrl-C, as shells do.
+  """
+
+  exit_code = 0
+
+  def __init__(self):
+    self._asked = threading.Event()
+    self._read, self._write = socket.socketpair()
+    self._write.setblocking(False)
+
+  def is_asked(self) -> bool:
+    """Returns whether a signal has come."""
+    return self._asked.is_set()
+
+  def __enter__(self):
+    # A handler that does nothing: without one, the signal would not reach the wakeup socket.
+    self._before = {number: signal.signal(number, lambda *_: None) for number in _HEARD}
+    self._wakeup_before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._hear, name="signals", daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    signal.set_wakeup_fd(self._wakeup_before)
+    for number, handler in self._before.items():
+      # None stands for a handler that was not set from Python, which cannot be set again.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    self._write.close()
+    self._thread.join()
+    self._read.close()
+
+  def _hear(self):
+    while byte := self._read.recv(1):
+      number = byte[0]
+      if number == signal.SIGINT and self._asked.is_set():
+        os._exit(INTERRUPTED)
+      if number in _HEARD:
+        if number == signal.SIGINT:
+          self.exit_code = INTERRUPTED
+        self._asked.set()

@@ -1,0 +1,69 @@
+"""Trains what a config file describes, or goes on with the run that lies in --workdir.
+
+  python -m launch.train --config=configs/laptop.py --virtual_devices=8 --workdir=runs/laptop
+
+SIGTERM or Ctrl-C finishes the step and saves; the same command goes on from there. Exit codes: 0
+finished, or saved after SIGTERM; 130 saved after Ctrl-C; 1 too many steps were not finite; 2 bad
+input.
+"""
+
+import pathlib
+import sys
+
+from absl import flags, logging
+
+from launch import distributed, stopping
+from launch.flags import run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps", None, "steps to trace, start:stop such as 10:13, counted from 0"
+)
+_DIVERGED = 1
+_TEMPERATURE = 0.8
+
+
+def main(config) -> int:
+  # orbax logs the traceback of every error that it raises; the error's one line is enough.
+  logging.set_verbosity(logging.FATAL)
+  distributed.start()  # first, for jax.distributed takes SIGTERM for itself
+  with stopping.Stopping() as signals:
+    # Here and not above: a mistyped flag is answered before jax is imported.
+    from moe_jax.observe import profile
+    from moe_jax.train import log, loop
+
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+      raise ValueError(f"--workdir={workdir} is a file; name a folder")
+    steps = profile.parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else None
+    try:
+      outcome = loop.train(config, workdir, stop=signals.is_asked, profile_steps=steps)
+    except log.Diverged as error:
+      print(error, file=sys.stderr)
+      return _DIVERGED
+  if not outcome.is_finished:
+    return signals.exit_code
+  if config.train.sequence > 1:  # one token to go on from, one to go on with
+    _sample(config, outcome, workdir)
+  return 0
+
+
+def _sample(config, outcome, workdir: pathlib.Path) -> None:
+  import jax
+
+  from moe_jax.serve.generate import Generator
+
+  dataset = outcome.dataset
+  prompt = dataset.eval_batch(0)["tokens"][0, : max(1, config.train.sequence // 4)]
+  rows = Generator(config, outcome.mesh)(
+    outcome.state.parameters, prompt, temperature=_TEMPERATURE, seed=config.train.seed
+  )
+  if jax.process_index() > 0:
+    return
+  before, after = dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(rows[0, len(prompt) :])
+  (workdir / "sample.txt").write_text(before + after, encoding="utf-8")
+  print(f"sample: {len(prompt)} held-out tokens\n{before}\nand how the model goes on\n{after}")
+
+
+if __name__ == "__main__":
+  run(main, devices=True)

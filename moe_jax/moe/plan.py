@@ -1,0 +1,103 @@
+"""What every dispatch says of a micro-batch before anything travels: which expert serves which
+assignment, and the counts of what became of them.
+
+Knows tokens and experts by number; must not know rows, devices or how a plan is made.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.moe.exchange import Exchange
+
+
+class Setting(NamedTuple):
+  """What a dispatch knows when the program is compiled.
+
+  Attributes:
+    num_tokens: of this device.
+    num_choices: experts that the router chooses for each token.
+    num_experts: of the layer.
+    capacity_factor: rows sent, over the even share.
+    spill: an assignment that its expert has no room for goes to the token's next-ranked one.
+    exchange: how rows travel, an entry of `exchange.EXCHANGE`.
+  """
+
+  num_tokens: int
+  num_choices: int
+  num_experts: int
+  capacity_factor: float
+  spill: bool
+  exchange: Exchange
+
+  @property
+  def num_assignments(self) -> int:
+    return self.num_tokens * self.num_choices
+
+
+class Counts(NamedTuple):
+  """What became of this device's assignments, int32; sent = kept + spilled + dropped.
+
+  Attributes:
+    sent: assignments that the router made.
+    kept: served by the expert that the router chose.
+    spilled: served by another expert of lower rank.
+    dropped: served by none.
+    padded: rows sent that hold no assignment.
+    rounds: exchanges there and back.
+  """
+
+  sent: jax.Array
+  kept: jax.Array
+  spilled: jax.Array
+  dropped: jax.Array
+  padded: jax.Array
+  rounds: jax.Array
+
+
+class Plan(NamedTuple):
+  """The way of each of this device's T x K assignments, integers all.
+
+  Attributes:
+    expert_TK: the expert that serves the assignment; E, the number of experts, where none does.
+    counts: of this device.
+    num_rounds: how often rows are exchanged, the same on every device of `expert` and `tensor`.
+    places: where the rows lie; read by the dispatch that made the plan and by nobody else.
+  """
+
+  expert_TK: jax.Array
+  counts: Counts
+  num_rounds: jax.Array
+  places: Any
+
+
+def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, places) -> Plan:
+  """Returns the plan with its counts.
+
+  Args:
+    expert_TK: the expert that serves each assignment, E where none does.
+    is_spilled_TK: where that is not the one that the router chose.
+    num_rows: rows sent in each round, empty ones included.
+    num_rounds: an int32 scalar.
+    places: the dispatch's own.
+  """
+  served = jnp.sum(expert_TK < setting.num_experts, dtype=jnp.int32)
+  spilled = jnp.sum(is_spilled_TK, dtype=jnp.int32)
+  sent = jnp.asarray(setting.num_assignments, jnp.int32)
+  num_rounds = jnp.asarray(num_rounds, jnp.int32)
+  counts = Counts(
+    sent=sent,
+    kept=served - spilled,
+    spilled=spilled,
+    dropped=sent - served,
+    padded=num_rounds * num_rows - served,
+    rounds=num_rounds,
+  )
+  return Plan(expert_TK, counts, num_rounds, places)
+
+
+def no_gradient(tree):
+  """Returns the cotangent of a tree of integers."""
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

@@ -1,0 +1,109 @@
+"""What chips and their links can do, by the vendors' tables.
+
+Peaks are without sparsity; link rates are in one direction, half of what NVLink is advertised with.
+What a program reaches of them is somebody else's to say, but for the hardware that the reference
+plan assumes, which comes with its own fractions. Knows numbers; must not know jax, models, meshes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One GPU, and the links through which it reaches others.
+
+  Attributes:
+    name: as users type it.
+    peak_flops_per_s: dense matrix products, by dtype of the operands.
+    memory_bytes: of the chip's own memory, decimal as vendors count.
+    memory_bytes_per_s: to and from that memory.
+    inside_bytes_per_s: to the other chips of a host together, one direction.
+    between_bytes_per_s: to chips of other hosts together, one direction; the chip's own adapter.
+    source: where the figures stand.
+    inside_latency_s, between_latency_s: of one step of a collective algorithm.
+    compute_fraction, memory_fraction: how much of the two peaks may be counted on; 1 unless stated.
+  """
+
+  name: str
+  peak_flops_per_s: Mapping[str, float]
+  memory_bytes: float
+  memory_bytes_per_s: float
+  inside_bytes_per_s: float
+  between_bytes_per_s: float
+  source: str
+  # NCCL's own model, src/graph/tuning.cc, hwLat: a ring's step, protocol Simple, over NVLink and
+  # over the network.
+  inside_latency_s: float = 3.4e-6
+  between_latency_s: float = 14e-6
+  compute_fraction: float = 1.0
+  memory_fraction: float = 1.0
+
+  def flops_per_s(self, dtype: str) -> float:
+    """Returns the rate of matrix products that may be counted on.
+
+    Raises:
+      ValueError: no figure for `dtype`.
+    """
+    if dtype not in self.peak_flops_per_s:
+      known = ", ".join(self.peak_flops_per_s)
+      raise ValueError(f"chip {self.name} has no peak for dtype {dtype!r}; choose from {known}")
+    return self.compute_fraction * self.peak_flops_per_s[dtype]
+
+
+_A100 = Chip(
+  name="a100",
+  peak_flops_per_s={"bfloat16": 312e12, "float32": 19.5e12},
+  memory_bytes=80e9,
+  memory_bytes_per_s=2.039e12,
+  inside_bytes_per_s=300e9,  # third-generation NVLink, 600 GB/s both ways
+  between_bytes_per_s=25e9,  # DGX A100: a 200 Gb/s ConnectX-6 for each GPU
+  source="NVIDIA A100 Tensor Core GPU datasheet (A100 80GB SXM); NVIDIA DGX A100 datasheet",
+)
+
+_H100 = Chip(
+  name="h100",
+  peak_flops_per_s={"bfloat16": 989.4e12, "float32": 66.9e12},
+  memory_bytes=80e9,
+  memory_bytes_per_s=3.35e12,
+  inside_bytes_per_s=450e9,  # fourth-generation NVLink, 900 GB/s both ways
+  between_bytes_per_s=50e9,  # DGX H100: a 400 Gb/s ConnectX-7 for each GPU
+  source=(
+    "NVIDIA H100 Tensor Core GPU architecture whitepaper, table 2 (H100 SXM5); NVIDIA H100"
+    " datasheet (memory); NVIDIA DGX H100 datasheet (network)"
+  ),
+)
+
+# The compute die and links of H100 with other memory.
+_H200 = dataclasses.replace(
+  _H100,
+  name="h200",
+  memory_bytes=141e9,
+  memory_bytes_per_s=4.8e12,
+  source="NVIDIA H200 Tensor Core GPU datasheet (H200 SXM); NVIDIA DGX H200 datasheet (network)",
+)
+
+_B200 = Chip(
+  name="b200",
+  peak_flops_per_s={"bfloat16": 2.25e15, "float32": 80e12},
+  memory_bytes=180e9,  # DGX B200: 1,440 GB and 64 TB/s over 8 GPUs
+  memory_bytes_per_s=8e12,
+  inside_bytes_per_s=900e9,  # fifth-generation NVLink, 1.8 TB/s both ways
+  between_bytes_per_s=50e9,  # DGX B200: a 400 Gb/s ConnectX-7 for each GPU
+  source="NVIDIA Blackwell architecture technical brief (HGX B200); NVIDIA DGX B200 datasheet",
+)
+
+# The reference plan names compute and memory with the share that it counts on, and no links: those
+# of H100 are taken. Its dtype is a 16-bit one.
+_PLANNED = dataclasses.replace(
+  _H100,
+  name="planned",
+  peak_flops_per_s={"bfloat16": 400e12},
+  memory_bytes=64e9,
+  memory_bytes_per_s=1.8e12,
+  compute_fraction=0.6,
+  memory_fraction=0.8,
+  source="the reference plan: 400 TFLOP/s at 60%, 64 GB, 1.8 TB/s at 80%; links as h100",
+)
+
+CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (_A100, _H100, _H200, _B200, _PLANNED)}

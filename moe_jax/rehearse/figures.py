@@ -1,0 +1,171 @@
+"""From a simulated run to the figures of the report: communication, exposure, prediction.
+
+Knows runs, chips and the model's operations; must not know how figures are shown.
+"""
+
+import collections
+from collections.abc import Iterable
+
+from moe_jax import config
+from moe_jax.plan import cost
+from moe_jax.rehearse.exposure import Run, Simulator
+from moe_jax.rehearse.program import Collective, Compute
+from moe_jax.rehearse.timing import BETWEEN, INSIDE, flops_per_s, flops_seconds, memory_seconds
+
+# A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
+# CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
+_LAUNCH_S = 0.5e-6
+_HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+
+
+def collectives(simulator: Simulator, run: Run) -> list[dict]:
+  """Returns communication per kind, axis, phase, link and direction, the slowest first.
+
+  Bytes, seconds and hidden seconds are of one GPU and one step. `waited_for` names the first unit
+  of the schedule that had to wait; `instructions` the collectives in the HLO.
+  """
+  rows: dict[tuple, dict] = {}
+  for unit, times in _of_kind(run, Collective):
+    key = (unit.kind, unit.axis, unit.phase, simulator.link(unit), unit.is_backward)
+    row = rows.setdefault(
+      key,
+      {
+        **dict(zip(("kind", "axis", "phase", "link", "is_backward"), key, strict=True)),
+        **dict.fromkeys(("count", "bytes_per_gpu", "seconds", "hidden_seconds"), 0),
+        "instructions": [],
+        "waited_for": [],
+      },
+    )
+    row["count"] += times
+    row["bytes_per_gpu"] += times * unit.bytes_sent
+    row["seconds"] += times * simulator.seconds(unit)
+    row["hidden_seconds"] += run.hidden_s[unit]
+    row["instructions"].append(unit.name)
+    if unit.name in run.waited_for:
+      row["waited_for"].append(run.waited_for[unit.name])
+  return sorted(rows.values(), key=lambda row: -row["seconds"])
+
+
+def exposure(rows: list[dict], compute_s: float) -> dict:
+  """Returns how much communication is hidden, and how much could be at most.
+
+  Per link, what can be hidden is min(communication, computation): each link carries one collective
+  at a time, and all computation might run meanwhile. For an axis, likewise with its own share.
+
+  Args:
+    rows: of `collectives`.
+    compute_s: of all kernels.
+  """
+  seconds, hidden = _sum(rows, "seconds"), _sum(rows, "hidden_seconds")
+  by_link = {link: _sum(rows, "seconds", link=link) for link in (INSIDE, BETWEEN)}
+  hideable = sum(min(link_s, compute_s) for link_s in by_link.values())
+  found = {
+    "seconds": seconds,
+    "hidden_seconds": hidden,
+    "seconds_by_link": by_link,
+    "hidden_fraction": _ratio(hidden, seconds),
+    "hideable_fraction": _ratio(hideable, seconds),
+    "hidden_of_hideable": _ratio(hidden, hideable),
+  }
+  by_axis = collections.defaultdict(dict)
+  for axis in sorted({row["axis"] for row in rows}):
+    axis_s = _sum(rows, "seconds", axis=axis)
+    axis_hidden = _sum(rows, "hidden_seconds", axis=axis)
+    can = sum(min(_sum(rows, "seconds", axis=axis, link=link), compute_s) for link in by_link)
+    by_axis["hidden_fraction_by_axis"][axis] = _ratio(axis_hidden, axis_s)
+    by_axis["hideable_fraction_by_axis"][axis] = _ratio(can, axis_s)
+    by_axis["hidden_of_hideable_by_axis"][axis] = _ratio(axis_hidden, can)
+  return {**found, **by_axis}
+
+
+def prediction(
+  settings: config.Config, simulator: Simulator, run: Run, rows: list[dict], bubble: float | None
+) -> dict:
+  """Returns the step time, its roofline terms, and the limits in tokens/ms/GPU.
+
+  The step takes as long as the compiled schedule on the chip, or as the launching of its kernels,
+  which the host does meanwhile: the longer of the two. `launch_s` is what that takes at least.
+  """
+  train, chip, gpus = settings.train, simulator.chip, settings.mesh.num_devices
+  tokens = train.batch * train.sequence
+  kernels = list(_of_kind(run, Compute))
+  flops_s = sum(times * flops_seconds(unit, chip) for unit, times in kernels)
+  memory_s = sum(times * memory_seconds(unit, chip) for unit, times in kernels)
+  model_flops = cost.train_flops(settings.model, [train.sequence] * train.batch).total
+  num_kernels = sum(times for _, times in kernels)
+  launch_s = num_kernels * _LAUNCH_S
+  step_s = max(run.total_s, launch_s)
+  links = {link: _sum(rows, "seconds", link=link) for link in (INSIDE, BETWEEN)}
+  bytes_s = {
+    INSIDE: _sum(rows, "bytes_per_gpu", link=INSIDE) / chip.inside_bytes_per_s,
+    BETWEEN: _sum(rows, "bytes_per_gpu", link=BETWEEN) / chip.between_bytes_per_s,
+  }
+  rate = lambda seconds: _ratio(tokens / gpus / 1e3, seconds)
+  peak = flops_per_s(chip, _HLO_DTYPES[settings.model.dtype])
+  return {
+    "chip": chip.name,
+    "step_s": step_s,
+    "tokens_per_ms_per_gpu": rate(step_s),
+    "ttft_s": None,
+    "bubble_fraction": bubble,
+    "model_flop_utilisation": model_flops / gpus / step_s / peak,
+    "schedule_s": run.total_s,
+    "compute_s": run.compute_s,
+    "flops_s": flops_s,
+    "memory_s": memory_s,
+    "exposed_s": run.total_s - run.compute_s,
+    "kernels": num_kernels,
+    "launch_s": launch_s,
+    "seconds_by_link": links,
+    "compute_s_by_phase": _by_phase(simulator, kernels),
+    "limits_tokens_per_ms_per_gpu": {
+      "compute, model FLOPs": rate(model_flops / gpus / peak),
+      "compute, as compiled": rate(flops_s),
+      "memory, as compiled": rate(memory_s),
+      "link inside, bytes": rate(bytes_s[INSIDE]),
+      "link between, bytes": rate(bytes_s[BETWEEN]),
+      "launches": rate(launch_s),
+    },
+  }
+
+
+def executed_flops(run: Run) -> dict[str, float]:
+  """Returns the operations of one GPU's step by phase, as compiled."""
+  found: collections.Counter = collections.Counter()
+  for unit, times in _of_kind(run, Compute):
+    found[unit.phase] += times * sum(unit.work.flops.values())
+  return {phase: flops for phase, flops in found.items() if flops}
+
+
+def binding(found: dict) -> str:
+  """Returns what binds the step, in one line, from a prediction."""
+  terms = {
+    "computation (roofline)": found["compute_s"],
+    "link between hosts": found["seconds_by_link"][BETWEEN],
+    "link inside hosts": found["seconds_by_link"][INSIDE],
+    "launching kernels": found["launch_s"],
+  }
+  name = max(terms, key=terms.get)
+  return (
+    f"{name} binds on {found['chip']}: {terms[name] * 1e3:.1f} ms of a step, beside "
+    + ", ".join(f"{other} {s * 1e3:.1f} ms" for other, s in terms.items() if other != name)
+  )
+
+
+def _by_phase(simulator: Simulator, kernels) -> dict[str, float]:
+  found: collections.Counter = collections.Counter()
+  for unit, times in kernels:
+    found[unit.phase] += times * simulator.seconds(unit)
+  return dict(found.most_common())
+
+
+def _of_kind(run: Run, kind: type) -> Iterable:
+  return ((unit, times) for unit, times in run.times.items() if isinstance(unit, kind))
+
+
+def _sum(rows: list[dict], field: str, **where: str) -> float:
+  return sum(row[field] for row in rows if all(row[k] == v for k, v in where.items()))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+  return part / whole if whole else None

@@ -1,0 +1,81 @@
+"""The exact train step, compiled for devices that need not exist.
+
+Knows the step, its state and their shardings, as the launcher uses them; must not know pods, or how
+the compiled program is read.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from moe_jax import config
+from moe_jax.model.transformer import Inputs
+from moe_jax.train import optimizer as optimizer_lib
+from moe_jax.train import state as state_lib
+from moe_jax.train import step as step_lib
+
+
+class Compiled(NamedTuple):
+  """A program for one device of the mesh.
+
+  Attributes:
+    text: the scheduled HLO.
+    memory: XLA's own account, as `Compiled.memory_analysis()` returns it.
+    state: the step's state, ShapeDtypeStructs with shardings.
+    lower_s: seconds that tracing took.
+    compile_s: seconds that XLA took.
+  """
+
+  text: str
+  memory: object
+  state: state_lib.State
+  lower_s: float
+  compile_s: float
+
+
+def train(
+  settings: config.Config, mesh: jax.sharding.Mesh, progress: Callable[[str], None] = lambda _: None
+) -> Compiled:
+  """Returns the launcher's train step, its state donated, compiled for `mesh`.
+
+  Args:
+    settings: the deployment.
+    mesh: of live or described devices.
+    progress: is told what is being done.
+  """
+  optimizer = optimizer_lib.make(settings.train)
+  state = abstract_state(settings, mesh, optimizer)
+  step = jax.jit(step_lib.train_step(settings, mesh, optimizer), donate_argnums=0)
+  progress("tracing the train step")
+  start = time.perf_counter()
+  lowered = step.lower(state, abstract_inputs(settings, mesh))
+  lower_s = time.perf_counter() - start
+  progress(f"traced in {lower_s:.1f} s; compiling for {mesh.devices.flat[0].device_kind}")
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  compile_s = time.perf_counter() - start
+  progress(f"compiled in {compile_s:.1f} s")
+  return Compiled(compiled.as_text(), compiled.memory_analysis(), state, lower_s, compile_s)
+
+
+def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh, optimizer) -> state_lib.State:
+  """Returns shapes, dtypes and shardings of a run's state."""
+  placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  state = state_lib.abstract(settings.model, optimizer)
+  return jax.tree.map(placed, state, state_lib.shardings(settings, mesh, optimizer))
+
+
+def abstract_inputs(settings: config.Config, mesh: jax.sharding.Mesh) -> Inputs:
+  """Returns shapes, dtypes and shardings of one step's batch."""
+  micro_batches = settings.pipeline.micro_batches
+  shape = (micro_batches, settings.train.batch // micro_batches, settings.train.sequence)
+  dtypes = Inputs(*[jnp.int32] * len(Inputs._fields))._replace(weights_bS=jnp.float32)
+  return jax.tree.map(
+    lambda dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)),
+    dtypes,
+    step_lib.inputs_spec(),
+  )

@@ -1,0 +1,79 @@
+"""Where the bytes of one GPU go, by XLA's own account of the compiled program.
+
+Knows the state's shardings and the compiled program's memory; must not know time.
+"""
+
+import math
+
+import jax
+
+from moe_jax import config
+from moe_jax.model import transformer
+from moe_jax.rehearse.lowering import Compiled
+
+# In this order they add up to "total", which is XLA's own sum.
+PARTS = (
+  "parameters", "optimizer", "inputs", "gradients", "compute_copies", "activations_and_buffers",
+  "outputs", "code",
+)  # fmt: skip
+
+
+def by_part(settings: config.Config, mesh: jax.sharding.Mesh, compiled: Compiled) -> dict[str, int]:
+  """Returns the bytes on one GPU of each of PARTS, and "total".
+
+  Arguments are told apart by their shardings. Gradients, summed over micro-batches, and
+  the parameters' copies in the compute dtype are temporaries whose size is known; the rest of the
+  temporaries are activations, buffers of collectives and scratch. Outputs are those that do not
+  take the place of an argument.
+  """
+  memory, state = compiled.memory, compiled.state
+  parameters = _placed_bytes(state.parameters)
+  optimizer = _placed_bytes(state.optimizer)
+  gradients, copies = _region_bytes(settings, mesh)
+  temporaries = memory.temp_size_in_bytes
+  found = {
+    "parameters": parameters,
+    "optimizer": optimizer,
+    "inputs": memory.argument_size_in_bytes - parameters - optimizer,
+    "gradients": gradients,
+    "compute_copies": copies,
+    "activations_and_buffers": temporaries - gradients - copies,
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "code": memory.generated_code_size_in_bytes,
+  }
+  return {**found, "total": sum(found.values())}
+
+
+def advice(found: dict[str, int], settings: config.Config) -> str:
+  """Returns what to change where the total does not fit, by the largest part that can shrink."""
+  if found["activations_and_buffers"] < found["total"] / 2:
+    return "choose a larger mesh.tensor or mesh.stage: parameters and optimizer take most"
+  if settings.pipeline.save != "inputs":
+    return "choose pipeline.save=inputs, which keeps less between forward and backward"
+  return "choose more pipeline.micro_batches or a shorter train.sequence: activations take most"
+
+
+def _placed_bytes(tree) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _region_bytes(settings: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Returns the bytes of gradients and of the parameters' copies inside the manual region."""
+  dtype = jax.numpy.dtype(settings.model.dtype)
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
+  cast = jax.eval_shape(lambda tree: transformer.cast(tree, dtype), shapes)
+  specs = transformer.specs(settings.model)
+  elements = jax.tree.map(
+    lambda leaf, spec: math.prod(
+      jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape)
+    ),
+    shapes,
+    specs,
+  )  # fmt: skip
+  gradient_bytes = jax.numpy.dtype(settings.pipeline.gradient_dtype).itemsize
+  gradients = gradient_bytes * sum(jax.tree.leaves(elements))
+  copies = jax.tree.map(lambda count, leaf: count * leaf.dtype.itemsize, elements, cast)
+  return gradients, sum(jax.tree.leaves(copies))

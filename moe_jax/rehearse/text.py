@@ -1,0 +1,114 @@
+"""The report of a rehearsal as text for a terminal.
+
+Knows the report's keys; must not know how they were found.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from moe_jax.rehearse.memory import PARTS
+
+
+def render(report: Mapping) -> str:
+  """Returns the report as sections, what binds the step first."""
+  sections = (
+    _heading, _memory, _communication, _exposure, _prediction, _claims, _unknown,
+  )  # fmt: skip
+  return "\n\n".join("\n".join(section(report)) for section in sections if any(section(report)))
+
+
+def _heading(report) -> Iterable[str]:
+  pod, seconds = report["pod"], report["seconds"]
+  yield report["binding"]
+  yield (
+    f"pod {pod['name']}, {pod['gpus']} GPUs, compiled for topology {pod['topology']} by jax"
+    f" {report['jax']} in {seconds['lower'] + seconds['compile']:.0f} s"
+  )
+
+
+def _memory(report) -> Iterable[str]:
+  found, capacity = report["memory_bytes"], report["pod"]["memory_bytes"]
+  yield "MEMORY PER GPU"
+  for part in (*PARTS, "total"):
+    yield f"  {part.replace('_', ' '):<26}{found[part] / 1e6:>12,.1f} MB"
+  verdict = "fits" if report["fits"] else "DOES NOT FIT"
+  yield f"  {verdict}: {found['total'] / capacity:.1%} of {capacity / 1e9:.0f} GB"
+
+
+def _communication(report) -> Iterable[str]:
+  yield f"COMMUNICATION, one GPU and step, on {report['prediction']['chip']}"
+  yield (
+    f"  {'link':<9}{'axis':<20}{'kind':<20}{'phase':<18}{'':<6}{'count':>6}{'MB':>10}{'ms':>9}"
+    f"{'hidden':>8}"
+  )
+  for row in report["collectives"]:
+    way = "back" if row["is_backward"] else ""
+    yield (
+      f"  {row['link']:<9}{row['axis']:<20}{row['kind']:<20}{row['phase']:<18}{way:<6}"
+      f"{row['count']:>6}{row['bytes_per_gpu'] / 1e6:>10,.2f}{row['seconds'] * 1e3:>9.3f}"
+      f"{_percent(row['hidden_seconds'] / row['seconds'] if row['seconds'] else None):>8}"
+    )
+
+
+def _exposure(report) -> Iterable[str]:
+  both = {
+    report["prediction"]["chip"]: report["exposure"],
+    "planned": report["planned"]["exposure"],
+  }
+  yield "HIDDEN, in time: of all communication; of what can be hidden at most"
+  for chip, found in both.items():
+    yield (
+      f"  {chip:<10}{'all':<22}{_percent(found['hidden_fraction']):>8}"
+      f"{_percent(found['hidden_of_hideable']):>8}"
+      f"   (can be: {_percent(found['hideable_fraction'])})"
+    )
+    for axis, fraction in found.get("hidden_fraction_by_axis", {}).items():
+      of_hideable = found["hidden_of_hideable_by_axis"][axis]
+      yield f"  {'':<10}{axis:<22}{_percent(fraction):>8}{_percent(of_hideable):>8}"
+
+
+def _prediction(report) -> Iterable[str]:
+  both = [report["prediction"], report["planned"]["prediction"]]
+  yield "PREDICTION" + " " * 34 + "".join(f"{found['chip']:>12}" for found in both)
+  line = lambda name, shown: f"  {name:<42}" + "".join(f"{shown(found):>12}" for found in both)
+  milliseconds = lambda key: lambda found: f"{found[key] * 1e3:.2f}"
+  yield line("step, ms: longer of schedule and launches", milliseconds("step_s"))
+  yield line("schedule, ms", milliseconds("schedule_s"))
+  yield line("  kernels by roofline, ms", milliseconds("compute_s"))
+  yield line("    their matrix products, ms", milliseconds("flops_s"))
+  yield line("    their bytes, ms", milliseconds("memory_s"))
+  yield line("  exposed communication, ms", milliseconds("exposed_s"))
+  yield line("kernels", lambda found: f"{found['kernels']:,}")
+  yield line("  their launches, at least, ms", milliseconds("launch_s"))
+  yield line("bubble", lambda found: _percent(found["bubble_fraction"], 2))
+  yield line("tokens/ms/GPU", lambda found: f"{found['tokens_per_ms_per_gpu']:.1f}")
+  yield line("model FLOP utilisation", lambda found: _percent(found["model_flop_utilisation"]))
+  yield "  limits, tokens/ms/GPU"
+  for name in both[0]["limits_tokens_per_ms_per_gpu"]:
+    limit = lambda found, name=name: found["limits_tokens_per_ms_per_gpu"][name]
+    yield line(f"  {name}", lambda found, limit=limit: _number(limit(found)))
+  yield "  kernels by phase, ms"
+  for phase in both[0]["compute_s_by_phase"]:
+    yield line(f"  {phase}", lambda found, p=phase: f"{found['compute_s_by_phase'][p] * 1e3:.2f}")
+
+
+def _claims(report) -> Iterable[str]:
+  yield "CLAIMS OF THE REFERENCE PLAN"
+  mark = {True: "holds", False: "NO", None: "-"}
+  claim, asked = (2 + max(len(row[k]) for row in report["claims"]) for k in ("claim", "asked"))
+  for row in report["claims"]:
+    yield f"  {mark[row['holds']]:<7}{row['claim']:<{claim}}{row['asked']:<{asked}}{row['found']}"
+
+
+def _unknown(report) -> Iterable[str]:
+  if report["unknown"]:
+    yield "NOT UNDERSTOOD in the compiled program: figures leave out what these do"
+    for name, count in report["unknown"].items():
+      yield f"  {count} x {name}"
+
+
+def _percent(fraction: float | None, digits: int = 1) -> str:
+  return "-" if fraction is None else f"{fraction:.{digits}%}"
+
+
+def _number(value: float | None) -> str:
+  return "-" if value is None else f"{value:,.0f}"

@@ -1,0 +1,91 @@
+"""Which branch a compiled train step takes in each tick: the schedule's table, laid over the
+program.
+
+Head and embedding run in some ticks only, and the text of a program cannot say in which. Knows the
+table and how the executor cuts it into loops; must not know chips or time.
+"""
+
+import collections
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.pipeline.table import Table
+from moe_jax.rehearse.program import Block, Branch, Loop, Program, phase_of
+
+
+class Taken(NamedTuple):
+  """What the table says of the program's branches.
+
+  Attributes:
+    branch_of_turn: for each conditional by name, the branch of each turn of the loop round it.
+    unknown: how many conditionals the table could not be laid over, by reason.
+  """
+
+  branch_of_turn: Mapping[str, tuple[int, ...]]
+  unknown: Mapping[str, int]
+
+
+def branches_taken(program: Program, table: Table) -> Taken:
+  """Returns which branches run: those of loops over ticks from the table, the last one elsewhere.
+
+  The executor makes one loop of each longest run of ticks that agree on having forward and backward
+  units; XLA makes straight code of a loop of one tick, in which nothing is conditional.
+  """
+  found: dict[str, tuple[int, ...]] = {}
+  unknown: collections.Counter[str] = collections.Counter()
+  loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
+  pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
+  matched = [loop.trips for loop in loops] == [len(piece["head"]) for piece in pieces]
+  for loop, piece in zip(loops, pieces if matched else [None] * len(loops), strict=True):
+    for branch in _branches(loop.body):
+      kind = kind_of(branch)
+      if piece is not None and kind is not None:
+        found[branch.name] = tuple(piece[kind].astype(int).tolist())
+      else:
+        unknown[f"conditional {branch.name}, taken in every turn"] += 1
+  for branch in _branches(program.entry, outside_loops=True):
+    unknown[f"conditional {branch.name}, taken in every turn"] += 1
+  return Taken(found, dict(unknown))
+
+
+def segments(table: Table) -> list[dict[str, np.ndarray]]:
+  """Returns, for each loop over ticks, in which of its ticks each conditional unit runs, and in
+  which any stage has a forward and a backward unit.
+  """
+  runs = {
+    "has_forward": (table.forward_micro_QZ >= 0).any(1),
+    "has_backward": (table.backward_micro_QZ >= 0).any(1),
+    "head": table.head_micro_Q >= 0,
+    "embed": table.embed_micro_Q >= 0,
+    "embed_gradient": table.embed_gradient_micro_Q >= 0,
+  }
+  has_unit = np.stack([runs["has_forward"], runs["has_backward"]], 1)
+  edges = np.flatnonzero((has_unit[1:] != has_unit[:-1]).any(1)) + 1
+  bounds = [0, *edges.tolist(), table.num_ticks]
+  return [
+    {kind: at_Q[start:stop] for kind, at_Q in runs.items()}
+    for start, stop in itertools.pairwise(bounds)
+  ]
+
+
+def _branches(block: Block, outside_loops: bool = False):
+  for unit in block.units:
+    if isinstance(unit, Branch):
+      yield unit
+    elif isinstance(unit, Loop) and not outside_loops:
+      yield from _branches(unit.body)
+
+
+def kind_of(branch: Branch) -> str | None:
+  """Returns which unit a conditional of a tick guards, by the scopes inside it."""
+  inside = [name for block in branch.branches for name in block.op_names]
+  phases = {phase_of(name) for name in inside}
+  if "head" in phases:
+    return "head"
+  if "embed" not in phases:
+    return None
+  is_gradient = any("transpose(" in name for name in inside if phase_of(name) == "embed")
+  return "embed_gradient" if is_gradient else "embed"

@@ -1,0 +1,157 @@
+"""What one instruction computes: operations of matrix products, and bytes to and from memory.
+
+Only matrix products count as operations, as in `plan.cost`: all else is bound by memory. An array
+of which a fusion reads a slice counts as that slice, and an update in place as what it writes.
+Knows HLO; must not know chips, time or phases.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from moe_jax.rehearse.hlo import Computation, Instruction, Module, Shape
+
+# (operand shapes, result shapes) -> operations, by the name of a hand-written kernel.
+KernelFlops = Mapping[str, Callable[[tuple[Shape, ...], tuple[Shape, ...]], float]]
+
+_GEMM_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
+_KERNEL_TARGETS = ("__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu_v2")
+_NO_FLOPS_TARGETS = ("__cub$DeviceRadixSort", "__cub$DeviceRadixSortUnassignedScratchSize", "TopK")
+_PASS = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
+_SLICES = ("dynamic-slice", "slice", "gather")
+# What writes a part of its first operand, in place; the operand that holds the part.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Of one execution of one instruction.
+
+  Attributes:
+    flops: by dtype of the operands, as HLO names it, and tf32.
+    num_bytes: read and written.
+    unknown: what could not be counted, by name; its bytes are, its operations are not.
+  """
+
+  flops: Mapping[str, float]
+  num_bytes: float
+  unknown: tuple[str, ...] = ()
+
+
+def of(
+  module: Module, computation: Computation, instruction: Instruction, kernels: KernelFlops
+) -> Work:
+  """Returns the work of an instruction of `computation` that calls no loop and no collective."""
+  flops: collections.Counter[str] = collections.Counter()
+  unknown = []
+  for where, each in _inside(module, computation, instruction):
+    if each.opcode == "dot":
+      flops[_dot_dtype(where, each)] += _dot_flops(where, each)
+    elif each.opcode == "custom-call":
+      counted = _custom_call_flops(where, each, kernels)
+      if counted is None:
+        unknown.append(f"custom-call {_target(each)}")
+      elif counted:
+        flops[where.operands_of(each)[0].shapes[0].dtype] += counted
+    elif each.opcode in ("convolution", "fft", "triangular-solve", "cholesky"):
+      unknown.append(each.opcode)
+  return Work(dict(flops), _num_bytes(module, computation, instruction), tuple(unknown))
+
+
+def _inside(
+  module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction]]:
+  """Yields an instruction and, where it is a fusion or a call, those inside."""
+  yield computation, instruction
+  if "calls" in instruction.called or instruction.opcode == "call":
+    attribute = "calls" if "calls" in instruction.called else "to_apply"
+    inner = module.called(instruction, attribute)
+    for each in inner.instructions:
+      yield from _inside(module, inner, each)
+
+
+def _dot_dtype(computation: Computation, dot: Instruction) -> str:
+  """Returns the dtype of the operands; tf32 where float32 is not asked to be exact.
+
+  Source: https://openxla.org/xla/operation_semantics#dot, PrecisionConfig: DEFAULT is the fastest,
+  which on NVIDIA's tensor cores is TensorFloat-32.
+  """
+  dtype = computation.operands_of(dot)[0].shapes[0].dtype
+  is_exact = "high" in (dot.attribute("operand_precision") or "")
+  return "tf32" if dtype == "f32" and not is_exact else dtype
+
+
+def _dot_flops(computation: Computation, dot: Instruction) -> float:
+  left = computation.operands_of(dot)[0].shapes[0]
+  contracted = (dot.attribute("lhs_contracting_dims") or "{}").strip("{}")
+  sizes = [left.dims[int(d)] for d in contracted.split(",") if d]
+  return 2.0 * dot.shapes[0].elements * math.prod(sizes)
+
+
+def _custom_call_flops(
+  computation: Computation, call: Instruction, kernels: KernelFlops
+) -> float | None:
+  target = _target(call)
+  operands = tuple(s for operand in computation.operands_of(call) for s in operand.shapes)
+  if target in _GEMM_TARGETS:
+    config = call.backend_config.get("gemm_backend_config", call.backend_config)
+    numbers = config["dot_dimension_numbers"]
+    contracted = (operands[0].dims[int(d)] for d in numbers["lhs_contracting_dimensions"])
+    return 2.0 * call.shapes[0].elements * math.prod(contracted)
+  if target in _NO_FLOPS_TARGETS:
+    return 0.0
+  name = _kernel_name(call) if target in _KERNEL_TARGETS else target
+  return kernels[name](operands, call.shapes) if name in kernels else None
+
+
+def _target(call: Instruction) -> str:
+  return (call.attribute("custom_call_target") or "").strip('"')
+
+
+def _kernel_name(call: Instruction) -> str:
+  found = re.search(r'name\s*[=:]\s*\\*"([\w.\-]+)', call.attributes)
+  return call.backend_config.get("name") or (found[1] if found else "")
+
+
+def _num_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+  operands = computation.operands_of(instruction)
+  if "calls" in instruction.called:
+    inner = module.called(instruction, "calls")
+    return _parameter_bytes(module, inner) + _written_bytes(inner, inner.root)
+  if instruction.opcode in _SLICES:
+    return 2 * instruction.num_bytes
+  if instruction.opcode in _UPDATES:
+    return 2 * operands[_UPDATES[instruction.opcode]].num_bytes
+  return instruction.num_bytes + sum(operand.num_bytes for operand in operands)
+
+
+def _parameter_bytes(module: Module, inner: Computation) -> float:
+  return sum(_read_bytes(inner, parameter) for parameter in inner.parameters.values())
+
+
+def _read_bytes(inner: Computation, made: Instruction) -> float:
+  """Returns how many bytes of a value are read inside a fusion: at most all, once."""
+  total = 0.0
+  for user in inner.users.get(made.name, ()):
+    if user.opcode in _SLICES and user.operands[0] == made.name:
+      total += user.num_bytes
+    elif user.opcode in _UPDATES and user.operands[0] == made.name:
+      continue  # updated in place
+    elif user.opcode in _PASS and not user.is_root:
+      total += _read_bytes(inner, user)
+    else:
+      return made.num_bytes
+  return min(total, made.num_bytes)
+
+
+def _written_bytes(inner: Computation, root: Instruction) -> float:
+  if root.opcode == "tuple":
+    return sum(_written_bytes(inner, each) for each in inner.operands_of(root))
+  source = root
+  while source.opcode in _PASS:
+    source = inner.operands_of(source)[0]
+  if source.opcode in _UPDATES:
+    return inner.operands_of(source)[_UPDATES[source.opcode]].num_bytes
+  return root.num_bytes

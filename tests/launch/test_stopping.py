@@ -1,0 +1,82 @@
+"""What SIGTERM and Ctrl-C do to a process, seen from outside."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Deaf to Python's handlers, as while waiting for a device: hashing this lets go of the
+# interpreter's lock for seconds, in one bytecode.
+DEAF = "hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000_000)"
+PATIENT = "while not stopping.is_asked(): time.sleep(0.01)"
+PROGRAM = """
+import hashlib, sys, time
+from launch.stopping import Stopping
+
+with Stopping() as stopping:
+  print("ready", flush=True)
+  {wait}
+sys.exit(stopping.exit_code)
+"""
+
+
+@pytest.fixture
+def start():
+  processes = []
+
+  def start(wait):
+    process = subprocess.Popen(
+      [sys.executable, "-W", "error", "-c", PROGRAM.format(wait=wait)],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    processes.append(process)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_one_signal_is_heard_and_the_process_ends_by_itself(start, number, code):
+  process = start(PATIENT)
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
+  assert (process.returncode, errors) == (code, "")
+
+
+def test_a_second_ctrl_c_ends_at_once_whatever_the_process_waits_for(start):
+  process = start(DEAF)
+  process.send_signal(signal.SIGINT)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=1)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=10) == 130
+
+
+def test_sigterm_however_often_lets_the_process_save(start):
+  process = start(DEAF)
+  for _ in range(3):
+    process.send_signal(signal.SIGTERM)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=1)
+
+
+def test_afterwards_signals_mean_what_they_did():
+  code = (
+    "import os, signal\nfrom launch.stopping import Stopping\nwith Stopping(): pass\n"
+    "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    "assert signal.set_wakeup_fd(-1) == -1\n"
+    "os.kill(os.getpid(), signal.SIGTERM)"
+  )
+  done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=60)
+  assert done.returncode == -signal.SIGTERM

@@ -1,0 +1,113 @@
+"""The grouped SwiGLU: groups of any size, many blocks of one expert, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.moe import grouped
+from moe_jax.moe.experts import Weights
+
+TOLERANCE = 1e-5  # relative L2, float32
+
+# Rows of each source for each expert, and the rows that a source has.
+SIZES = {
+  "even": ([[30, 30, 30]] * 4, 90),
+  "blocks exactly full": ([[32, 64, 0], [32, 64, 0], [64, 0, 0], [0, 0, 64]], 100),
+  "one expert, many blocks": ([[0, 90, 0]] * 4, 90),
+  "an empty source": ([[5, 0, 1], [0, 0, 0], [1, 60, 7], [0, 0, 2]], 70),
+  "nothing": ([[0, 0, 0]] * 4, 8),
+  "less than a block": ([[1, 0, 0]], 2),
+}
+
+
+def case(name, width=6, num_hidden=10):
+  sizes, num_source_rows = SIZES[name]
+  sizes_Se = jnp.asarray(sizes, jnp.int32)
+  S, e = sizes_Se.shape
+  random = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  weights = Weights(
+    normal(e, width, num_hidden), normal(e, width, num_hidden), normal(e, num_hidden, width)
+  )
+  shape = (S * num_source_rows, width)
+  expert_SB = np.full((S, num_source_rows), e)
+  for source, each in enumerate(sizes):
+    expert_SB[source, : sum(each)] = np.repeat(np.arange(e), each)
+  # Empty rows hold anything.
+  return sizes_Se, num_source_rows, weights, normal(*shape), normal(*shape), expert_SB.reshape(-1)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_groups_place_each_row_once_in_a_block_of_its_expert(name):
+  sizes_Se, num_source_rows, *_, expert_R = case(name)
+  groups = jax.jit(grouped.groups, static_argnums=1)(sizes_Se, num_source_rows)
+  N, J = groups.row_NJ.shape
+  R, e = expert_R.size, sizes_Se.shape[1]
+  expected_blocks_e = -(-np.asarray(sizes_Se).sum(0) // J)
+  np.testing.assert_array_equal(groups.blocks_e, expected_blocks_e)
+  expert_N = np.full(N, e)
+  for expert, (first, number) in enumerate(zip(groups.first_e, groups.blocks_e, strict=True)):
+    expert_N[first : first + number] = expert
+  place_R = np.asarray(groups.place_R)
+  np.testing.assert_array_equal(place_R < N * J, expert_R < e)
+  for r in np.flatnonzero(expert_R < e):
+    assert np.asarray(groups.row_NJ).reshape(-1)[place_R[r]] == r  # the two directions agree
+    assert expert_N[place_R[r] // J] == expert_R[r]
+  assert (np.asarray(groups.row_NJ) < R).sum() == (expert_R < e).sum()
+  assert groups.blocks_e.sum() <= N
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_grouped_swiglu_equals_a_loop_over_experts(name):
+  sizes_Se, num_source_rows, weights, rows_RD, cotangent_RD, expert_R = case(name)
+
+  def production(weights, rows_RD):
+    groups = grouped.groups(sizes_Se, num_source_rows)
+    return grouped.grouped_swiglu(weights, rows_RD, groups)
+
+  def formula(weights, rows_RD):
+    total_RD = jnp.zeros_like(rows_RD)
+    for e, (gate, up, down) in enumerate(zip(*weights, strict=True)):
+      y_RD = (jax.nn.silu(rows_RD @ gate) * (rows_RD @ up)) @ down
+      total_RD += jnp.where((expert_R == e)[:, None], y_RD, 0.0)
+    return total_RD
+
+  found_RD, vjp = jax.vjp(jax.jit(production), weights, rows_RD)
+  expected_RD, expected_vjp = jax.vjp(formula, weights, rows_RD)
+  check(found_RD, expected_RD)
+  check(jax.jit(production)(weights, rows_RD), expected_RD)  # also where nothing is differentiated
+  for each, expected in zip(
+    jax.tree.leaves(vjp(cotangent_RD)), jax.tree.leaves(expected_vjp(cotangent_RD)), strict=True
+  ):
+    check(each, expected)
+
+
+def test_bfloat16_gradients_of_weights_are_summed_in_float32():
+  """Blocks are summed before they are rounded: the error is that of one rounding."""
+  sizes_Se, num_source_rows, weights, rows_RD, cotangent_RD, _ = case("one expert, many blocks")
+  half, rows_RD, cotangent_RD = jax.tree.map(
+    lambda a: a.astype(jnp.bfloat16), (weights, rows_RD, cotangent_RD)
+  )
+  groups = grouped.groups(sizes_Se, num_source_rows)
+  assert groups.blocks_e[1] > 4
+  call = lambda weights: grouped.grouped_swiglu(weights, rows_RD, groups)
+  y_RD, vjp = jax.vjp(call, half)
+  gradient = vjp(cotangent_RD)[0].down_efD
+  assert y_RD.dtype == gradient.dtype == jnp.bfloat16
+  hidden_Rf = jax.nn.silu(rows_RD @ half.gate_eDf[1]) * (rows_RD @ half.up_eDf[1])
+  expected = np.asarray(hidden_Rf, np.float64).T @ np.asarray(cotangent_RD, np.float64)
+  error = np.linalg.norm(np.asarray(gradient[1], np.float64) - expected)
+  assert error <= 2**-8 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(5120, 2), (10, 2), (10**6, 2), (5120, 16)])
+def test_blocks_have_64_rows_or_more(rows, experts):
+  size = grouped.rows_per_block(rows, experts)
+  assert 64 <= size <= 512 and size & (size - 1) == 0
+
+
+def check(found, expected):
+  assert found.shape == expected.shape
+  difference = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
+  assert difference <= TOLERANCE * np.linalg.norm(expected)

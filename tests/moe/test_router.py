@@ -1,0 +1,69 @@
+"""The router: choices, weights, and auxiliary losses whose shares sum to the micro-batch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config
+from moe_jax.moe import router
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import EXPERT, TENSOR
+from tests.moe import dense
+
+
+def arrays(num_tokens=64, width=8, num_experts=6):
+  random = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  return normal(num_tokens, width), normal(width, num_experts)
+
+
+def test_route_is_the_renormalised_softmax_over_all_experts():
+  x_TD, kernel_DE = arrays()
+  routing, logits_TE = router.route(kernel_DE, x_TD, 3)
+  experts_TK, weights_TK = dense.route(x_TD, kernel_DE, 3)
+  np.testing.assert_array_equal(routing.experts_TK, experts_TK)
+  np.testing.assert_allclose(routing.weights_TK, weights_TK, rtol=1e-5)
+  np.testing.assert_allclose(logits_TE, x_TD @ kernel_DE, rtol=1e-5, atol=1e-6)
+  assert (np.diff(routing.weights_TK, axis=1) <= 0).all()  # best first
+
+
+def test_bfloat16_activations_are_routed_in_float32():
+  x_TD, kernel_DE = arrays()
+  half = x_TD.astype(jnp.bfloat16)
+  routing, logits_TE = router.route(kernel_DE, half, 2)
+  assert logits_TE.dtype == routing.weights_TK.dtype == jnp.float32
+  expected = np.asarray(half, np.float64) @ np.asarray(kernel_DE, np.float64)
+  np.testing.assert_allclose(logits_TE, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_assignments_are_counted():
+  experts_TK = np.random.default_rng(0).integers(0, 6, (20, 2)).astype(np.int32)
+  found = router.assignments_per_expert(jnp.asarray(experts_TK), 6)
+  np.testing.assert_array_equal(found, np.bincount(experts_TK.reshape(-1), minlength=6))
+
+
+def test_losses_of_the_shares_sum_to_those_of_the_micro_batch():
+  x_TD, kernel_DE = arrays()
+  K, E = 2, kernel_DE.shape[1]
+
+  def losses(x_tD):
+    routing, logits_tE = router.route(kernel_DE, x_tD, K)
+    assigned_E = router.assignments_per_expert(routing.experts_TK, E)
+    total_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
+    share = router.auxiliary_losses(logits_tE, total_E, K)
+    return jax.tree.map(lambda leaf: leaf[None], share)
+
+  mesh = mesh_lib.make(config.Mesh(expert=4, tensor=2))
+  every = P((EXPERT, TENSOR))
+  shares = jax.jit(jax.shard_map(losses, mesh=mesh, in_specs=every, out_specs=every))(x_TD)
+  logits_TE = np.asarray(x_TD, np.float64) @ np.asarray(kernel_DE, np.float64)
+  probability_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(1, keepdims=True)
+  chosen = np.argsort(-logits_TE, axis=1)[:, :K]
+  fraction_E = np.bincount(chosen.reshape(-1), minlength=E) / chosen.size
+  np.testing.assert_allclose(
+    shares.load_balance.sum(), E * (fraction_E * probability_TE.mean(0)).sum(), rtol=1e-5
+  )
+  z = (np.log(np.exp(logits_TE).sum(1)) ** 2).mean()
+  np.testing.assert_allclose(shares.router_z.sum(), z, rtol=1e-5)
+  assert np.ptp(shares.router_z) > 0  # they are shares, not eight copies

@@ -1,0 +1,34 @@
+"""Chips: the figures that DESIGN.md reckons with, and what holds for every chip."""
+
+import pytest
+
+from moe_jax import config
+from moe_jax.plan.hardware import CHIPS
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_every_chip_is_ordered_as_hardware_is(chip):
+  assert CHIPS[chip.name] is chip
+  assert chip.source
+  assert "bfloat16" in chip.peak_flops_per_s
+  assert set(chip.peak_flops_per_s) <= set(config.DTYPES)
+  assert chip.peak_flops_per_s["bfloat16"] == max(chip.peak_flops_per_s.values())
+  assert chip.memory_bytes_per_s > chip.inside_bytes_per_s > chip.between_bytes_per_s
+  assert 0 < chip.inside_latency_s < chip.between_latency_s
+  assert 0 < chip.compute_fraction <= 1 and 0 < chip.memory_fraction <= 1
+
+
+def test_the_planned_hardware_is_what_the_plan_counts_on():
+  planned = CHIPS["planned"]
+  assert planned.flops_per_s("bfloat16") == pytest.approx(240e12)
+  assert planned.memory_fraction * planned.memory_bytes_per_s == pytest.approx(1.44e12)
+  assert planned.memory_bytes == 64e9
+
+
+def test_between_hosts_h100_has_what_the_design_reckons_with():
+  assert CHIPS["h100"].between_bytes_per_s == 50e9
+
+
+def test_a_dtype_without_a_figure_is_refused():
+  with pytest.raises(ValueError, match=r"planned has no peak for dtype 'float32'; .* bfloat16"):
+    CHIPS["planned"].flops_per_s("float32")

@@ -1,0 +1,96 @@
+"""The golden program, in both forms that XLA prints: schedule, counts, bytes, operations."""
+
+import pytest
+
+from moe_jax.rehearse import program
+from moe_jax.rehearse.program import Branch, Collective, Compute, Done, Loop
+from tests.rehearse import golden
+
+
+@pytest.fixture(params=golden.FORMS)
+def text(request):
+  return golden.FORMS[request.param]
+
+
+def test_the_schedule_is_read_in_order(text):
+  found = program.read(text, golden.MESH)
+  assert found.unknown == {}
+  (loop,) = found.entry.units
+  assert isinstance(loop, Loop) and loop.trips == golden.TURNS
+  units = [u for u in loop.body.units if not isinstance(u, Done)]
+  assert [type(u) for u in units] == [Collective, Compute, Compute, Collective]
+  exchange, first, second, reduce = units
+  assert (exchange.kind, exchange.axis, exchange.phase) == ("all-to-all", "expert", "dispatch")
+  assert (reduce.kind, reduce.axis, reduce.phase) == ("all-reduce", "tensor", "combine")
+  assert (first.phase, second.phase) == ("attention", "experts")
+  assert exchange.bytes_sent == golden.EXCHANGE_BYTES
+  assert reduce.bytes_sent == golden.REDUCE_BYTES
+  assert first.work.flops == {"bf16": 2e9}
+  assert first.work.num_bytes == 3 * 1000 * 1000 * 2
+  waits = [place for place, u in enumerate(loop.body.units) if isinstance(u, Done)]
+  assert loop.body.units[waits[0]].name == exchange.name and waits[0] == 2
+
+
+def test_loops_multiply(text):
+  found = program.read(text, golden.MESH)
+  collectives = [(u.kind, n) for u, n in program.flat(found.entry) if isinstance(u, Collective)]
+  assert collectives == [("all-to-all", golden.TURNS), ("all-reduce", golden.TURNS)]
+
+
+def test_what_is_not_known_is_counted(text):
+  text = text.replace("%next =", "%odd = bf16[4]{0} no-such-opcode(%x)\n  ROOT %next =", 1)
+  text = text.replace("ROOT %odd", "%odd")
+  text = text.replace('"known_trip_count":{"n":"3"}', '"other":1')
+  call = '%call.1 = bf16[4]{0} custom-call(%x), custom_call_target="mystery"\n  %gemm.1 ='
+  text = text.replace("%gemm.1 =", call, 1)
+  assert program.read(text, golden.MESH).unknown == {
+    "no-such-opcode": 1,
+    "custom-call mystery": 1,
+    "while without known trip count, taken as 1": 1,
+  }
+
+
+def test_a_kernel_counts_by_its_declared_formula():
+  call = (
+    '%call.1 = bf16[4]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton",'
+    ' backend_config={"name":"attention"}\n  %gemm.1 ='
+  )
+  text = golden.LISTED.replace("%gemm.1 =", call, 1)
+  assert program.read(text, golden.MESH).unknown == {"custom-call __gpu$xla.gpu.triton": 1}
+  kernels = {"attention": lambda operands, results: operands[0].elements * results[0].elements}
+  found = program.read(text, golden.MESH, kernels)
+  assert found.unknown == {}
+  (kernel,) = (u for u, _ in program.flat(found.entry) if u.name == "call.1")
+  assert kernel.work.flops == {"bf16": 4e6}
+
+
+def test_conditionals_in_both_forms():
+  branch = "%{name} (q: bf16[4]) -> bf16[4] {{\n  ROOT %{leaf} = bf16[4]{{0}} parameter(0)\n}}\n"
+  blocks = branch.format(name="no", leaf="q.1") + branch.format(name="yes", leaf="q.2")
+  for attributes in (
+    "true_computation=%yes, false_computation=%no",
+    "branch_computations={%no, %yes}",
+  ):
+    line = f"%c = bf16[4]{{0}} conditional(%i, %x, %x), {attributes}\n  %gemm.1 ="
+    text = golden.LISTED.replace("%gemm.1 =", line, 1).replace("\n%sum", f"\n{blocks}\n%sum", 1)
+    (loop,) = program.read(text, golden.MESH).entry.units
+    (found,) = (u for u in loop.body.units if isinstance(u, Branch))
+    assert [block.name for block in found.branches] == ["no", "yes"]
+
+
+def test_phases():
+  assert program.phase_of("jit(step)/shard_map/while/body/attention/dot_general") == "attention"
+  assert program.phase_of("jit(step)/while/body/transpose(jvp(experts))/einsum") == "experts"
+  assert program.phase_of("jit(step)/optimizer/mul") == "optimizer"
+  assert program.phase_of("jit(step)/mul") == program.phase_of("") == "other"
+  combined = "jit(step)/body/(jvp(dispatch)/all_gather:transpose(jvp(combine))/all_gather)"
+  assert program.phase_of(combined) == "combine+dispatch"
+
+
+def test_text_that_is_not_a_compiled_program_is_refused():
+  with pytest.raises(ValueError, match="is not scheduled"):
+    program.read(golden.LISTED.replace("is_scheduled=true", "x=1"), golden.MESH)
+  with pytest.raises(ValueError, match="has no ENTRY"):
+    program.read("HloModule nothing", golden.MESH)
+  with pytest.raises(ValueError, match="not an HLO instruction: 'garbage'"):
+    program.read(golden.LISTED.replace("  %gemm.2", "  garbage\n  %gemm.2"), golden.MESH)

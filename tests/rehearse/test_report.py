@@ -1,0 +1,123 @@
+"""A small train step, compiled for a pod that is not there, by the command that users type."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax.model import blockwise
+from moe_jax.plan import cost
+from moe_jax.rehearse import memory, text
+from moe_jax.train import step as step_lib
+
+if not importlib.util.find_spec("jax_plugins"):
+  pytest.skip("the rehearse extra is not installed", allow_module_level=True)
+
+
+def rehearse(root, *words):
+  return subprocess.run(
+    [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", *words],
+    cwd=root, capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(pytestconfig, tmp_path_factory):
+  path = tmp_path_factory.mktemp("report") / "report.json"
+  # More work than tiny has, so that what formulas leave out is small beside it.
+  bigger = [
+    "--config.model.d_model=128", "--config.model.expert_hidden=128", "--config.model.vocab=512",
+    "--config.model.head_dim=16", "--config.train.sequence=64", "--config.model.dtype=bfloat16",
+  ]  # fmt: skip
+  files = [f"--json={path}", f"--picture={path.with_name('tick.html')}"]
+  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *files, *bigger)
+  assert finished.returncode == 0, finished.stderr
+  trace = json.loads(path.with_name("tick.trace.json").read_text())
+  return finished, json.loads(path.read_text()), path.with_name("tick.html").read_text(), trace
+
+
+@pytest.mark.slow
+def test_the_report_has_the_documented_keys(done):
+  _, report, _, _ = done
+  assert {"memory_bytes", "collectives", "exposure", "prediction", "claims"} <= set(report)
+  assert "total" in report["memory_bytes"]
+  for row in report["collectives"]:
+    keys = ("kind", "axis", "phase", "link", "count", "bytes_per_gpu", "seconds", "hidden_seconds")
+    assert set(keys) <= set(row)
+    assert 0 <= row["hidden_seconds"] <= row["seconds"] * (1 + 1e-9)
+  for found in (report["exposure"], report["planned"]["exposure"]):
+    assert {"hidden_fraction", "hidden_fraction_by_axis"} <= set(found)
+    assert {"hideable_fraction", "hidden_of_hideable", "hidden_of_hideable_by_axis"} <= set(found)
+  prediction = ("step_s", "tokens_per_ms_per_gpu", "ttft_s", "bubble_fraction")
+  assert set(prediction) <= set(report["prediction"])
+  for row in report["claims"]:
+    assert set(row) == {"claim", "asked", "found", "holds", "how"}
+
+
+@pytest.mark.slow
+def test_nothing_is_left_unread(done):
+  assert done[1]["unknown"] == {}
+
+
+@pytest.mark.slow
+def test_parts_of_memory_add_up_to_xlas_total(done):
+  found = done[1]["memory_bytes"]
+  assert sum(found[part] for part in memory.PARTS) == found["total"]
+  assert all(found[part] >= 0 for part in memory.PARTS)
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_the_formulas(done):
+  _, report, _, _ = done
+  settings = config_lib.from_mapping(report["config"])
+  table, gpus = step_lib.table(settings), settings.mesh.num_devices
+  analytic = cost.executed_train_flops(settings, blockwise.BLOCK)
+  idle = table.ticks_by_kind["forward"] / table.units_by_kind["forward"]  # masked cells run too
+  expected = ((analytic.total - analytic.head) * idle + analytic.head) / gpus
+  assert report["flops"]["executed"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_terminal_says_what_binds_first(done):
+  finished, report, _, _ = done
+  assert finished.stdout.splitlines()[0] == report["binding"]
+  assert finished.stdout.rstrip() == text.render(report)
+  assert "compiled in" in finished.stderr and "Traceback" not in finished.stderr
+
+
+@pytest.mark.slow
+def test_the_picture_and_the_trace_show_the_same_tick(done):
+  _, report, page, trace = done
+  assert "http" not in page and report["pod"]["name"] in page
+  events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+  assert len(events) == page.count("<rect ") > 50
+  assert {event["tid"] for event in events} == {0, 1, 2, 3}
+  exchange = next(e for e in events if e["name"].startswith("all-to-all"))
+  assert f"{exchange['name']}, {exchange['args']['phase']}: {exchange['dur']:.1f} us" in page
+
+
+@pytest.mark.slow
+def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
+  wide = ["--config.model.d_model=16384", "--config.model.expert_hidden=65536"]
+  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *wide)
+  assert finished.returncode == 1
+  assert "DOES NOT FIT" in finished.stdout
+  last = finished.stderr.splitlines()[-1]
+  assert "the GPU has 80 GB; choose a larger mesh.tensor or mesh.stage" in last
+
+
+@pytest.mark.parametrize(
+  ("pod", "message"),
+  [
+    ("h100:4x4", "mesh expert=2 x tensor=2 x stage=2 needs 8 GPUs, pod h100:4x4 has 16"),
+    ("h10:2x4", "chip 'h10' is not known; did you mean h100?"),
+    ("64", "--pod=64 is not CHIP:HOSTSxGPUS"),
+  ],
+)
+def test_mistakes_end_in_one_line(pytestconfig, pod, message):
+  finished = rehearse(pytestconfig.rootpath, f"--pod={pod}")
+  assert finished.returncode == 2 and finished.stdout == ""
+  assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr

@@ -1,0 +1,104 @@
+"""The train step against the one-device oracle: loss, logits and every gradient leaf."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import reference
+from tests.train import parity
+
+# (expert, tensor, stage), then what differs from the defaults of `parity.settings_of`.
+CASES = {
+  "1x1x1-gpipe": ((1, 1, 1), {"pipeline": {"schedule": "gpipe"}}),
+  "2x2x2-1f1b-residuals": (
+    (2, 2, 2), {"pipeline": {"micro_batches": 4, "save": "residuals"}},
+  ),
+  "2x2x2-interleaved-everything-tied-gqa": (
+    (2, 2, 2),
+    {
+      "model": {"tied_embeddings": True, "kv_heads": 4},
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 2, "micro_batches": 5, "save": "everything",
+      },
+    },
+  ),
+  "4x2x1-1f1b-everything-gqa": (
+    (4, 2, 1),
+    {"model": {"kv_heads": 2}, "pipeline": {"micro_batches": 3, "save": "everything"}},
+  ),
+  "4x2x1-gpipe-flat": ((4, 2, 1), {"moe": {"exchange": "flat"}, "pipeline": {"schedule": "gpipe"}}),
+  "2x1x4-interleaved": (
+    (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},
+  ),
+  "2x1x4-gpipe-residuals-tied": (
+    (2, 1, 4),
+    {
+      "model": {"tied_embeddings": True},
+      "pipeline": {"schedule": "gpipe", "micro_batches": 4, "save": "residuals"},
+    },
+  ),
+  "8x1x1-1f1b": ((8, 1, 1), {}),
+  "1x8x1-gpipe-everything-tied": (
+    (1, 8, 1),
+    {
+      "model": {"tied_embeddings": True},
+      "pipeline": {"schedule": "gpipe", "micro_batches": 1, "save": "everything"},
+    },
+  ),
+  "1x1x8-1f1b-gqa": (
+    (1, 1, 8), {"batch": 18, "model": {"kv_heads": 1}, "pipeline": {"micro_batches": 9}},
+  ),
+  "1x1x8-interleaved-residuals": (
+    (1, 1, 8),
+    {
+      "model": {"layers": 16},
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 2, "micro_batches": 3, "save": "residuals",
+      },
+      "batch": 6,
+    },
+  ),
+}  # fmt: skip
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_logits_and_gradients_equal_the_oracle(name):
+  mesh, different = CASES[name]
+  check(parity.differences(parity.settings_of(mesh, **different)))
+
+
+@pytest.mark.slow
+def test_pod_shape_on_64_devices_equals_the_oracle():
+  case = {
+    "mesh": [8, 4, 2],
+    "batch": 16,
+    "model": {"experts": 16, "layers": 4},
+    "pipeline": {"schedule": "interleaved", "chunks": 2},
+    "moe": {"capacity_factor": 8.0},
+  }
+  check(in_process(case, num_devices=64))
+
+
+def check(differences: dict[str, float]):
+  differences = dict(differences)
+  assert differences.pop("margin") > reference.MARGIN
+  too_far = {name: each for name, each in differences.items() if not each <= parity.TOLERANCE}
+  assert not too_far
+
+
+def in_process(case: dict, num_devices: int) -> dict[str, float]:
+  """Returns `parity.differences` of a case on `num_devices` virtual devices."""
+  count = f"--xla_force_host_platform_device_count={num_devices}"
+  # The last setting of a flag holds.
+  environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
+  found = subprocess.run(
+    [sys.executable, "-m", "tests.train.parity", json.dumps(case)],
+    cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert found.returncode == 0, found.stderr
+  return json.loads(found.stdout.splitlines()[-1])
