@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test quick check clean
+.PHONY: train test quick check rehearse clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python -m launch.train --config=configs/laptop.py --virtual_devices=8 --workdir=runs/laptop $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/test.stamp check
 
 quick: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+# Compiles pod64's train step for 16 hosts x 4 H100, which need not be there, and reads it back.
+rehearse: $(VENV)/rehearse.stamp
+	$(BIN)/python -m launch.rehearse --config=configs/pod64.py --pod=h100:16x4 --step=train --json=runs/rehearse/report.json --picture=runs/rehearse/tick.html $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
@@ -37,5 +41,9 @@ $(VENV)/run.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
 # torch first and pinned, so that no other package draws in a build with gigabytes of CUDA.
 $(VENV)/test.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
 	$(PIP) "torch == 2.13.0"
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test,rehearse]"
+	touch $@ $(VENV)/run.stamp $(VENV)/rehearse.stamp
+
+$(VENV)/rehearse.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable ".[rehearse]"
 	touch $@ $(VENV)/run.stamp

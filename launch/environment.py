@@ -27,8 +27,9 @@ XLA_FLAGS = {
   },
 }
 
-# XLA:CPU takes its temporaries anew for every step, and glibc would hand gigabytes back to the kernel
-# after each and fault them in again, page by page: a fifth of a step's time at 1 GB of temporaries.
+# XLA:CPU takes its temporaries anew for every step, and glibc would hand gigabytes back to the
+# kernel after each and fault them in again, page by page: a fifth of a step's time at 1 GB of
+# temporaries.
 _MALLOC = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -82,8 +83,8 @@ def virtual_devices(count: int) -> None:
 def keep_freed_memory() -> None:
   """Restarts this program, once, with a malloc that keeps what is freed, in huge pages.
 
-  The variables work only at a process's start. Those that the user set stay; where another C library
-  than glibc ignores them, nothing changes.
+  The variables work only at a process's start. Those that the user set stay; where another C
+  library than glibc ignores them, nothing changes.
   """
   missing = {name: value for name, value in _MALLOC.items() if name not in os.environ}
   if missing and sys.platform == "linux":

@@ -17,7 +17,9 @@ import numpy as np
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.saving import residual
 
-BLOCK = 128  # positions; 64 and 128 are the fastest at 512 positions on CPU
+BLOCK = 128  # positions, at least; 64 and 128 are the fastest at 512 positions on CPU
+_LARGEST_BLOCK = 512
+_BLOCKS = 8  # of a longer sequence: each pair is a handful of kernels, which a GPU must launch
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
 
 
@@ -34,7 +36,7 @@ def attention(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> jax.Array:
   """
   b, S, N, H = q_bSNH.shape
   G = k_bSGH.shape[2]
-  J = min(BLOCK, S)
+  J = block_size(S)
   padding = -S % J
   if padding:  # padded keys come after every query; padded queries are cut off
     widths = ((0, 0), (0, padding), (0, 0), (0, 0))
@@ -47,6 +49,15 @@ def attention(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> jax.Array:
   segments_IbJ = segments_bS.reshape(b, num_blocks, J).swapaxes(0, 1)
   o_IbGMJH = _attend(q, k, v, segments_IbJ)
   return o_IbGMJH.transpose(1, 0, 4, 2, 3, 5).reshape(b, S + padding, N, H)[:, :S]
+
+
+def block_size(num_positions: int) -> int:
+  """Returns J, the positions of a block.
+
+  >>> block_size(16), block_size(512), block_size(2048), block_size(10_240)
+  (16, 128, 256, 512)
+  """
+  return min(num_positions, _LARGEST_BLOCK, max(BLOCK, num_positions // _BLOCKS))
 
 
 def _pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:

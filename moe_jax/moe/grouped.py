@@ -89,13 +89,16 @@ def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
   return Groups(row_NJ, place_R, first_e, blocks_e)
 
 
-@jax.custom_vjp
 def grouped_swiglu(weights: Weights, rows_RD: jax.Array, groups: Groups) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`, each row by its own expert; empty ones zero.
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
+  return _grouped_swiglu(varying_like(weights, rows_RD), rows_RD, groups)
 
+
+@jax.custom_vjp
+def _grouped_swiglu(weights, rows_RD, groups):
   def block(n, y_NJD, one: Weights):
     gate_Jf, up_Jf = _hidden(one, _block(rows_RD, groups, n))
     return _write(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
@@ -143,7 +146,7 @@ def _backward(saved, gradient_RD):
   return dweights, _received(dx_NJD, groups), no_gradient(groups)
 
 
-grouped_swiglu.defvjp(_forward, _backward)
+_grouped_swiglu.defvjp(_forward, _backward)
 
 
 def _loop(weights: Weights, groups: Groups, block, buffers, start=lambda one: ()):

@@ -29,6 +29,9 @@ def run(one_round: Callable, given: Tree, plan: Plan, most_rounds: int) -> jax.A
     most_rounds: of any plan; with 1 there is no loop in the program.
   """
   y = one_round(given, plan, 0)
+  # The gradient of what is the same on several devices is summed over them: out here, for not all
+  # of them run the loop equally often.
+  given = collectives.varying_like(given, y)
   return y if most_rounds == 1 else _add_further(one_round, y, given, plan)
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.model import attention, transformer
+from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.parallel import collectives, parameters, sharding
@@ -143,7 +144,7 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
   region, on = on_mesh(settings, call, specs, every)
   found = program.collectives(region, router, experts, x_TD, mesh=on)
   E = model.experts
-  C = moe_layer.capacity.rows_per_expert(tokens_here, model.experts_per_token, E, 1.25)
+  C = capacity.rows_per_expert(tokens_here, model.experts_per_token, E, 1.25)
   sizes = {"X": X, "tensor": tensor, "E": E, "C": C, "D": model.d_model}
   there = program.declared(EXCHANGE[name].to_experts, **sizes)
   back = program.declared(EXCHANGE[name].to_tokens, **sizes)

@@ -125,7 +125,13 @@ def test_spilling_needs_the_dispatch_that_overflows():
 
 @pytest.mark.parametrize(
   ("tokens", "choices", "experts", "factor", "rows"),
-  [(256, 2, 16, 1.25, 40), (8, 2, 8, 4.0, 8), (8, 2, 8, 100.0, 8), (4, 1, 16, 1.0, 1), (10, 2, 8, 1.0, 3)],
-)  # fmt: skip
+  [
+    (256, 2, 16, 1.25, 40),
+    (8, 2, 8, 4.0, 8),
+    (8, 2, 8, 100.0, 8),
+    (4, 1, 16, 1.0, 1),
+    (10, 2, 8, 1.0, 3),
+  ],
+)
 def test_rows_per_expert(tokens, choices, experts, factor, rows):
   assert capacity.rows_per_expert(tokens, choices, experts, factor) == rows

@@ -48,9 +48,9 @@ def test_memory_is_that_of_the_configured_rows_and_not_of_the_worst_load():
   worst_rows = ranks * here * K  # every device's tokens, all to one rank
   placed = rows + (E // ranks) * grouped.rows_per_block(rows, E // ranks)
   # What a round holds at once of rows: sent, received, returned and their gradients; in blocks:
-  # gate, up, output and input's gradient. Two rounds, for the first is saved while others run.
-  # Then per assignment a few rows of a token, and some numbers of bookkeeping per row.
-  floats = 2 * (8 * rows * width + placed * (2 * num_hidden + 2 * width))
+  # gate, up, output and input's gradient. Then per assignment a few rows of a token, some numbers
+  # of bookkeeping per row, and the gradients of the experts' weights and their sums.
+  floats = 8 * rows * width + placed * (2 * num_hidden + 2 * width)
   floats += 6 * here * K * width + 40 * rows + 8 * 3 * (E // ranks) * width * num_hidden
   found = temporary_bytes(factor, num_tokens, width, num_hidden)
   assert found <= 4 * floats

@@ -1,10 +1,6 @@
-"""What the executor costs: memory in micro-batches, time against gpipe and a plain pipeline, size.
-
-`python -m tests.pipeline.test_cost` prints the figures.
-"""
+"""What the executor costs in memory and program size; in time: `python -m tests.pipeline.speed`."""
 
 import functools
-import time
 
 import jax
 import numpy as np
@@ -76,39 +72,6 @@ def test_program_is_flat_in_micro_batches_and_layers(schedule, grows):
   assert size(16) < 1.2 * size(4)
 
 
-def programs():
-  """Returns {name: (compiled step, its arrays)} of a layer heavy enough to be timed."""
-  cases = {
-    name: Case(name, STAGES, 16, chunks, expert=2, layers_per_chunk=2 // chunks)
-    for name, chunks in SCHEDULES.items()
-  }
-  arrays = toy.make(2 * STAGES, 16, rows=128, width=256, hidden=512)
-  mesh, gpipe = toy.make_mesh(cases["gpipe"]), cases["gpipe"].table()
-  steps = {
-    name: (toy.pipelined(mesh, case.table(), has_outputs=False), case.table())
-    for name, case in cases.items()
-  }
-  steps["baseline"] = (baseline.pipelined(mesh, toy.functions(has_outputs=False), 16), gpipe)
-  result = {}
-  for name, (step, table) in steps.items():
-    placed = toy.place(mesh, table, *arrays)
-    result[name] = (jax.jit(step).lower(*placed).compile(), placed)
-  return result
-
-
-def step_seconds(steps, repeats: int = 11) -> dict[str, float]:
-  """Returns the median of each step's seconds, the steps taking turns."""
-  seconds = {name: [] for name in steps}
-  for repeat in range(repeats + 1):
-    # Each goes first as often as the others.
-    for name in np.roll(list(steps), repeat):
-      program, arrays = steps[name]
-      start = time.perf_counter()
-      jax.block_until_ready(program(*arrays))
-      seconds[name].append(time.perf_counter() - start)
-  return {name: float(np.median(each[1:])) for name, each in seconds.items()}
-
-
 def test_baseline_is_a_pipeline_of_the_same_model():
   case = Case("gpipe", 2, 4, expert=2, tensor=2, layers_per_chunk=2)
   mesh, arrays = toy.make_mesh(case), toy.make(case.layers, 4)
@@ -118,27 +81,3 @@ def test_baseline_is_a_pipeline_of_the_same_model():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   for each, expected_each in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
     assert np.linalg.norm(each - expected_each) <= 1e-5 * np.linalg.norm(expected_each)
-
-
-@pytest.mark.slow
-def test_1f1b_is_as_fast_as_gpipe_and_as_a_plain_pipeline():
-  """The bars: 1f1b <= 1.02 x gpipe, and no slower than `jax.grad` through a scan.
-
-  Other work on the machine moves a median by more than 2%, so a few rounds may try.
-  """
-  steps, rounds = programs(), []
-  for _ in range(8):
-    seconds = step_seconds(steps)
-    rounds.append(seconds)
-    if seconds["1f1b"] <= min(1.02 * seconds["gpipe"], seconds["baseline"]):
-      return
-  pytest.fail(f"in no round was 1f1b <= 1.02 x gpipe and <= the baseline; seconds: {rounds}")
-
-
-if __name__ == "__main__":
-  for schedule in SCHEDULES:
-    for save in SAVE:
-      found = [temporary_bytes(schedule, m, save) for m in (16, 64)]
-      print(f"{schedule} {save}: {found[0]:,} temporary bytes at m=16, {found[1]:,} at m=64")
-  timed = programs()
-  print({name: round(each, 4) for name, each in step_seconds(timed).items()})

@@ -82,13 +82,15 @@ def test_the_forward_pass_is_what_the_reference_multiplies():
 def test_a_train_step_multiplies_what_is_said_to_be_executed(save):
   """With the sums of rows, which the formulas leave out, the program has a little more."""
   settings = wide(pipeline={"save": save, "micro_batches": 2})
-  executed = cost.executed_train_flops(settings, blockwise.BLOCK).total
+  block_tokens = blockwise.block_size(settings.train.sequence)
+  executed = cost.executed_train_flops(settings, block_tokens).total
   assert program_flops(settings, step.loss_and_gradients) == pytest.approx(executed, rel=0.01)
 
 
 def test_an_evaluation_multiplies_what_is_said_to_be_executed():
   settings = wide(moe={"capacity_factor": 1.5})
-  executed = cost.executed_forward_flops(settings, blockwise.BLOCK).total
+  block_tokens = blockwise.block_size(settings.train.sequence)
+  executed = cost.executed_forward_flops(settings, block_tokens).total
   assert program_flops(settings, step.evaluate) == pytest.approx(executed, rel=0.01)
 
 

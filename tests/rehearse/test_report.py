@@ -74,7 +74,7 @@ def test_operations_are_those_of_the_formulas(done):
   _, report, _, _ = done
   settings = config_lib.from_mapping(report["config"])
   table, gpus = step_lib.table(settings), settings.mesh.num_devices
-  analytic = cost.executed_train_flops(settings, blockwise.BLOCK)
+  analytic = cost.executed_train_flops(settings, blockwise.block_size(settings.train.sequence))
   idle = table.ticks_by_kind["forward"] / table.units_by_kind["forward"]  # masked cells run too
   expected = ((analytic.total - analytic.head) * idle + analytic.head) / gpus
   assert report["flops"]["executed"] == pytest.approx(expected, rel=0.05)

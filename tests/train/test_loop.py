@@ -102,6 +102,7 @@ def test_a_run_leaves_its_figures(whole):
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "8"]
 
 
+@pytest.mark.slow
 def test_load_figures_are_in_logical_order(whole, tmp_path):
   # The same first step without chunks, where the layers lie in logical order.
   plain = runs.settings(train={"steps": 8})
