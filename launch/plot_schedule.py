@@ -8,10 +8,10 @@ Needs no device and no jax. Bad values and flags end in one line on stderr and e
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
+from launch.flags import run
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import CLASSIC_COSTS, Table, check, to_text
 
@@ -29,16 +29,8 @@ _JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
 _OUT = flags.DEFINE_string("out", None, "Also draw the schedule here, .png or .svg.")
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    _stop(f"unexpected argument {argv[1]!r}; give every value as --flag=value")
-  try:
-    _show(_parse_costs(_COSTS.value))
-  except (ValueError, OSError) as error:
-    _stop(str(error))
-
-
-def _show(costs):
+def main() -> None:
+  costs = _parse_costs(_COSTS.value)
   table = SCHEDULES[_SCHEDULE.value](_STAGES.value, _MICRO_BATCHES.value, _CHUNKS.value)
   check(table)
   figures = _figures(table, costs)
@@ -79,17 +71,5 @@ def _parse_costs(pairs):
   return costs
 
 
-def _parse_flags(argv):
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    _stop(str(error))
-
-
-def _stop(message):
-  print(f"plot_schedule: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(2)
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse_flags)
+  run(main, config=False)
