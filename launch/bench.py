@@ -55,12 +55,16 @@ def measure(settings: config_lib.Config, repeats: int) -> dict:
     steps[kind] = [step() for _ in range(repeats)]
   gemms.measure()
   peak = gemms.peak_flops_per_s
+  unit_s = program.unit_seconds(repeats)
   return {
     **{
       kind: {"compile_s": program.compile_s[kind]} | figures(settings, kind, steps[kind], peak)
       for kind in steps
     },
     "matmul_peak_flops_per_s": peak,
+    "unit_s": unit_s,
+    "bubble_fraction": program.schedule.bubble_fraction(unit_s),
+    "temporary_bytes": program.temporary_bytes,
     "gemms": [
       {"name": name, "shape": list(shape), "flops_per_s": gemms.flops_per_s[name]}
       for name, shape in gemms.shapes.items()
@@ -114,6 +118,10 @@ def to_text(found: dict) -> str:
       f"{part['tokens_per_s']:>12.0f}{part['model_flops_per_s'] / 1e9:>12.1f}"
       f"{part['fraction_of_peak']:>10.1%}{part['dropped_fraction']:>10.1%}"
     )
+  units = ", ".join(f"{kind} {each * 1e3:.2f}" for kind, each in found["unit_s"].items())
+  rows.append(f"units of a tick, ms: {units}")
+  rows.append(f"bubble of the schedule in these: {found['bubble_fraction']:.2%}")
+  rows.append(f"train step's temporaries, all devices: {found['temporary_bytes'] / 1e6:.0f} MB")
   rows.append(f"matmul {found['config']['model']['dtype']}, GFLOP/s before, between and after:")
   for gemm in found["gemms"]:
     rates = "".join(f"{rate / 1e9:>12.1f}" for rate in gemm["flops_per_s"])

@@ -4,6 +4,7 @@ that show what the machine can do.
 Must not know flags, files or how figures are shown.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.train import optimizer as optimizer_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
+from moe_jax.train import units
 
 GEMM_REPEATS = 10
 
@@ -45,20 +47,26 @@ class Program:
   """A deployment, compiled, with its state and one batch on the devices.
 
   Attributes:
+    schedule: its table.
     compile_s: seconds that tracing and XLA took, by kind of step.
+    temporary_bytes: of the train step, on all devices together.
   """
 
   def __init__(self, settings: config.Config):
     mesh = mesh_lib.make(settings.mesh)
     optimizer = optimizer_lib.make(settings.train)
-    order = state_lib.placement(settings, step_lib.table(settings).layer_order)
+    self.schedule = step_lib.table(settings)
+    order = state_lib.placement(settings, self.schedule.layer_order)
     key = jax.random.key(settings.train.seed)
     self.state = state_lib.initialiser(settings, mesh, optimizer, order)(key)
     place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
     self.inputs = jax.tree.map(place, random_inputs(settings), step_lib.inputs_spec())
     self.compile_s: dict[str, float] = {}
+    self._units = units.programs(settings, mesh)
+    self._to_compute = jax.jit(step_lib.compute_parameters(settings, mesh))
     train = jax.jit(step_lib.train_step(settings, mesh, optimizer), donate_argnums=0)
     self._train = self._compile("train", train)
+    self.temporary_bytes = self._train.memory_analysis().temp_size_in_bytes * mesh.size
     self._forward = self._compile("forward", jax.jit(step_lib.evaluate_step(settings, mesh)))
 
   def train(self) -> Step:
@@ -70,6 +78,23 @@ class Program:
     """Evaluates the batch."""
     took, losses = timed(lambda: self._forward(self.state, self.inputs))
     return Step(took, _dropped_fraction(losses))
+
+  def unit_seconds(self, repeats: int) -> dict[str, float]:
+    """Returns the median seconds of each unit of a tick, run alone on all devices."""
+    given = (self._to_compute(self.state.parameters), step_lib.normalised(self.inputs))
+    found = {}
+
+    def take(kind, *arrays):
+      call = lambda: self._units[kind](*given, *arrays)
+      result = timed(call)[1]  # compiles
+      found[kind] = statistics.median(timed(call)[0].wall_s for _ in range(repeats))
+      return result
+
+    y, saved = take("forward", take("embed"))
+    _, _, gy = take("head", y)
+    _, gx = take("backward", saved, gy)
+    take("embed_gradient", gx)
+    return found
 
   def _compile(self, kind: str, function):
     start = time.perf_counter()

@@ -80,7 +80,10 @@ def test_large_scores_overflow_nothing():
 
 
 def test_memory_is_linear_in_the_sequence():
-  """Twice the positions take twice the temporaries; the scores of plain attention four times."""
+  """Twice the positions take twice the temporaries; the scores of plain attention four times.
+
+  From 4,096 positions on: below, blocks grow with the sequence.
+  """
 
   def temporary_bytes(function, S):
     struct = jax.ShapeDtypeStruct((1, S, 2, 16), jnp.float32)
@@ -90,7 +93,7 @@ def test_memory_is_linear_in_the_sequence():
     compiled = gradient.lower(struct, struct, struct, segments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  growth = lambda function: temporary_bytes(function, 4096) / temporary_bytes(function, 2048)
+  growth = lambda function: temporary_bytes(function, 8192) / temporary_bytes(function, 4096)
   assert growth(blockwise.attention) < 2.05
   assert growth(plain) > 3.5
 
