@@ -30,7 +30,7 @@ XLA_FLAGS = {
 # XLA:CPU takes its temporaries anew for every step, and glibc would hand gigabytes back to the
 # kernel after each and fault them in again, page by page: a fifth of a step's time at 1 GB of
 # temporaries.
-_MALLOC = {
+MALLOC = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**40),
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
   The variables work only at a process's start. Those that the user set stay; where another C
   library than glibc ignores them, nothing changes.
   """
-  missing = {name: value for name, value in _MALLOC.items() if name not in os.environ}
+  missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
   if missing and sys.platform == "linux":
     os.environ.update(missing)
     sys.stdout.flush()

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from launch import bench, config_file
+from launch import bench, config_file, environment
 from moe_jax import config as config_lib
 
 KINDS = ("train", "forward")
@@ -102,8 +102,9 @@ class Worker:
   def __init__(self, name: str, config: str):
     command = [sys.executable, "-m", "tests.peers.huggingface", f"--worker={name}"]
     self.process = subprocess.Popen(
-      [*command, f"--config={config}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+      [*command, f"--config={config}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      env={**os.environ, **environment.MALLOC},  # which serves both
+    )  # fmt: skip
     self.name, self.versions = name, self._read()
 
   def ask(self, what: str):
@@ -126,6 +127,7 @@ class Worker:
 
 
 def run_ours(settings: config_lib.Config) -> None:
+  environment.virtual_devices(1)
   import jax
 
   from launch import stopwatch
