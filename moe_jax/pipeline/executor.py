@@ -6,14 +6,15 @@ costs nothing because another stage works in that tick. Ticks that have no forwa
 unit on any stage form their own scan without that half; head and embedding, which every stage
 takes part in, are branches that are the same on every device.
 
-Transfers hide behind computation without a tick of latency: what the forward unit made travels
-while the next tick's head and backward run, what the backward unit made travels while this tick's
+Transfers may hide behind computation without a tick of latency: what the forward unit made may
+travel while the next tick's head and backward run, what the backward unit made while this tick's
 forward runs. Because the backward comes first, the forward unit may write the stash slot that it
 frees.
 
 Must not know the model: it is given `Functions`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class _Row(NamedTuple):
 
   head_micro: jax.Array
   head_inbox_slot: jax.Array
+  head_is_fresh: jax.Array  # 1 where the micro-batch finished in the tick before
   embed_micro: jax.Array
   embed_gradient_micro: jax.Array
   arrival_slot: jax.Array
@@ -199,11 +201,14 @@ class _Executor:
     table = self.table
     # What the backward unit of tick t sends is stored at the end of t: the arrival of t + 1.
     cotangent_QZ = np.roll(table.cotangent_arrival_slot_QZ, -1, axis=0)
+    finished_Q = table.forward_tick_UW[table.head_micro_Q, -1]
+    is_fresh_Q = (table.head_micro_Q >= 0) & (finished_Q == np.arange(table.num_ticks) - 1)
     every_stage = lambda at_Q: jnp.asarray(at_Q, jnp.int32)
     this_stage = lambda at_QZ: jnp.asarray(at_QZ, jnp.int32)[:, self.stage]
     return _Row(
       head_micro=every_stage(table.head_micro_Q),
       head_inbox_slot=every_stage(table.head_inbox_slot_Q),
+      head_is_fresh=every_stage(is_fresh_Q),
       embed_micro=every_stage(table.embed_micro_Q),
       embed_gradient_micro=every_stage(table.embed_gradient_micro_Q),
       arrival_slot=this_stage(table.arrival_slot_QZ),
@@ -248,11 +253,17 @@ class _Executor:
     )
 
   def _tick(self, state: _State, row: _Row) -> _State:
+    # An output that has just been made is read where it was made: were the head to wait for it on
+    # stage 0, head and backward would wait for the transfer that they are to hide.
+    y = _select(
+      row.head_is_fresh > 0, state.sent, _at(state.inbox, jnp.maximum(row.head_inbox_slot, 0))
+    )
     if self.units["arrival"] != "never":
       arrived = collectives.shift(state.sent, STAGE, +1)
       state = state._replace(inbox=_write(state.inbox, row.arrival_slot, arrived))
-    y = _at(state.inbox, jnp.maximum(row.head_inbox_slot, 0))
-    sums, gy = self._branch("head", self._head, row.head_micro, state.sums, y)
+    owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
+    head = functools.partial(self._head, owner)
+    sums, gy = self._branch("head", head, row.head_micro, state.sums, y)
     state = state._replace(sums=sums)
     if self.units["backward"] != "never":
       state, gx = self._backward(state, row, gy)
@@ -284,14 +295,14 @@ class _Executor:
       return skip(sums)
     return jax.lax.cond(micro >= 0, lambda sums: unit(micro, sums, x), skip, sums)
 
-  def _head(self, micro, sums: _Sums, y):
-    """Loss of the micro-batch whose `y` waits on stage 0, and (with backward units) its
+  def _head(self, owner, micro, sums: _Sums, y):
+    """Loss of the micro-batch whose `y` stage `owner` holds, and (with backward units) its
     cotangent.
     """
     inputs = _at(self.inputs, micro)
     g_shared = sums.g_shared
     with jax.named_scope("head"):
-      y = collectives.broadcast_from(y, STAGE, 0)
+      y = collectives.broadcast_from(y, STAGE, owner)
       if self.has_backward:
         head = lambda shared, y: self.functions.head(shared, y, inputs)
         loss, vjp, outputs = jax.vjp(head, self.shared, y, has_aux=True)
