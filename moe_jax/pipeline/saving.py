@@ -1,15 +1,21 @@
-"""What one layer keeps between its forward and its backward unit, by policy.
+"""What a layer keeps between its forward and its backward unit, by policy.
 
-A layer's backward is `jax.vjp` of that layer, split in two: the forward unit returns what must
+A layer's backward is `jax.vjp` of its steps, each split in two: the forward unit returns what must
 wait, the backward unit takes it. What is a parameter or an input is not kept: the backward unit is
-handed those again. Knows a layer as a function; must not know schedules or models.
+handed those again; what two steps ask for is kept once. Knows a layer as steps; must not know
+schedules or models.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.pipeline.steps import Step
+
+Tree = Any
 
 _RESIDUAL = "residual"
 
@@ -23,75 +29,159 @@ def residual(x: jax.Array) -> jax.Array:
 
 
 class SavedLayer(NamedTuple):
-  """A layer as two functions.
+  """A layer as two lists of functions, one for each step and direction.
 
   Attributes:
-    forward: (weights, shared, x, inputs) -> (y, auxiliary_loss, report, saved).
-    backward: (weights, shared, inputs, saved, gy, g_auxiliary) -> (g_weights, g_shared, gx).
-    saved: shapes of what waits, a list of ShapeDtypeStruct.
+    forward: of each step, (weights, shared, carry, inputs) -> (carry, kept); `kept` is its part of
+      what waits, a list of arrays.
+    saved: shapes of what waits, for each step a list of ShapeDtypeStruct.
+    restore: (weights, shared, inputs, saved) -> what each step's backward asks for.
+    backward: of each step, (weights, shared, inputs, restored, gradients) -> (of_parameters,
+      gradients). `restored` is what `restore` returned, `gradients` are those of the floats that
+      the step returned, of the last step (gy's leaves, g_auxiliary); it returns those of the floats
+      that the step took, and the gradient of each leaf of (weights, shared) that the step reads,
+      by its number. To be called from the last step to the first.
   """
 
-  forward: Callable
-  backward: Callable
-  saved: list[jax.ShapeDtypeStruct]
+  forward: tuple[Callable, ...]
+  saved: tuple[list[jax.ShapeDtypeStruct], ...]
+  restore: Callable
+  backward: tuple[Callable, ...]
 
 
-def _save_inputs(layer: Callable, example: tuple) -> SavedLayer:
-  """Keeps the layer's input only; the backward unit computes the layer again."""
-  _, _, x, _ = example
-  x_leaves, x_tree = jax.tree.flatten(x)
+class _Place(NamedTuple):
+  """Where an array that a backward asks for is found: among what is given (step None), or what
+  a step kept.
+  """
 
-  def forward(weights, shared, x, inputs):
-    return *layer(weights, shared, x, inputs), jax.tree.leaves(x)
-
-  def backward(weights, shared, inputs, saved, gy, g_auxiliary):
-    def differentiable(weights, shared, x):
-      y, auxiliary_loss, _ = layer(weights, shared, x, inputs)
-      return y, auxiliary_loss
-
-    _, vjp = jax.vjp(differentiable, weights, shared, jax.tree.unflatten(x_tree, saved))
-    return vjp((gy, g_auxiliary))
-
-  return SavedLayer(forward, backward, x_leaves)
+  step: int | None
+  index: int
 
 
-def _save_named(layer: Callable, example: tuple) -> SavedLayer:
-  """Keeps the values marked `residual` and the layer's input; computes the cheap rest again."""
-  policy = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
-  return _save_everything(jax.checkpoint(layer, policy=policy), example)
+class _Layout(NamedTuple):
+  """Of one step: the tree of its vjp, where each leaf lies, and which leaves it keeps itself."""
+
+  tree: Any
+  places: list[_Place]
+  kept: list[int]
 
 
-def _save_everything(layer: Callable, example: tuple) -> SavedLayer:
+def _keep_all(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
   """Keeps all that differentiation asks for; nothing is computed again."""
+  is_last = [False] * (len(steps) - 1) + [True]
+  layouts: list[_Layout] = []
+
+  def trace(weights, shared, x, inputs):
+    given = jax.tree.leaves((weights, shared, inputs))
+    found = {id(leaf): _Place(None, i) for i, leaf in enumerate(given)}
+    carry, kept, alive = x, [], []
+    for number in range(len(steps)):
+      carry, leaves, tree = _split(steps[number], is_last[number], weights, shared, carry, inputs)
+      alive.append(leaves)  # an id is an array's only while the array lives
+      mine: list[int] = []
+      for i, leaf in enumerate(leaves):
+        if id(leaf) not in found:
+          found[id(leaf)] = _Place(number, len(mine))
+          mine.append(i)
+      layouts.append(_Layout(tree, [found[id(leaf)] for leaf in leaves], mine))
+      kept.append([leaves[i] for i in mine])
+    return tuple(kept)
+
+  saved = jax.eval_shape(trace, *example)
+
+  def forward(number):
+    def run(weights, shared, carry, inputs):
+      carry, leaves, _ = _split(steps[number], is_last[number], weights, shared, carry, inputs)
+      return carry, [leaves[i] for i in layouts[number].kept]
+
+    return run
+
+  def backward(number):
+    tree, places, _ = layouts[number]
+
+    def run(weights, shared, inputs, restored, gradients):
+      given = jax.tree.leaves((weights, shared, inputs))
+      leaves = [given[i] if step is None else restored[step][i] for step, i in places]
+      of_used, gradients = jax.tree.unflatten(tree, leaves)(gradients)
+      return dict(zip(steps[number].uses, of_used, strict=True)), gradients
+
+    return run
+
+  numbers = range(len(steps))
+  return SavedLayer(
+    tuple(map(forward, numbers)),
+    saved,
+    lambda weights, shared, inputs, saved: saved,
+    tuple(map(backward, numbers)),
+  )
+
+
+def _keep_named(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
+  """Keeps the values marked `residual` and what enters a step; computes the cheap rest again."""
+  policy = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
+  remade = tuple(step._replace(run=jax.checkpoint(step.run, policy=policy)) for step in steps)
+  return _keep_all(remade, example)
+
+
+def _keep_inputs(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
+  """Keeps the layer's input only; the backward unit computes the layer again."""
+  whole = _keep_all(steps, example)
+  x_leaves, x_tree = jax.tree.flatten(example[2])
+  nothing_more = ([],) * (len(steps) - 1)
+
+  def first(weights, shared, x, inputs):
+    return whole.forward[0](weights, shared, x, inputs)[0], jax.tree.leaves(x)
+
+  def later(run):
+    return lambda *arguments: (run(*arguments)[0], [])
+
+  def restore(weights, shared, inputs, saved):
+    carry, restored = jax.tree.unflatten(x_tree, saved[0]), []
+    for run in whole.forward:
+      carry, kept = run(weights, shared, carry, inputs)
+      restored.append(kept)
+    return tuple(restored)
+
+  forward = (first, *map(later, whole.forward[1:]))
+  return SavedLayer(forward, (x_leaves, *nothing_more), restore, whole.backward)
+
+
+SAVE: dict[str, Callable[[tuple[Step, ...], tuple], SavedLayer]] = {
+  "inputs": _keep_inputs,
+  "residuals": _keep_named,
+  "everything": _keep_all,
+}
+
+
+def _split(step, is_last, weights, shared, carry, inputs):
+  """Returns the step's carry, and the leaves and tree of its vjp; of the last step's carry the
+  report is not differentiated.
+  """
+  leaves, carry_tree = jax.tree.flatten(carry)
+  parameters, parameters_tree = jax.tree.flatten((weights, shared))
+  is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
   layout: dict[str, Any] = {}
 
-  def split(weights, shared, x, inputs):
-    def differentiable(weights, shared, x):
-      y, auxiliary_loss, report = layer(weights, shared, x, inputs)
-      return (y, auxiliary_loss), report
+  def differentiable(used, floats):
+    given = iter(floats)
+    merged = [next(given) if f else leaf for f, leaf in zip(is_float, leaves, strict=True)]
+    of_step = dict(zip(step.uses, used, strict=True))
+    filled = [of_step.get(i, leaf) for i, leaf in enumerate(parameters)]
+    weights, shared = jax.tree.unflatten(parameters_tree, filled)
+    out = step.run(weights, shared, jax.tree.unflatten(carry_tree, merged), inputs)
+    end = len(jax.tree.leaves(out[:2] if is_last else out))
+    out_leaves, layout["tree"] = jax.tree.flatten(out)
+    layout["is_float"] = [
+      i < end and jnp.issubdtype(leaf.dtype, jnp.inexact) for i, leaf in enumerate(out_leaves)
+    ]
+    pick = lambda wanted: [
+      leaf for f, leaf in zip(layout["is_float"], out_leaves, strict=True) if f == wanted
+    ]
+    return pick(True), pick(False)
 
-    (y, auxiliary_loss), vjp, report = jax.vjp(differentiable, weights, shared, x, has_aux=True)
-    leaves, tree = jax.tree.flatten(vjp)
-    given = jax.tree.leaves((weights, shared, inputs))
-    # A residual that is one of the arguments is found again by its place among them.
-    places = [next((i for i, g in enumerate(given) if g is leaf), None) for leaf in leaves]
-    saved = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
-    layout.update(tree=tree, places=places)
-    return y, auxiliary_loss, report, saved
-
-  saved = jax.eval_shape(split, *example)[3]
-  tree, places = layout["tree"], layout["places"]
-
-  def backward(weights, shared, inputs, saved, gy, g_auxiliary):
-    given, waiting = jax.tree.leaves((weights, shared, inputs)), iter(saved)
-    leaves = [next(waiting) if place is None else given[place] for place in places]
-    return jax.tree.unflatten(tree, leaves)((gy, g_auxiliary))
-
-  return SavedLayer(split, backward, saved)
-
-
-SAVE: dict[str, Callable[[Callable, tuple], SavedLayer]] = {
-  "inputs": _save_inputs,
-  "residuals": _save_named,
-  "everything": _save_everything,
-}
+  used = [parameters[i] for i in step.uses]
+  floats = [leaf for f, leaf in zip(is_float, leaves, strict=True) if f]
+  out_floats, vjp, out_others = jax.vjp(differentiable, used, floats, has_aux=True)
+  out_floats, out_others = iter(out_floats), iter(out_others)
+  out = [next(out_floats) if f else next(out_others) for f in layout["is_float"]]
+  return jax.tree.unflatten(layout["tree"], out), *jax.tree.flatten(vjp)

@@ -17,6 +17,7 @@ from moe_jax.model import transformer
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import ALL, STAGE
 from moe_jax.pipeline.saving import SAVE
+from moe_jax.pipeline.steps import whole
 from moe_jax.train import step
 
 
@@ -71,8 +72,8 @@ class _Units:
     layer = self._layer(layers, shared, inputs, x)
 
     def body(x, weights):
-      y, _, _, saved = layer.forward(weights, shared, x, inputs)
-      return y, saved
+      (y, _, _), kept = layer.forward[0](weights, shared, x, inputs)
+      return y, (kept,)
 
     return jax.lax.scan(body, x, self._chunk(layers))
 
@@ -88,8 +89,13 @@ class _Units:
 
     def body(gy, given):
       weights, saved = given
-      g_weights, _, gx = layer.backward(weights, shared, inputs, saved, gy, one)
-      return gx, g_weights
+      leaves, tree = jax.tree.flatten(gy)
+      restored = layer.restore(weights, shared, inputs, saved)
+      of_parameters, gradients = layer.backward[0](
+        weights, shared, inputs, restored, [*leaves, one]
+      )
+      num_weights = len(jax.tree.leaves(weights))
+      return jax.tree.unflatten(tree, gradients), [of_parameters[i] for i in range(num_weights)]
 
     gx, gradient = jax.lax.scan(body, gy, (self._chunk(layers), saved), reverse=True)
     return gradient, gx
@@ -104,4 +110,4 @@ class _Units:
   def _layer(self, layers, shared, inputs, x):
     one = jax.tree.map(lambda leaf: leaf[0], layers)
     example = jax.eval_shape(lambda: (one, shared, x, inputs))
-    return SAVE[self.settings.pipeline.save](self.functions.layer, example)
+    return SAVE[self.settings.pipeline.save]((whole(self.functions.layer, example),), example)

@@ -26,6 +26,7 @@ _KINDS = {
   "all_gather_invariant": "all-gather",
   "reduce_scatter": "reduce-scatter",
   "all_to_all": "all-to-all",
+  "ragged_all_to_all": "ragged-all-to-all",
   "ppermute": "collective-permute",
 }
 _SILENT = ("axis_index", "pvary", "pcast")
@@ -105,9 +106,13 @@ def _walk(jaxpr: core.Jaxpr, sizes, num_loops) -> Iterator[Collective]:
     if name in _KINDS:
       axes = params.get("axes", params.get("axis_name"))
       axes = (axes,) if isinstance(axes, str) else tuple(axes)
-      for operand in equation.invars:
+      groups = params.get("axis_index_groups")  # of a part of the axis
+      n = len(groups[0]) if groups else math.prod(sizes[axis] for axis in axes)
+      # All others of a ragged exchange say where its rows lie.
+      operands = equation.invars[:1] if name == "ragged_all_to_all" else equation.invars
+      for operand in operands:
         shape = tuple(operand.aval.shape)
-        yield Collective(_KINDS[name], axes, shape, num_loops, _elements(name, axes, shape, sizes))
+        yield Collective(_KINDS[name], axes, shape, num_loops, _elements(name, n, shape))
     elif name not in _SILENT and _is_over_mesh(params, sizes):
       raise ValueError(f"primitive {name} runs over mesh axes and is not known: {params}")
     for inner in core.jaxprs_in_params(params):
@@ -119,13 +124,14 @@ def _is_over_mesh(params, sizes):
   return any(axis in sizes for axis in ((axes,) if isinstance(axes, str) else tuple(axes or ())))
 
 
-def _elements(name, axes, shape, sizes):
-  n, size = math.prod(sizes[axis] for axis in axes), math.prod(shape)
+def _elements(name, n, shape):
+  size = math.prod(shape)
   factor = {
     "all-reduce": 2 * (n - 1) / n,
     "all-gather": n - 1,
     "reduce-scatter": (n - 1) / n,
     "all-to-all": (n - 1) / n,
+    "ragged-all-to-all": (n - 1) / n,  # at most: of rows that are all filled
     "collective-permute": 1,
   }
   return factor[_KINDS[name]] * size

@@ -4,6 +4,7 @@ And the gradients of parameters are summed once a step, outside every loop.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.model import attention, transformer
+from moe_jax.model import attention, qk_norm, transformer
 from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
@@ -98,16 +99,15 @@ def test_exchange_sends_what_it_declares(name, mesh):
   assert back == in_summary(program.declared(EXCHANGE[name].to_tokens, **sizes))
 
 
+@pytest.mark.parametrize("kind", qk_norm.QK_NORM)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_attention_sends_what_it_declares(mesh):
+def test_attention_sends_what_it_declares(mesh, kind):
   settings = settings_of(mesh)
-  model = settings.model
+  model = dataclasses.replace(settings.model, qk_norm=kind)
   definition, weights = nnx.split(nnx.eval_shape(lambda: attention.Attention(model, nnx.Rngs(0))))
   B, S, D = 8, SEQUENCE, model.d_model
   whole = struct(B, S, dtype=jnp.int32)
-  call = lambda weights, *arrays: attention.attend(
-    nnx.merge(definition, weights), *arrays, model.rope_theta
-  )
+  call = lambda weights, *arrays: attention.attend(nnx.merge(definition, weights), model, *arrays)
   found = found_in(
     settings,
     call,
@@ -117,7 +117,30 @@ def test_attention_sends_what_it_declares(mesh):
   )
   tensor = settings.mesh.tensor
   x_size = B * S * D // (settings.mesh.expert * tensor)
-  assert found == in_summary(program.declared(attention.attend, tensor=tensor, x_size=x_size))
+  expected = program.declared(attention.attend, tensor=tensor, x_size=x_size)
+  if kind == "projection":  # of queries and of keys
+    b = B // settings.mesh.expert
+    expected += 2 * program.declared(qk_norm.over_projection, tensor=tensor, b=b, S=S)
+  assert found == in_summary(expected)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_gradient_of_a_norm_over_the_projection_sends_as_much_again(mesh):
+  settings = settings_of(mesh)
+  X, tensor = settings.mesh.expert, settings.mesh.tensor
+  N, H, B, S = settings.model.heads, settings.model.head_dim, 8, SEQUENCE
+  graph, norm = nnx.split(nnx.eval_shape(lambda: qk_norm.Norm((N, H), ("heads", "head_dim"))))
+
+  def both(norm, x_bSnH):
+    apply = lambda x: qk_norm.over_projection(nnx.merge(graph, norm), x, 1e-5)
+    y_bSnH, vjp = jax.vjp(apply, x_bSnH)
+    return vjp(y_bSnH)[0]
+
+  spec = P(EXPERT, None, TENSOR)
+  region, on = on_mesh(settings, both, (parameters.specs(norm), spec), spec)
+  found = program.collectives(region, norm, struct(B, S, N, H), mesh=on)
+  there = program.declared(qk_norm.over_projection, tensor=tensor, b=B // X, S=S)
+  assert program.summary(found) == in_summary(2 * there)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -148,9 +171,8 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
   sizes = {"X": X, "tensor": tensor, "E": E, "C": C, "D": model.d_model}
   there = program.declared(EXCHANGE[name].to_experts, **sizes)
   back = program.declared(EXCHANGE[name].to_tokens, **sizes)
-  n = X * tensor
-  counts = ("all-reduce", f"{EXPERT}+{TENSOR}", 2 * (n - 1) / n * E)
-  assert program.summary(found) == sorted([*in_summary(there + back), counts])
+  counts = [("all-to-all", EXPERT, (X - 1) * E), ("all-to-all", TENSOR, (tensor - 1) * E)]
+  assert program.summary(found) == in_summary(there + back + counts)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -329,11 +351,15 @@ def test_executor_sends_what_it_declares(schedule, is_forward_only):
 
 
 @pytest.mark.parametrize(
-  ("save", "exchanges"), [("inputs", 6), ("residuals", 4), ("everything", 4)]
+  ("save", "exchanges", "sums"), [("inputs", 6, 4), ("residuals", 4, 2), ("everything", 4, 2)]
 )
-def test_what_is_saved_is_not_exchanged_again(save, exchanges):
-  """All-to-alls a layer: two forward, two backward, and two where the layer is computed again."""
-  _, _, found = step_program((2, 2, 2), "1f1b", 1, save)
-  loops = collections.Counter(c.kind for c in found if c.num_loops)
+def test_what_is_saved_is_not_exchanged_again(save, exchanges, sums):
+  """All-to-alls a layer: of rows two forward, two backward, and two where the layer is computed
+  again; of counts two, along both axes, wherever the layer is computed.
+  """
+  settings, _, found = step_program((2, 2, 2), "1f1b", 1, save)
+  inside = [c for c in found if c.num_loops and c.kind == "all-to-all"]
+  rows = [c for c in inside if c.shape[-1] == settings.model.d_model]
   # Forward units stand in two of the loops over ticks (warm-up, steady), backward units in two.
-  assert loops["all-to-all"] == 2 * exchanges
+  assert len(rows) == 2 * exchanges
+  assert len(inside) - len(rows) == 2 * sums

@@ -25,7 +25,7 @@ from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import executor
-from moe_jax.pipeline.executor import Functions
+from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import residual
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table

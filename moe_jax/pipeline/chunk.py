@@ -1,0 +1,234 @@
+"""The layers of a chunk, run forwards, backwards, or both at once with their steps tied.
+
+Where a tick has a forward and a backward unit, they belong to different micro-batches and need
+nothing of each other. Layer by layer, the steps of the one run beside those of the other, the
+backward's from the last to the first: so while one exchanges tokens the other multiplies matrices.
+A barrier after each slot of steps says so to XLA, whose scheduler does not find it by itself; it
+holds the chain of activations and the chain of cotangents, not the weights' gradients, which fill
+what room is left.
+
+Knows layers as steps; must not know ticks, stages or the model.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.pipeline.saving import SavedLayer
+
+Tree = Any
+
+
+class Totals(NamedTuple):
+  """What layers add to, or write into.
+
+  Attributes:
+    stash: [slots, layers of a chunk, ...] what layers saved; None if forward-only. A slot holds the
+      layers first to last, or last to first.
+    auxiliary_loss: float32.
+    reports: [layers of this stage, ...].
+    g_layers: [layers of this stage, ...]; None if forward-only.
+    g_shared: None if forward-only.
+  """
+
+  stash: Tree
+  auxiliary_loss: jax.Array
+  reports: Tree
+  g_layers: Tree
+  g_shared: Tree
+
+
+class Forward(NamedTuple):
+  """A forward unit.
+
+  Attributes:
+    x: of the first layer.
+    inputs: of the micro-batch.
+    first: number of the chunk's first layer.
+    slot: of the stash, where the layers save; may be the one that the backward unit beside it
+      reads, if one of the two is reversed.
+    is_reversed: whether the slot holds the layers last to first.
+    runs: whether the cell is busy; None where every stage's is, so that nothing needs a mask.
+  """
+
+  x: Tree
+  inputs: Tree
+  first: jax.Array
+  slot: jax.Array
+  is_reversed: jax.Array
+  runs: jax.Array | None
+
+
+class Backward(NamedTuple):
+  """A backward unit; one of an idle cell has cotangents of zero, and so adds nothing.
+
+  Attributes:
+    gy: cotangent of the last layer's y.
+    g_auxiliary: cotangent of each layer's auxiliary loss.
+    inputs: of the micro-batch.
+    first: number of the chunk's first layer.
+    slot: of the stash, where the layers saved.
+    is_reversed: whether the slot holds the layers last to first.
+  """
+
+  gy: Tree
+  g_auxiliary: jax.Array
+  inputs: Tree
+  first: jax.Array
+  slot: jax.Array
+  is_reversed: jax.Array
+
+
+class Chunk(NamedTuple):
+  """What every chunk of this stage shares.
+
+  Attributes:
+    layer: as in `Functions`.
+    steps: of the layer, with what they save; None if forward-only.
+    slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
+    layers: weights, [layers of this stage, ...].
+    shared: parameters outside the layers.
+    num_layers: of a chunk.
+    adds: whether gradients add to those of other units; else they are written.
+  """
+
+  layer: Callable
+  steps: SavedLayer | None
+  slots: tuple[tuple[int, int], ...]
+  layers: Tree
+  shared: Tree
+  num_layers: int
+  adds: bool
+
+  def run(
+    self, totals: Totals, forward: Forward | None, backward: Backward | None
+  ) -> tuple[Totals, Tree, Tree]:
+    """Returns the totals, `y` of the forward unit and `gx` of the backward unit, None for one that
+    is not there.
+
+    Communication: that of the layer.
+    """
+
+    def body(carry, l):
+      totals, x, gy = carry
+      back = None
+      ahead = forward and _ForwardLayer(self, forward, l, x)
+      if backward:
+        back, stash = _BackwardLayer.read(self, backward, self.num_layers - 1 - l, gy, totals.stash)
+        totals = totals._replace(stash=stash)
+      num_done = 0  # steps whose weights' gradients must be there at the end of the slot
+      for num_ahead, num_back in self.slots:
+        if ahead:
+          ahead.run(num_ahead)
+        if back:
+          back.run(num_back)
+        if ahead and back:
+          tied = (ahead.carry, back.gradients, back.of_parameters[:num_done])
+          tied = jax.lax.optimization_barrier(tied)
+          ahead.carry, back.gradients, back.of_parameters[:num_done] = tied
+          num_done = len(back.of_parameters)
+      if back:
+        totals, gy = back.finish(totals)
+      if ahead:
+        totals, x = ahead.finish(totals)
+      return (totals, x, gy), None
+
+    start = (totals, forward and forward.x, backward and backward.gy)
+    return jax.lax.scan(body, start, jnp.arange(self.num_layers))[0]
+
+
+class _ForwardLayer:
+  """One layer on its way forwards."""
+
+  def __init__(self, chunk: Chunk, unit: Forward, l: jax.Array, x: Tree):
+    self.chunk, self.unit, self.l, self.carry = chunk, unit, l, x
+    self.weights = _at(chunk.layers, unit.first + l)
+    self.kept: list[list[jax.Array]] = []
+
+  def run(self, num_steps: int) -> None:
+    given = (self.weights, self.chunk.shared)
+    if self.chunk.steps is None:
+      self.carry = self.chunk.layer(*given, self.carry, self.unit.inputs)
+      return
+    for step in self.chunk.steps.forward[len(self.kept) :][:num_steps]:
+      self.carry, kept = step(*given, self.carry, self.unit.inputs)
+      self.kept.append(kept)
+
+  def finish(self, totals: Totals) -> tuple[Totals, Tree]:
+    y, auxiliary_loss, report = self.carry
+    keep = self._keep
+    number = self.unit.first + self.l
+    if self.chunk.steps is not None:
+      place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
+      stash = jax.tree.map(
+        lambda leaf, new: leaf.at[place].set(keep(new, lambda: leaf[place])),
+        totals.stash, tuple(self.kept),
+      )  # fmt: skip
+      totals = totals._replace(stash=stash)
+    or_nothing = lambda new: keep(new, lambda: jnp.zeros_like(new))
+    reports = jax.tree.map(
+      lambda total, new: total.at[number].add(or_nothing(new)), totals.reports, report
+    )
+    total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
+    return totals._replace(auxiliary_loss=total_loss, reports=reports), y
+
+  def _keep(self, new: jax.Array, old: Callable[[], jax.Array]) -> jax.Array:
+    return new if self.unit.runs is None else jnp.where(self.unit.runs, new, old())
+
+
+class _BackwardLayer:
+  """One layer on its way backwards."""
+
+  @classmethod
+  def read(cls, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, stash: Tree):
+    """Returns the layer with what it saved, and the stash, to be written only now."""
+    place = (unit.slot, _place(l, unit.is_reversed, chunk.num_layers))
+    saved = jax.tree.map(lambda leaf: leaf[place], stash)
+    # XLA does not order a read before a write that does not need it, and would copy the stash.
+    saved, stash = jax.lax.optimization_barrier((saved, stash))
+    return cls(chunk, unit, l, gy, saved), stash
+
+  def __init__(self, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, saved: Tree):
+    self.chunk, self.unit, self.number = chunk, unit, unit.first + l
+    self.weights = _at(chunk.layers, self.number)
+    self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
+    self.gy_tree = jax.tree.structure(gy)
+    self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
+    self.of_parameters: list[dict[int, jax.Array]] = []
+
+  def run(self, num_steps: int) -> None:
+    for step in self.chunk.steps.backward[::-1][len(self.of_parameters) :][:num_steps]:
+      of_parameters, self.gradients = step(
+        self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
+      )
+      self.of_parameters.append(of_parameters)
+
+  def finish(self, totals: Totals) -> tuple[Totals, Tree]:
+    sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))
+    num_weights = len(jax.tree.leaves(totals.g_layers))
+    for i, total in enumerate(sums):
+      parts = [part[i] for part in self.of_parameters if i in part]
+      if not parts:
+        continue
+      gradient = sum(parts[1:], parts[0]).astype(total.dtype)
+      if i >= num_weights:
+        sums[i] = total + gradient
+      elif self.chunk.adds:
+        sums[i] = total.at[self.number].add(gradient)
+      else:
+        sums[i] = total.at[self.number].set(gradient)
+    g_layers, g_shared = jax.tree.unflatten(tree, sums)
+    gx = jax.tree.unflatten(self.gy_tree, self.gradients)
+    return totals._replace(g_layers=g_layers, g_shared=g_shared), gx
+
+
+def _place(l: jax.Array, is_reversed: jax.Array, num_layers: int) -> jax.Array:
+  """Returns where a layer's part lies in its slot."""
+  return jnp.where(is_reversed, num_layers - 1 - l, l)
+
+
+def _at(tree, index):
+  """Returns entry `index` of every leaf."""
+  return jax.tree.map(lambda leaf: leaf[index], tree)

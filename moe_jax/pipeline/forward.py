@@ -1,0 +1,232 @@
+"""Runs a forward-only schedule table as one SPMD program, with state that layers read and write.
+
+Ticks, transfers, head and embedding are those of `pipeline.executor`; there are no backward units.
+Two things are new. Each layer may read and write a part of a state, such as a key-value cache,
+which goes through the loops in place. And a small carry, the same on every stage, goes from head to
+embedding, so that a micro-batch may begin with what the head made of an earlier one: decoding runs
+token after token through the pipeline without ever draining it.
+
+Must not know the model: it is given `Functions`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.parallel import collectives
+from moe_jax.parallel.axes import STAGE
+from moe_jax.pipeline import columns
+from moe_jax.pipeline.table import Table
+
+Tree = Any
+
+
+class Functions(NamedTuple):
+  """The model, as per-device functions; leave what a function does not need untouched or empty.
+
+  Attributes:
+    embed: (shared, inputs, carry) -> x, the same on every stage.
+    layer: (layers, index, shared, x, inputs, carry, state, runs) -> (y, state, report). `layers`
+      are the parameters of all layers of the stage, of which `index` is to run: it reads from them
+      what it needs, and no more. Where `runs` is False the cell is idle and nothing may be written
+      to the state; `report` is then not counted. `carry` is as the micro-batch's embedding saw it.
+    head: (shared, y, inputs, carry) -> (carry, outputs); `y` is the same on every stage, `outputs`
+      a tree that is returned for every micro-batch.
+  """
+
+  embed: Callable[[Tree, Tree, Tree], Tree]
+  layer: Callable[..., tuple[Tree, Tree, Tree]]
+  head: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+
+
+class Result(NamedTuple):
+  """What the forward passes leave on this device.
+
+  Attributes:
+    carry: after the last head.
+    state: as given, written to.
+    reports: the layers' reports, [layers of this stage, ...], summed over micro-batches.
+    outputs: the head's outputs, [micro-batches, ...].
+    ticks: how many ticks ran, int32.
+  """
+
+  carry: Tree
+  state: Tree
+  reports: Tree
+  outputs: Tree
+  ticks: jax.Array
+
+
+class _Run(NamedTuple):
+  """What a tick hands to the next."""
+
+  sent: Tree  # output of this stage's last forward unit, not yet on its way
+  inbox: Tree  # [inbox slots, ...]
+  result: Result
+
+
+def run(
+  functions: Functions,
+  table: Table,
+  layers: Tree,
+  shared: Tree,
+  inputs: Tree,
+  carry: Tree = (),
+  state: Tree = (),
+) -> Result:
+  """Returns the result of all micro-batches, inside the manual region.
+
+  Args:
+    functions: the model.
+    table: a forward-only schedule.
+    layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major.
+    shared: parameters outside the layers.
+    inputs: leaves [micro-batches, ...].
+    carry: what heads hand to later embeddings. A layer of a micro-batch runs after its embedding
+      and before its head, so it sees the carry of both, but for what heads of other micro-batches
+      changed: they must leave alone what it reads.
+    state: what layers read and write.
+
+  Raises:
+    ValueError: the table has backward units.
+
+  Communication: over `stage`, in each tick one collective-permute of an activation; per micro-batch
+  an all-reduce of an activation for the head. And what the functions do.
+  """
+  if not table.is_forward_only:
+    raise ValueError(
+      f"the schedule {table.name} has backward units; give pipeline.schedules.forward_only of it"
+    )
+  return _Forward(functions, table, layers, shared, inputs).run(carry, state)
+
+
+class _Forward:
+  """The pieces of a tick; holds what every tick shares."""
+
+  def __init__(self, functions, table, layers, shared, inputs):
+    self.functions, self.table = functions, table
+    self.layers, self.shared, self.inputs = layers, shared, inputs
+    self.num_layers = jax.tree.leaves(layers)[0].shape[0] // table.num_chunks  # of a chunk
+    self.stage = jax.lax.axis_index(STAGE)
+
+  def run(self, carry: Tree, state: Tree) -> Result:
+    run = self._start(*collectives.varying((carry, state)))
+    rows = columns.rows(self.table, self.stage)
+    for start, stop in columns.segments(self.table):
+      piece = slice(start, stop)
+      units = columns.units(self.table).items()
+      self.units = {kind: columns.presence(at_Q[piece]) for kind, at_Q in units}
+      body = lambda run, row: (self._tick(run, row), None)
+      run, _ = jax.lax.scan(body, run, jax.tree.map(lambda a: a[piece], rows))
+    return run.result
+
+  def _start(self, carry, state) -> _Run:
+    zeros = collectives.zeros_like
+    inputs = _at(self.inputs, 0)
+    embed, head = self.functions.embed, self.functions.head
+    self.x = jax.eval_shape(lambda: collectives.varying(embed(self.shared, inputs, carry)))
+    output = jax.eval_shape(lambda x: head(self.shared, x, inputs, carry), self.x)[1]
+    report = jax.eval_shape(
+      lambda x: self.functions.layer(
+        self.layers, 0, self.shared, x, inputs, carry, state, self.stage >= 0
+      ),
+      self.x,
+    )[2]
+    num_layers = self.table.num_chunks * self.num_layers
+    result = Result(
+      carry=carry,
+      state=state,
+      reports=zeros(_stacked(report, num_layers)),
+      outputs=zeros(_stacked(output, self.table.num_micro_batches)),
+      ticks=jnp.zeros((), jnp.int32),
+    )
+    return _Run(zeros(self.x), zeros(_stacked(self.x, self.table.num_inbox_slots)), result)
+
+  def _tick(self, run: _Run, row: columns.Row) -> _Run:
+    # Read before what has just been made is on its way, so that head and transfer do not wait for
+    # each other.
+    is_fresh = row.head_is_fresh > 0
+    y = _select(is_fresh, run.sent, _at(run.inbox, jnp.maximum(row.head_inbox_slot, 0)))
+    inbox = run.inbox
+    if self.units["arrival"] != "never":
+      inbox = _write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
+    owner = jnp.where(is_fresh, self.table.num_stages - 1, 0)
+    result = self._head(run.result, row.head_micro, owner, y)
+    run = run._replace(inbox=inbox, result=result._replace(ticks=result.ticks + 1))
+    return run if self.units["forward"] == "never" else self._forward(run, row)
+
+  def _head(self, result: Result, micro, owner, y) -> Result:
+    """Runs the head, in which every stage takes part, in the ticks that have one."""
+
+    def head(carry, outputs):
+      with jax.named_scope("head"):
+        whole = collectives.broadcast_from(y, STAGE, owner)
+        carry, out = self.functions.head(self.shared, whole, _at(self.inputs, micro), carry)
+        carry, out = collectives.varying((carry, out))
+        return carry, jax.tree.map(lambda all, one: all.at[micro].set(one), outputs, out)
+
+    given = (result.carry, result.outputs)
+    carry, outputs = self._where("head", micro, head, lambda *given: given, given)
+    return result._replace(carry=carry, outputs=outputs)
+
+  def _embed(self, micro, carry):
+    def embed(carry):
+      with jax.named_scope("embed"):
+        inputs = _at(self.inputs, micro)
+        return collectives.varying(self.functions.embed(self.shared, inputs, carry))
+
+    return self._where(
+      "embed", micro, embed, lambda carry: collectives.zeros_like(self.x), (carry,)
+    )
+
+  def _where(self, kind: str, micro, unit: Callable, skip: Callable, given: tuple):
+    """Runs a unit in the ticks that have it: a branch that is the same on every device."""
+    if self.units[kind] == "always":
+      return unit(*given)
+    if self.units[kind] == "never":
+      return skip(*given)
+    return jax.lax.cond(micro >= 0, unit, skip, *given)
+
+  def _forward(self, run: _Run, row: columns.Row) -> _Run:
+    """The forward unit of this stage: its chunk of layers."""
+    result = run.result
+    runs = row.forward_micro >= 0
+    inputs = _at(self.inputs, jnp.maximum(row.forward_micro, 0))
+    from_inbox = _at(run.inbox, jnp.maximum(row.forward_inbox_slot, 0))
+    embedded = self._embed(row.embed_micro, result.carry)
+    x = _select(row.forward_inbox_slot >= 0, from_inbox, embedded)
+    first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
+
+    def layer(carry, l):
+      x, state, reports = carry
+      y, state, report = self.functions.layer(
+        self.layers, first + l, self.shared, x, inputs, result.carry, state, runs
+      )
+      count = lambda total, r: total.at[first + l].add(jnp.where(runs, r, jnp.zeros_like(r)))
+      return (y, state, jax.tree.map(count, reports, report)), None
+
+    index = jnp.arange(self.num_layers, dtype=jnp.int32)
+    (y, state, reports), _ = jax.lax.scan(layer, (x, result.state, result.reports), index)
+    return run._replace(sent=y, result=result._replace(state=state, reports=reports))
+
+
+def _stacked(tree, size):
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), tree)
+
+
+def _at(tree, index):
+  """Returns entry `index` of every leaf."""
+  return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _write(tree, slot, entry):
+  """Returns `tree` with `entry` at `slot`; a slot of -1 writes nothing."""
+  place = jnp.maximum(slot, 0)
+  keep = lambda leaf, new: leaf.at[place].set(jnp.where(slot >= 0, new, leaf[place]))
+  return jax.tree.map(keep, tree, entry)
+
+
+def _select(condition, on_true, on_false):
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)

@@ -1,0 +1,27 @@
+"""What a pipeline asks of a model: embed, layer and head, as per-device functions.
+
+Knows shapes of calls; must not know schedules or models.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Tree = Any
+
+
+class Functions(NamedTuple):
+  """The model, as per-device functions; a loss is this device's share, to be summed over devices.
+
+  Attributes:
+    embed: (shared, inputs) -> x, the same on every stage.
+    layer: (weights of one layer, shared, x, inputs) -> (y, auxiliary_loss, report); `report` is a
+      tree of numbers, summed over micro-batches and not differentiated.
+    head: (shared, y, inputs) -> (loss, outputs); `y` is the same on every stage, and `outputs` a
+      tree that is returned for every micro-batch.
+  """
+
+  embed: Callable[[Tree, Tree], Tree]
+  layer: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, jax.Array, Tree]]
+  head: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]

@@ -1,0 +1,198 @@
+"""A layer cut into steps, each one collective or one group of matrix products, and what it costs.
+
+The cuts lie where a layer communicates or multiplies large matrices, so that other work can be tied
+in between (`pipeline.tie`); the model says nothing of them. A layer that sends nothing is one step.
+What is small beside the layer's largest collective or beside all of its products cuts nothing.
+
+Knows a layer as a function, and reads its jaxpr; must not know schedules or models.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.extend.core as jex
+
+from moe_jax.parallel.axes import TENSOR
+
+_COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum_invariant", "reduce_scatter")
+_SMALL_COLLECTIVE = 0.05  # of the bytes of the largest
+_SMALL_PRODUCT = 0.03  # of the FLOPs of all
+
+
+class Step(NamedTuple):
+  """A part of a layer.
+
+  Attributes:
+    run: (weights, shared, carry, inputs) -> carry. The first step takes x for carry, the last
+      returns (y, auxiliary_loss, report), those between hand on lists of arrays.
+    uses: which leaves of (weights, shared) it reads.
+    flops: of its matrix products on this device.
+    made_bytes: of all arrays that it makes.
+    num_equations: of its jaxpr.
+    inside_bytes, between_bytes: that this device sends over `tensor` and over other axes, in
+      collectives that are not small.
+  """
+
+  run: Callable
+  uses: tuple[int, ...]
+  flops: float
+  made_bytes: float
+  num_equations: int
+  inside_bytes: float
+  between_bytes: float
+
+  @property
+  def communicates(self) -> bool:
+    """Whether it sends anything."""
+    return self.inside_bytes + self.between_bytes > 0
+
+
+def cut(layer: Callable, example: tuple) -> tuple[Step, ...]:
+  """Returns the layer as steps.
+
+  Args:
+    layer: as `Functions.layer`.
+    example: (weights, shared, x, inputs) of one layer, shapes or arrays; called inside the region.
+  """
+  given, tree = jax.tree.flatten(example)
+  out = {}
+
+  def flat(*leaves):
+    result = layer(*jax.tree.unflatten(tree, leaves))
+    leaves, out["tree"] = jax.tree.flatten(result)
+    return leaves
+
+  closed = jax.make_jaxpr(flat)(*given)
+  jaxpr, consts = closed.jaxpr, closed.consts
+  least = _SMALL_COLLECTIVE * max(map(_sent_bytes, jaxpr.eqns), default=0.0)
+  pieces = _pieces(jaxpr.eqns, least)
+  if len(pieces) == 1:
+    return (whole(layer, example),)
+  num_x = len(jax.tree.leaves(example[2]))
+  first_x = len(jax.tree.leaves(example[:2]))
+  x_vars = jaxpr.invars[first_x : first_x + num_x]
+  globals_ = [*jaxpr.constvars, *jaxpr.invars[:first_x], *jaxpr.invars[first_x + num_x :]]
+
+  def step(number):
+    takes = x_vars if number == 0 else lives[number - 1]
+    is_last = number == len(pieces) - 1
+    gives = jaxpr.outvars if is_last else lives[number]
+    part = jex.Jaxpr(
+      (), [*globals_, *takes], gives, pieces[number], jaxpr.effects,
+      debug_info=jaxpr.debug_info.with_unknown_names(),
+    )  # fmt: skip
+    call = jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
+
+    def run(weights, shared, carry, inputs):
+      known = jax.tree.leaves((weights, shared, inputs))
+      leaves = call(*consts, *known, *jax.tree.leaves(carry))
+      return jax.tree.unflatten(out["tree"], leaves) if is_last else leaves
+
+    eqns = pieces[number]
+    read = {id(v) for eqn in eqns for v in eqn.invars}
+    uses = tuple(i for i, v in enumerate(jaxpr.invars[:first_x]) if id(v) in read)
+    sent = {
+      inside: sum(n for e in eqns if (n := _sent_bytes(e)) >= least and _is_inside(e) == inside)
+      for inside in (False, True)
+    }
+    return Step(
+      run, uses, _flops_of(eqns), _bytes_of(eqns), len(eqns), float(sent[True]), float(sent[False])
+    )
+
+  lives = _alive_between(pieces, x_vars, globals_, jaxpr.outvars)
+  return tuple(step(number) for number in range(len(pieces)))
+
+
+def whole(layer: Callable, example: tuple) -> Step:
+  """Returns the layer as one step, of which nothing is known."""
+  return Step(layer, tuple(range(len(jax.tree.leaves(example[:2])))), 0.0, 0.0, 0, 0.0, 0.0)
+
+
+def _pieces(eqns, least_sent: float) -> list[list]:
+  """Returns the equations in runs that each begin with a collective of at least so many bytes or a
+  large product; the first holds what comes before as well.
+  """
+  sent = [_sent_bytes(e) for e in eqns]
+  flops = [_flops_of([e]) for e in eqns]
+  if not any(sent):
+    return [list(eqns)]
+  least_flops = _SMALL_PRODUCT * sum(flops)
+  pieces, operand, has_head = [[]], None, False
+  for eqn, num_bytes, num_flops in zip(eqns, sent, flops, strict=True):
+    is_collective = num_bytes > 0 and num_bytes >= least_sent
+    is_product = num_flops > 0 and num_flops >= least_flops
+    # Products of one operand stay together: XLA makes one of them.
+    shares = is_product and operand is not None and operand is eqn.invars[0]
+    if (is_collective or is_product) and not shares:
+      if has_head:
+        pieces.append([])
+      has_head = True
+      operand = eqn.invars[0] if is_product else None
+    pieces[-1].append(eqn)
+  return pieces
+
+
+def _alive_between(pieces, x_vars, globals_, outvars) -> list[list]:
+  """Returns, for each border between pieces, the variables that cross it."""
+  known = set(map(id, globals_))
+  made, lives = list(x_vars), []
+  for number in range(len(pieces) - 1):
+    made += [v for eqn in pieces[number] for v in eqn.outvars]
+    later = {id(v) for piece in pieces[number + 1 :] for eqn in piece for v in eqn.invars}
+    later |= set(map(id, outvars))
+    lives.append([v for v in made if id(v) in later and id(v) not in known])
+  return lives
+
+
+def _bytes_of(eqns) -> float:
+  """Returns the bytes of all that equations of the top level make."""
+  made = [v.aval for eqn in eqns for v in eqn.outvars]
+  return float(sum(aval.size * aval.dtype.itemsize for aval in made))
+
+
+def _sent_bytes(eqn) -> float:
+  """Returns what this device sends in a collective of the top level, as rings and direct exchanges
+  move it.
+  """
+  if eqn.primitive.name not in _COLLECTIVES:
+    return 0.0
+  size = math.prod(jax.lax.axis_size(name) for name in _axes(eqn))
+  if size == 1:
+    return 0.0
+  sizes = lambda variables: sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
+  taken, made = sizes(eqn.invars), sizes(eqn.outvars)
+  part = (size - 1) / size
+  return {
+    "all_gather": part * made,
+    "all_to_all": part * taken,
+    "ppermute": taken,
+    "psum_invariant": 2 * part * taken,
+    "reduce_scatter": part * taken,
+  }[eqn.primitive.name]
+
+
+def _is_inside(eqn) -> bool:
+  return eqn.primitive.name in _COLLECTIVES and tuple(_axes(eqn)) == (TENSOR,)
+
+
+def _axes(eqn) -> tuple[str, ...]:
+  names = eqn.params.get("axis_name", eqn.params.get("axes"))
+  return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _flops_of(eqns) -> float:
+  """Returns the FLOPs of the matrix products in equations, inside loops and calls as well."""
+  return float(sum(_flops(eqn) for eqn in eqns))
+
+
+def _flops(eqn) -> float:
+  if eqn.primitive.name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval
+    return 2.0 * eqn.outvars[0].aval.size * math.prod(left.shape[d] for d in contracted)
+  inner = [_flops_of(jaxpr.eqns) for jaxpr in jex.jaxprs_in_params(eqn.params)]
+  if eqn.primitive.name == "cond":
+    return max(inner)
+  return sum(inner) * eqn.params.get("length", 1)

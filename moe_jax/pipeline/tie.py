@@ -1,0 +1,99 @@
+"""Which steps of a forward unit run beside which steps of a backward unit.
+
+The two units need nothing of each other, and while one communicates the other should compute. XLA
+lays every product behind the last collective that it finds, or behind none, so they are tied slot
+by slot: a slot ends when both streams are through. In a slot one exchange between hosts may travel,
+and beside it what the other stream computes and sends inside the host; two streams never share a
+link. Which steps share a slot is found by dynamic programming over the time that slots take, so a
+long exchange gets several products and a short gather a part of one.
+
+Knows what steps cost; must not know what they do.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe_jax.pipeline.steps import Step
+from moe_jax.plan.hardware import CHIPS
+
+# Ratios matter, and these are right to a factor of 1.5 for both configs of the rehearsal: products
+# of a layer run at half of the peak and collectives at three quarters of a link; most arrays are
+# made inside fusions, of which few reach memory; ten equations make a kernel.
+_CHIP = CHIPS["h100"]
+_FLOPS_PER_S = 0.5 * _CHIP.peak_flops_per_s["bfloat16"]
+_MADE_BYTES_PER_S = 6 * _CHIP.memory_bytes_per_s
+_EQUATION_S = 0.1e-6
+_OF_LINK = 0.75
+_LATENCY_S = 5e-6
+_SLOT_S = 2e-6  # of a barrier: what cannot move across it
+_MOST_STEPS = 6  # of one stream in a slot
+# Gradients of a product are two products.
+_OF_FORWARD = 2.0
+
+
+class Cost(NamedTuple):
+  """Seconds of a step's computation, and of its communication over each link."""
+
+  compute_s: float
+  inside_s: float
+  between_s: float
+
+  @property
+  def total_s(self) -> float:
+    return self.compute_s + self.inside_s + self.between_s
+
+
+def cost(step: Step, is_backward: bool) -> Cost:
+  """Returns about what a step takes on an H100."""
+  compute_s = (
+    step.flops / _FLOPS_PER_S
+    + step.made_bytes / _MADE_BYTES_PER_S
+    + step.num_equations * _EQUATION_S
+  )
+  return Cost(
+    compute_s * (_OF_FORWARD if is_backward else 1.0),
+    _link_s(step.inside_bytes, _CHIP.inside_bytes_per_s),
+    _link_s(step.between_bytes, _CHIP.between_bytes_per_s),
+  )
+
+
+def slots(forward: Sequence[Cost], backward: Sequence[Cost]) -> tuple[tuple[int, int], ...]:
+  """Returns, slot by slot, how many steps of the forward and of the backward stream it holds.
+
+  Args:
+    forward: of the steps in the order in which they run.
+    backward: likewise, so from the layer's last step to its first.
+  """
+  best = {(0, 0): (0.0, ())}
+  for f in range(len(forward) + 1):
+    for b in range(len(backward) + 1):
+      ways = []
+      for more_f in range(min(f, _MOST_STEPS) + 1):
+        for more_b in range(min(b, _MOST_STEPS) + 1):
+          before = best.get((f - more_f, b - more_b))
+          seconds = _slot_s(forward[f - more_f : f], backward[b - more_b : b])
+          if more_f + more_b and before and seconds is not None:
+            ways.append((before[0] + seconds, (*before[1], (more_f, more_b))))
+      if ways:
+        best[f, b] = min(ways)
+  return best[len(forward), len(backward)][1]
+
+
+def _slot_s(forward: Sequence[Cost], backward: Sequence[Cost]) -> float | None:
+  """Returns the seconds of a slot, None if it must not be."""
+  both = (*forward, *backward)
+  if sum(each.between_s > 0 for each in both) > 1:
+    return None
+  if any(each.inside_s for each in forward) and any(each.inside_s for each in backward):
+    return None
+  return _SLOT_S + max(
+    sum(each.total_s for each in forward),
+    sum(each.total_s for each in backward),
+    sum(each.compute_s for each in both),
+    sum(each.inside_s for each in both),
+    sum(each.between_s for each in both),
+  )
+
+
+def _link_s(num_bytes: float, bytes_per_s: float) -> float:
+  return _LATENCY_S + num_bytes / (_OF_LINK * bytes_per_s) if num_bytes else 0.0

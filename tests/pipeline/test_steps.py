@@ -1,0 +1,90 @@
+"""A layer cut where it communicates and multiplies: the same function, and what each step costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config
+from moe_jax.parallel import collectives
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import ALL, EXPERT, TENSOR
+from moe_jax.pipeline import steps
+
+ROWS, WIDTH, HIDDEN = 16, 8, 32
+
+
+def layer(weights, shared, x_bd, inputs):
+  h_bD = collectives.gather(x_bd, TENSOR, 1)
+  left, right = h_bD @ weights["left"], h_bD @ weights["right"]  # of one operand
+  y_bd = collectives.reduce_scatter((left * right) @ weights["back"], TENSOR, 1)
+  rows = collectives.exchange(y_bd.reshape(jax.lax.axis_size(EXPERT), -1, y_bd.shape[1]), EXPERT)
+  count = jnp.sum(rows > 0, dtype=jnp.int32)
+  small = jax.lax.psum(jnp.sum(rows), EXPERT)  # cuts nothing
+  y_bd = x_bd + rows.reshape(y_bd.shape) * (shared["gain"] + inputs)[None]
+  return y_bd, jnp.sum(y_bd) + collectives.varying(small), {"count": count}
+
+
+def run(mesh_sizes, function):
+  """Returns what `function(layer arguments)` makes inside a region on the mesh."""
+  mesh = mesh_lib.make(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
+  random = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  weights = {name: normal(WIDTH, HIDDEN) for name in ("left", "right")}
+  weights["back"] = normal(HIDDEN, WIDTH)
+  specs = {"left": P(None, TENSOR), "right": P(None, TENSOR), "back": P(TENSOR)}
+
+  def region(weights, gain, x_bd, inputs):
+    arguments = collectives.varying((weights, {"gain": gain}, x_bd, inputs))
+    return jax.tree.map(lambda leaf: leaf[None], function(*arguments))
+
+  program = jax.shard_map(
+    region, mesh=mesh, in_specs=(specs, P(TENSOR), P(EXPERT, TENSOR), P(TENSOR)), out_specs=P(ALL)
+  )
+  return jax.jit(program)(weights, normal(WIDTH), normal(ROWS, WIDTH), normal(WIDTH))
+
+
+def in_steps(*arguments):
+  carry = arguments[2]
+  for step in steps.cut(layer, arguments):
+    carry = step.run(arguments[0], arguments[1], carry, arguments[3])
+  return carry
+
+
+def test_the_steps_one_after_another_are_the_layer():
+  sizes = config.Mesh(expert=2, tensor=2)
+  found, expected = run(sizes, in_steps), run(sizes, layer)
+  for leaf, same in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(leaf, same)
+
+
+def test_each_collective_and_each_group_of_products_is_a_step():
+  cut = []
+
+  def keep(*arguments):
+    cut.extend(steps.cut(layer, arguments))
+    return jnp.zeros(())
+
+  run(config.Mesh(expert=2, tensor=2), lambda *arguments: collectives.varying(keep(*arguments)))
+  b, d, f = ROWS // 2, WIDTH // 2, HIDDEN // 2
+  gather, products, back, scatter, exchange = cut
+  assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
+  assert products.flops == 2 * 2 * b * WIDTH * f and not products.communicates
+  assert back.flops == 2 * b * f * WIDTH and not back.communicates
+  assert (scatter.inside_bytes, scatter.between_bytes) == (b * WIDTH * 4 / 2, 0)
+  assert (exchange.inside_bytes, exchange.between_bytes) == (0, b * d * 4 / 2)
+  # (weights, shared) in the order of their leaves: back, left, right, gain.
+  assert [step.uses for step in cut] == [(), (1, 2), (0,), (), (3,)]
+
+
+@pytest.mark.parametrize("sizes", [config.Mesh(), config.Mesh(stage=2)])
+def test_a_layer_that_sends_nothing_is_one_step(sizes):
+  found = []
+
+  def keep(*arguments):
+    found.extend(steps.cut(layer, arguments))
+    return collectives.varying(jnp.zeros(()))
+
+  run(sizes, keep)
+  assert len(found) == 1 and found[0].uses == (0, 1, 2, 3)

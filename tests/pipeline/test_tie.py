@@ -1,0 +1,66 @@
+"""Which steps share a slot: hand-made streams whose best arrangement is plain to see."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from moe_jax.pipeline import tie
+from moe_jax.pipeline.steps import Step
+from moe_jax.pipeline.tie import Cost
+
+COMPUTE = Cost(30e-6, 0.0, 0.0)
+INSIDE = Cost(0.0, 10e-6, 0.0)
+EXCHANGE = Cost(0.0, 0.0, 40e-6)
+COSTS = st.builds(
+  lambda kind, us: Cost(*[us * 1e-6 if i == kind else 0.0 for i in range(3)]),
+  st.integers(0, 2),
+  st.integers(1, 100),
+)
+STREAM = st.lists(COSTS, min_size=1, max_size=7)
+
+
+def seconds(slots, forward, backward):
+  """Returns the seconds of an arrangement, None where a slot must not be."""
+  total, f, b = 0.0, 0, 0
+  for more_f, more_b in slots:
+    slot_s = tie._slot_s(forward[f : f + more_f], backward[b : b + more_b])
+    if slot_s is None:
+      return None
+    total, f, b = total + slot_s, f + more_f, b + more_b
+  assert (f, b) == (len(forward), len(backward))
+  return total
+
+
+def test_an_exchange_has_the_other_stream_s_products_beside_it():
+  assert tie.slots([COMPUTE, EXCHANGE], [EXCHANGE, COMPUTE]) == ((1, 1), (1, 1))
+
+
+def test_a_long_exchange_gets_several_products_and_a_gather():
+  assert tie.slots([EXCHANGE], [COMPUTE, INSIDE, COMPUTE]) == ((1, 3),)
+
+
+def test_two_exchanges_do_not_share_a_slot():
+  assert tie.slots([EXCHANGE], [EXCHANGE]) in (((0, 1), (1, 0)), ((1, 0), (0, 1)))
+
+
+@hypothesis.given(STREAM, STREAM)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_every_step_has_its_slot_and_none_is_longer_than_one_after_another(forward, backward):
+  found = tie.slots(forward, backward)
+  total = seconds(found, forward, backward)
+  assert total is not None
+  alone = [(1, 0)] * len(forward) + [(0, 1)] * len(backward)
+  assert total <= seconds(alone, forward, backward) + 1e-12
+  either = max(sum(c.total_s for c in forward), sum(c.total_s for c in backward))
+  assert total >= either
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_cost_counts_every_part(is_backward):
+  nothing = Step(None, (), 0.0, 0.0, 0, 0.0, 0.0)
+  assert tie.cost(nothing, is_backward) == Cost(0.0, 0.0, 0.0)
+  product = tie.cost(nothing._replace(flops=1e9), is_backward)
+  at_half_of_peak_s = 1e9 / (0.5 * 989e12)
+  assert product.compute_s == pytest.approx((1 + is_backward) * at_half_of_peak_s, rel=0.1)
+  assert tie.cost(nothing._replace(inside_bytes=1e6), is_backward).inside_s > 0
+  assert tie.cost(nothing._replace(between_bytes=1e6), is_backward).between_s > 0
