@@ -24,7 +24,12 @@ def get_config() -> ConfigDict:
       },
       "mesh": {"expert": 8, "tensor": 4, "stage": 2},
       # Bubble (p-1)/(v*m+p-1) = 1.5% with p=2 stages, m=16 micro-batches and v=4 chunks.
-      "pipeline": {"schedule": "interleaved", "micro_batches": 16, "chunks": 4},
+      "pipeline": {
+        "schedule": "interleaved",
+        "micro_batches": 16,
+        "chunks": 4,
+        "save": "residuals",
+      },
       "moe": {"dispatch": "capacity", "exchange": "hierarchical", "capacity_factor": 1.25},
       "train": {
         "batch": 128,

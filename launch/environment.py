@@ -20,6 +20,8 @@ XLA_FLAGS = {
   },
   "gpu": {
     "xla_gpu_enable_latency_hiding_scheduler": "true",
+    # Two links, and two streams of work on each: by default one collective is on its way at a time.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
   },
   "described": {
     # Autotuning would need the device.
@@ -29,8 +31,9 @@ XLA_FLAGS = {
 
 # XLA:CPU takes its temporaries anew for every step, and glibc would hand gigabytes back to the
 # kernel after each and fault them in again, page by page: a fifth of a step's time at 1 GB of
-# temporaries.
+# temporaries. An arena of its own for each thread would do so whatever the threshold.
 MALLOC = {
+  "MALLOC_ARENA_MAX": "1",
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**40),
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -39,9 +42,25 @@ MALLOC = {
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
 
 
-def live_devices() -> None:
-  """Sets the flags of XLA_FLAGS for the devices that jax will find; those the user set stay."""
-  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"]})
+def live_devices(scheduling_profile: str = "") -> None:
+  """Sets the flags of XLA_FLAGS for the devices that jax will find; those the user set stay.
+
+  Args:
+    scheduling_profile: a file that `launch.rehearse --profile` wrote, by which XLA schedules
+      programs for GPUs.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  by_profile = {}
+  if scheduling_profile:
+    if not os.path.isfile(scheduling_profile):
+      raise ValueError(
+        f"--scheduling_profile={scheduling_profile} is not a file; write one with"
+        " python -m launch.rehearse --profile=PATH"
+      )
+    by_profile = {"xla_gpu_pgle_profile_file_or_directory_path": scheduling_profile}
+  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"], **by_profile})
 
 
 def described_devices() -> None:

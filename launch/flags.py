@@ -54,11 +54,15 @@ def run(
     main: called with the frozen Config, or with nothing where `config` is False.
     config: whether the program takes `--config=FILE` and `--config.section.field=value`.
     default_config: the file that absence of `--config` means; None makes the flag required.
-    devices: whether the program computes: adds `--virtual_devices` and sets XLA's flags.
+    devices: whether the program computes: adds `--virtual_devices` and `--scheduling_profile`, and
+      sets XLA's flags.
   """
   if devices:
     flags.DEFINE_integer(
       "virtual_devices", 0, "number of CPU devices to simulate; 0 uses the live ones", lower_bound=0
+    )
+    flags.DEFINE_string(
+      "scheduling_profile", "", "file of launch.rehearse --profile, by which XLA schedules for GPUs"
     )
   argv = sys.argv
   if help_text.is_asked(argv):
@@ -72,7 +76,7 @@ def run(
       environment.keep_freed_memory()
       environment.virtual_devices(FLAGS.virtual_devices)
     elif devices:
-      environment.live_devices()
+      environment.live_devices(FLAGS.scheduling_profile)
     code = main(*arguments)
   except KeyboardInterrupt:
     code = _report("interrupted", INTERRUPTED)

@@ -26,6 +26,12 @@ _PICTURE = flags.DEFINE_string(
   None,
   "Also draw a steady tick here, as an .html file and a Perfetto .trace.json beside it.",
 )
+_PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "Also write here the profile that the program was scheduled by; launch.train takes it as"
+  " --scheduling_profile.",
+)
 _DOES_NOT_FIT = 1
 
 
@@ -37,7 +43,7 @@ def main(config) -> int:
   start = time.perf_counter()
   progress = lambda what: print(f"[{time.perf_counter() - start:5.1f} s] {what}", file=sys.stderr)
   steps = {"train": report.train}
-  found, events = steps[_STEP.value](config, pod.describe(_POD.value), progress)
+  found, events, profile = steps[_STEP.value](config, pod.describe(_POD.value), progress)
   progress("done")
   print(text.render(found))
   if _JSON.value:
@@ -47,6 +53,10 @@ def main(config) -> int:
     title = f"A steady tick of {found['pod']['name']}: {found['binding']}"
     _write(path, picture.page(events, title))
     _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(events)))
+  if _PROFILE.value and profile:
+    _write(pathlib.Path(_PROFILE.value), profile)
+  elif _PROFILE.value:
+    print("XLA's own guess schedules this program better; no profile written", file=sys.stderr)
   if not found["fits"]:
     total, capacity = found["memory_bytes"]["total"], found["pod"]["memory_bytes"]
     advice = memory.advice(found["memory_bytes"], config)

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.model import blockwise
+from moe_jax.model import attention_core, qk_norm
 from moe_jax.model.layers import rotary
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import TENSOR
 from moe_jax.parallel.parameters import parameter
+from moe_jax.pipeline.saving import residual
 
 
 class Attention(nnx.Module):
-  """Parameters: query [D, N, H], key and value [D, G, H], out [N, H, D]."""
+  """Parameters: query [D, N, H], key and value [D, G, H], out [N, H, D], norms of query and key."""
 
   def __init__(self, model: config.Model, rngs: nnx.Rngs):
     D, N, G, H = model.d_model, model.heads, model.kv_heads, model.head_dim
@@ -25,14 +26,38 @@ class Attention(nnx.Module):
     self.key = parameter(rngs, (D, G, H), ("model", "kv_heads", "head_dim"), fan_in=D)
     self.value = parameter(rngs, (D, G, H), ("model", "kv_heads", "head_dim"), fan_in=D)
     self.out = parameter(rngs, (N, H, D), ("heads", "head_dim", "model"), fan_in=N * H)
+    self.query_norm = qk_norm.make(model, N, "heads")
+    self.key_norm = qk_norm.make(model, G, "kv_heads")
+
+
+def project(
+  weights: Attention, model: config.Model, x_bSD: jax.Array, positions_bS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns queries `q_bSnH`, keys `k_bSgH` and values `v_bSgH` as attention takes them: normed,
+  clipped and turned.
+
+  Communication: `qk_norm.over_projection`'s, for queries and for keys, where `model.qk_norm` is
+  projection, else none.
+  """
+  q_bSnH = jnp.einsum("bsd,dnh->bsnh", x_bSD, weights.query[...])
+  k_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.key[...])
+  v_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.value[...])
+  q_bSnH = qk_norm.apply(weights.query_norm, model, q_bSnH)
+  k_bSgH = qk_norm.apply(weights.key_norm, model, k_bSgH)
+  if model.clip_qkv:
+    clip = lambda x: jnp.clip(x, -model.clip_qkv, model.clip_qkv)
+    q_bSnH, k_bSgH, v_bSgH = map(clip, (q_bSnH, k_bSgH, v_bSgH))
+  q_bSnH = rotary(q_bSnH, positions_bS, model.rope_theta)
+  k_bSgH = rotary(k_bSgH, positions_bS, model.rope_theta)
+  return q_bSnH, k_bSgH, v_bSgH
 
 
 def attend(
   weights: Attention,
+  model: config.Model,
   x_bsD: jax.Array,
   positions_bS: jax.Array,
   segments_bS: jax.Array,
-  rope_theta: float,
 ) -> jax.Array:
   """Returns `y_bsD`, the attention output of this tensor rank's positions.
 
@@ -42,14 +67,10 @@ def attend(
     segments_bS: of the whole sequence.
 
   Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
-  `tensor`, as many.
+  `tensor`, as many; between them `project`'s.
   """
-  x_bSD = collectives.gather(x_bsD, TENSOR, 1)
-  q_bSnH = jnp.einsum("bsd,dnh->bsnh", x_bSD, weights.query[...])
-  k_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.key[...])
-  v_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.value[...])
-  q_bSnH = rotary(q_bSnH, positions_bS, rope_theta)
-  k_bSgH = rotary(k_bSgH, positions_bS, rope_theta)
-  o_bSnH = blockwise.attention(q_bSnH, k_bSgH, v_bSgH, segments_bS)
+  x_bSD = residual(collectives.gather(x_bsD, TENSOR, 1))
+  q_bSnH, k_bSgH, v_bSgH = project(weights, model, x_bSD, positions_bS)
+  o_bSnH = attention_core.attention(q_bSnH, k_bSgH, v_bSgH, segments_bS)
   y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, weights.out[...])
   return collectives.reduce_scatter(y_bSD, TENSOR, 1)

@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.collectives import varying_like
-from moe_jax.pipeline.saving import residual
 
-BLOCK = 128  # positions, at least; 64 and 128 are the fastest at 512 positions on CPU
-_LARGEST_BLOCK = 512
-_BLOCKS = 8  # of a longer sequence: each pair is a handful of kernels, which a GPU must launch
+BLOCK = 128  # positions; 64 and 128 are the fastest at 512 positions on CPU
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
 
 
-def attention(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> jax.Array:
-  """Returns `o_bSNH`: each position attends to itself and earlier positions of its own segment.
+def forward(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> tuple[jax.Array, jax.Array]:
+  """Returns attention's output `o_bSNH` and, of each query, the log of its weights' sum,
+  [b, N, S] float32.
 
   Args:
     q_bSNH: queries; N is a multiple of G, and query head n reads key head n // (N / G).
@@ -32,55 +30,11 @@ def attention(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> jax.Array:
     v_bSGH: values.
     segments_bS: document numbers within the row, int32.
 
-  Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
+  Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1.
   """
-  b, S, N, H = q_bSNH.shape
-  G = k_bSGH.shape[2]
-  J = block_size(S)
-  padding = -S % J
-  if padding:  # padded keys come after every query; padded queries are cut off
-    widths = ((0, 0), (0, padding), (0, 0), (0, 0))
-    q_bSNH, k_bSGH, v_bSGH = (jnp.pad(x, widths) for x in (q_bSNH, k_bSGH, v_bSGH))
-    segments_bS = jnp.pad(segments_bS, widths[:2])
-  num_blocks = (S + padding) // J
-  scale = jnp.asarray(1 / math.sqrt(H), q_bSNH.dtype)
-  q = (q_bSNH * scale).reshape(b, num_blocks, J, G, N // G, H).transpose(1, 0, 3, 4, 2, 5)
-  k, v = (x.reshape(b, num_blocks, J, G, H).transpose(1, 0, 3, 2, 4) for x in (k_bSGH, v_bSGH))
-  segments_IbJ = segments_bS.reshape(b, num_blocks, J).swapaxes(0, 1)
-  o_IbGMJH = _attend(q, k, v, segments_IbJ)
-  return o_IbGMJH.transpose(1, 0, 4, 2, 3, 5).reshape(b, S + padding, N, H)[:, :S]
+  S = q_bSNH.shape[1]
+  q, k, v, segments_IbJ = _blocks(q_bSNH, k_bSGH, v_bSGH, segments_bS)
 
-
-def block_size(num_positions: int) -> int:
-  """Returns J, the positions of a block.
-
-  >>> block_size(16), block_size(512), block_size(2048), block_size(10_240)
-  (16, 128, 256, 512)
-  """
-  return min(num_positions, _LARGEST_BLOCK, max(BLOCK, num_positions // _BLOCKS))
-
-
-def _pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (query block, key block) of every pair on or below the diagonal."""
-  return tuple(x.astype(np.int32) for x in np.tril_indices(num_blocks))
-
-
-def _scores(q, k, segments_IbJ, i, j):
-  """Returns masked scores [b, G, M, J, J], float32, of query block i against key block j."""
-  scores = jnp.einsum("bgmqh,bgkh->bgmqk", q[i], k[j], preferred_element_type=jnp.float32)
-  J = q.shape[-2]
-  offset = jnp.arange(J, dtype=jnp.int32)
-  causal_qk = (i * J + offset)[:, None] >= (j * J + offset)[None, :]
-  same_bqk = segments_IbJ[i][:, :, None] == segments_IbJ[j][:, None, :]
-  return jnp.where((causal_qk[None] & same_bqk)[:, None, None], scores, _MASKED)
-
-
-@jax.custom_vjp
-def _attend(q, k, v, segments_IbJ):
-  return _attend_forward(q, k, v, segments_IbJ)[0]
-
-
-def _attend_forward(q, k, v, segments_IbJ):
   def pair(carry, ij):
     o, high, total = carry  # float32: unnormalised output, running maximum, running sum
     i, j = ij
@@ -102,32 +56,94 @@ def _attend_forward(q, k, v, segments_IbJ):
     jnp.zeros(shape, jnp.float32),
   )
   (o, high, total), _ = jax.lax.scan(pair, varying_like(start, q), _pairs(q.shape[0]))
-  o = residual((o / total[..., None]).astype(q.dtype))
-  q, k, v = map(residual, (q, k, v))
-  return o, (q, k, v, segments_IbJ, o, residual(high + jnp.log(total)))
+  o_bSNH = _from_blocks((o / total[..., None]).astype(q.dtype))
+  log_total_bSN1 = _from_blocks((high + jnp.log(total))[..., None])
+  return o_bSNH[:, :S], log_total_bSN1[:, :S, :, 0].swapaxes(1, 2)
 
 
-def _attend_backward(saved, gradient):
-  q, k, v, segments_IbJ, o, log_total = saved
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def backward(
+  q_bSNH, k_bSGH, v_bSGH, segments_bS, o_bSNH, log_total_bNS, do_bSNH
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the gradients `dq_bSNH, dk_bSGH, dv_bSGH`.
+
+  Args:
+    q_bSNH, k_bSGH, v_bSGH, segments_bS: as `forward` took them.
+    o_bSNH, log_total_bNS: as it returned them.
+    do_bSNH: gradient of its output.
+
+  Source: FlashAttention-2 (arXiv:2307.08691), algorithm 2.
+  """
+  _, S, _, H = q_bSNH.shape
+  G = k_bSGH.shape[2]
+  q, k, v, segments_IbJ = _blocks(q_bSNH, k_bSGH, v_bSGH, segments_bS)
   # Sum over keys of weight x its gradient, which the softmax subtracts.
-  mean_dot = jnp.sum(o.astype(jnp.float32) * gradient.astype(jnp.float32), -1)
+  mean_dot_bSN = jnp.sum(o_bSNH.astype(jnp.float32) * do_bSNH.astype(jnp.float32), -1)
+  mean_dot, log_total = (
+    _to_blocks(x[..., None], G)[..., 0] for x in (mean_dot_bSN, log_total_bNS.swapaxes(1, 2))
+  )
+  do = _to_blocks(do_bSNH, G)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def pair(carry, ij):
     dq, dk, dv = carry
     i, j = ij
     weights = jnp.exp(_scores(q, k, segments_IbJ, i, j) - log_total[i][..., None])
-    dweights = product("bgmqh,bgkh->bgmqk", gradient[i], v[j])
+    dweights = product("bgmqh,bgkh->bgmqk", do[i], v[j])
     dscores = (weights * (dweights - mean_dot[i][..., None])).astype(q.dtype)
-    dv = dv.at[j].add(product("bgmqk,bgmqh->bgkh", weights.astype(q.dtype), gradient[i]))
+    dv = dv.at[j].add(product("bgmqk,bgmqh->bgkh", weights.astype(q.dtype), do[i]))
     dq = dq.at[i].add(product("bgmqk,bgkh->bgmqh", dscores, k[j]))
     dk = dk.at[j].add(product("bgmqk,bgmqh->bgkh", dscores, q[i]))
     return (dq, dk, dv), None
 
   start = varying_like(tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q)
   (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[0]))
-  no_gradient = np.zeros(segments_IbJ.shape, jax.dtypes.float0)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
+  dq_bSNH = _from_blocks(dq / math.sqrt(H))
+  return tuple(
+    x[:, :S].astype(q.dtype) for x in (dq_bSNH, *(_from_blocks(x[:, :, :, None]) for x in (dk, dv)))
+  )
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+def _blocks(q_bSNH, k_bSGH, v_bSGH, segments_bS):
+  """Returns scaled queries [I, b, G, M, J, H], keys and values [I, b, G, J, H], `segments_IbJ`."""
+  _, S, _, H = q_bSNH.shape
+  G, J = k_bSGH.shape[2], block_size(S)
+  q = _to_blocks(q_bSNH * jnp.asarray(1 / math.sqrt(H), q_bSNH.dtype), G)
+  k, v = (_to_blocks(x, G)[:, :, :, 0] for x in (k_bSGH, v_bSGH))
+  segments_bS = jnp.pad(segments_bS, ((0, 0), (0, -S % J)))
+  return q, k, v, segments_bS.reshape(len(segments_bS), -1, J).swapaxes(0, 1)
+
+
+def _to_blocks(x_bSNH: jax.Array, G: int) -> jax.Array:
+  """Returns `x_bSNH` as [I, b, G, M, J, H]. Padded keys come after every query; padded queries
+  bring no gradient, and are cut off.
+  """
+  b, S, N, H = x_bSNH.shape
+  J = block_size(S)
+  x = jnp.pad(x_bSNH, ((0, 0), (0, -S % J), (0, 0), (0, 0)))
+  return x.reshape(b, -1, J, G, N // G, H).transpose(1, 0, 3, 4, 2, 5)
+
+
+def _from_blocks(x_IbGMJH: jax.Array) -> jax.Array:
+  """Returns `_to_blocks` undone, its padding still there."""
+  num_blocks, b, G, M, J, H = x_IbGMJH.shape
+  return x_IbGMJH.transpose(1, 0, 4, 2, 3, 5).reshape(b, num_blocks * J, G * M, H)
+
+
+def block_size(num_positions: int) -> int:
+  """Returns J, the positions of a block."""
+  return min(num_positions, BLOCK)
+
+
+def _pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (query block, key block) of every pair on or below the diagonal."""
+  return tuple(x.astype(np.int32) for x in np.tril_indices(num_blocks))
+
+
+def _scores(q, k, segments_IbJ, i, j):
+  """Returns masked scores [b, G, M, J, J], float32, of query block i against key block j."""
+  scores = jnp.einsum("bgmqh,bgkh->bgmqk", q[i], k[j], preferred_element_type=jnp.float32)
+  J = q.shape[-2]
+  offset = jnp.arange(J, dtype=jnp.int32)
+  causal_qk = (i * J + offset)[:, None] >= (j * J + offset)[None, :]
+  same_bqk = segments_IbJ[i][:, :, None] == segments_IbJ[j][:, None, :]
+  return jnp.where((causal_qk[None] & same_bqk)[:, None, None], scores, _MASKED)

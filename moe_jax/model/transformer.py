@@ -5,6 +5,7 @@ pipeline. Between layers a device holds its sequences' positions of its tensor r
 the model; must not know schedules, optimizers or files.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from moe_jax.parallel.axes import STAGE, TENSOR
 from moe_jax.parallel.parameters import cast as cast_parameters
 from moe_jax.parallel.parameters import parameter, scale
 from moe_jax.parallel.parameters import specs as parameter_specs
-from moe_jax.pipeline.executor import Functions
+from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import residual
 
 
@@ -56,7 +57,7 @@ class Norm(nnx.Module):
   """Parameters of a norm: scale [D]."""
 
   def __init__(self, model: config.Model):
-    self.scale = scale(model.d_model)
+    self.scale = scale((model.d_model,), ("model",))
 
 
 class Layer(nnx.Module):
@@ -126,14 +127,12 @@ def run_layer(
   """
   with jax.named_scope("attention"):
     h_bsD = rms_norm(weights.attention_norm.scale[...], x_bsD, model.norm_epsilon)
-    x_bsD += attend(
-      weights.attention, h_bsD, inputs.positions_bS, inputs.segments_bS, model.rope_theta
-    )
+    x_bsD += attend(weights.attention, model, h_bsD, inputs.positions_bS, inputs.segments_bS)
     x_bsD = residual(x_bsD)
   h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
   y_tD, auxiliary_loss, report = moe(
     weights.router, weights.experts, moe_config, model.experts_per_token,
-    h_bsD.reshape(-1, h_bsD.shape[-1]),
+    h_bsD.reshape(-1, h_bsD.shape[-1]), model.normalize_choices,
   )  # fmt: skip
   return x_bsD + y_tD.reshape(x_bsD.shape), auxiliary_loss, report
 
@@ -194,39 +193,45 @@ def loss_functions(settings: config.Config) -> Functions:
 
   The auxiliary loss is the mean over layers and micro-batches.
   """
-  embed_inputs, layer, merge_shared = _embed_and_layer(settings)
+  merge_shared = _merge_shared(settings.model)
 
   def head(shared, y_bsD, inputs):
     return head_loss(merge_shared(shared), settings.model, y_bsD, inputs), ()
 
-  return Functions(embed_inputs, layer, head)
+  return _functions(settings, head)
 
 
 def logits_functions(settings: config.Config) -> Functions:
   """Returns the model for the pipeline; the head gives no loss and this device's `logits_bSv`."""
-  embed_inputs, layer, merge_shared = _embed_and_layer(settings)
+  merge_shared = _merge_shared(settings.model)
 
   def head(shared, y_bsD, inputs):
     logits_bSv = head_logits(merge_shared(shared), settings.model, y_bsD)
     return collectives.varying(jnp.zeros((), jnp.float32)), logits_bSv
 
-  return Functions(embed_inputs, layer, head)
+  return _functions(settings, head)
 
 
-def _embed_and_layer(settings: config.Config):
+def _functions(settings: config.Config, head: Callable) -> Functions:
   model, micro_batches = settings.model, settings.pipeline.micro_batches
-  layer_definition = nnx.graphdef(nnx.eval_shape(lambda: Layer(model, nnx.Rngs(0))))
-  shared_definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
-  merge_shared = lambda shared: nnx.merge(shared_definition, shared)
-  embed_inputs = lambda shared, inputs: embed(merge_shared(shared), inputs.tokens_bS)
+  definition = nnx.graphdef(nnx.eval_shape(lambda: Layer(model, nnx.Rngs(0))))
+  merge_shared = _merge_shared(model)
+
+  def embed_inputs(shared, inputs):
+    return embed(merge_shared(shared), inputs.tokens_bS)
 
   def layer(weights, shared, x_bsD, inputs):
     y_bsD, auxiliary_loss, report = run_layer(
-      nnx.merge(layer_definition, weights), model, settings.moe, x_bsD, inputs
+      nnx.merge(definition, weights), model, settings.moe, x_bsD, inputs
     )
     return y_bsD, auxiliary_loss / (model.layers * micro_batches), report
 
-  return embed_inputs, layer, merge_shared
+  return Functions(embed_inputs, layer, head)
+
+
+def _merge_shared(model: config.Model) -> Callable[[nnx.State], Shared]:
+  definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
+  return lambda shared: nnx.merge(definition, shared)
 
 
 def _first_of_share(share: int) -> jax.Array:

@@ -18,6 +18,7 @@ from moe_jax.moe.dispatch import DISPATCH, Dispatch
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan
+from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.parameters import parameter
 from moe_jax.pipeline.saving import residual
@@ -59,18 +60,23 @@ class Report(NamedTuple):
 
 
 def moe(
-  kernel: Router, experts: Experts, moe_config: config.Moe, num_choices: int, x_tD: jax.Array
+  kernel: Router,
+  experts: Experts,
+  moe_config: config.Moe,
+  num_choices: int,
+  x_tD: jax.Array,
+  normalize_choices: bool = True,
 ) -> tuple[jax.Array, jax.Array, Report]:
   """Returns `y_tD`, this device's share of the weighted auxiliary loss, and the report.
 
-  Communication: all-reduce of E integers over `expert` and `tensor`, and the dispatch's, both ways.
+  Communication: all-to-all over `expert` of (X - 1) * E integers, over `tensor` of
+  (tensor - 1) * E, and the dispatch's, both ways.
   """
   with jax.named_scope("dispatch"):
-    routing, logits_tE = router.route(kernel.kernel[...], x_tD, num_choices)
+    routing, logits_tE = router.route(kernel.kernel[...], x_tD, num_choices, normalize_choices)
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
-    losses = router.auxiliary_losses(
-      logits_tE, jax.lax.psum(assigned_E, (EXPERT, TENSOR)), num_choices
-    )
+    everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
+    losses = router.auxiliary_losses(logits_tE, everywhere_E, num_choices)
   weights = Weights(experts.gate[...], experts.up[...], experts.down[...])
   y_tD, plan = serve(weights, moe_config, routing, logits_tE, x_tD)
   auxiliary_loss = (

@@ -5,8 +5,11 @@ axis of n devices, as the ring or direct algorithm moves them: what a link carri
 knows axes and arrays; it must not know tokens, experts or stages.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.parallel import axes
 
@@ -27,6 +30,11 @@ def varying_like(tree, like: jax.Array):
   none).
   """
   return _cast(tree, _varies_over(like))
+
+
+def varying_along(tree, axis_name: str):
+  """Returns `tree` typed as different along one axis."""
+  return _cast(tree, (axis_name,))
 
 
 def _cast(tree, names):
@@ -79,6 +87,121 @@ def exchange(x_n, axis_name: str):
   if jax.lax.axis_size(axis_name) == 1:
     return x_n
   return jax.lax.all_to_all(x_n, axis_name, split_axis=0, concat_axis=0, tiled=True)
+
+
+def exchange_between_hosts(x_H, axis_name: str, ranks_per_host: int):
+  """Returns what the devices of this one's place on every host addressed to it: row i comes from
+  host i.
+
+  Args:
+    x_H: rows addressed to each host, [H, ...], H hosts of `ranks_per_host` consecutive devices.
+
+  Communication: all-to-all over `axis_name`, (H - 1) / H * x.size elements.
+  """
+  num_ranks = jax.lax.axis_size(axis_name)
+  rails = [list(range(place, num_ranks, ranks_per_host)) for place in range(ranks_per_host)]
+  return _exchange_among(x_H, axis_name, rails)
+
+
+def exchange_inside_host(x_G, axis_name: str, ranks_per_host: int):
+  """Returns what every device of this host addressed to this one: row i comes from device i.
+
+  Args:
+    x_G: rows addressed to each device, [G, ...]; the G = `ranks_per_host` devices of a host are
+      consecutive.
+
+  Communication: all-to-all over `axis_name`, (G - 1) / G * x.size elements.
+  """
+  firsts = range(0, jax.lax.axis_size(axis_name), ranks_per_host)
+  hosts = [list(range(first, first + ranks_per_host)) for first in firsts]
+  return _exchange_among(x_G, axis_name, hosts)
+
+
+def _exchange_among(x_n, axis_name, groups):
+  if len(groups[0]) == 1:
+    return x_n
+  return jax.lax.all_to_all(
+    x_n, axis_name, split_axis=0, concat_axis=0, axis_index_groups=groups, tiled=True
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange_filled(x_nB, sent_n, received_n, axis_name: str):
+  """Returns what every device along `axis_name` addressed to this one; rows that were not sent are
+  zero.
+
+  Where the platform can, only filled rows travel; elsewhere all do, with equal results.
+
+  Args:
+    x_nB: rows addressed to each device, [n, B, ...], the first `sent_n` of each filled.
+    sent_n: how many are, int32.
+    received_n: how many each device addressed to this one, int32.
+
+  Communication: all-to-all over `axis_name`, (n - 1) / n * x.size elements; where the platform has
+  it, instead, ragged-all-to-all over `axis_name`, as many elements at most.
+  """
+  return jax.lax.platform_dependent(
+    x_nB,
+    sent_n,
+    received_n,
+    **{name: functools.partial(f, axis_name=axis_name) for name, f in _EXCHANGE_FILLED.items()},
+  )
+
+
+def _exchange_filled_forward(x_nB, sent_n, received_n, axis_name):
+  return exchange_filled(x_nB, sent_n, received_n, axis_name), (sent_n, received_n)
+
+
+def _exchange_filled_backward(axis_name, saved, gradient_nB):
+  sent_n, received_n = saved
+  nothing = np.zeros(sent_n.shape, jax.dtypes.float0)
+  return exchange_filled(gradient_nB, received_n, sent_n, axis_name), nothing, nothing
+
+
+exchange_filled.defvjp(_exchange_filled_forward, _exchange_filled_backward)
+
+
+def _exchange_all(x_nB, sent_n, received_n, axis_name):
+  del sent_n
+  x_nB = exchange(x_nB, axis_name)
+  is_filled_nB = jnp.arange(x_nB.shape[1], dtype=jnp.int32)[None, :] < received_n[:, None]
+  is_filled = is_filled_nB.reshape(*is_filled_nB.shape, *[1] * (x_nB.ndim - 2))
+  return jnp.where(is_filled, x_nB, jnp.zeros((), x_nB.dtype))
+
+
+def _exchange_ragged(x_nB, sent_n, received_n, axis_name):
+  num_devices, num_rows = x_nB.shape[:2]
+  rows = x_nB.reshape(num_devices * num_rows, *x_nB.shape[2:])
+  first_n = jnp.arange(num_devices, dtype=jnp.int32) * num_rows
+  mine_n = jnp.full_like(first_n, num_rows) * jax.lax.axis_index(axis_name)
+  received = jax.lax.ragged_all_to_all(
+    rows,
+    varying_like(jnp.zeros_like(rows), rows),
+    varying_like(first_n, rows),
+    sent_n,
+    varying_like(mine_n, rows),
+    received_n,
+    axis_name=axis_name,
+  )
+  return received.reshape(x_nB.shape)
+
+
+# By platform, as `jax.lax.platform_dependent` names them. XLA:CPU has no ragged-all-to-all.
+_EXCHANGE_FILLED = {"cuda": _exchange_ragged, "default": _exchange_all}
+
+
+def sum_small(x, axis_names: tuple[str, ...]):
+  """Returns the sum of `x` over the axes, of an array so small that only latency counts.
+
+  One direct message to each device along each axis, where the all-reduce of a ring passes through
+  2 * (n - 1) of them: 5 us against 33 us over 8 hosts x 4 GPUs by NCCL's own formulas.
+
+  Communication: all-to-all over each axis, (n - 1) * x.size elements.
+  """
+  for name in axis_names:
+    copies = jnp.broadcast_to(x[None], (jax.lax.axis_size(name), *x.shape))
+    x = exchange(varying_along(copies, name), name).sum(0, dtype=x.dtype)
+  return x
 
 
 def shift(tree, axis_name: str, by: int):

@@ -30,9 +30,9 @@ def parameter(
   return nnx.Param(value, axes=logical_axes, keep_float32=keep_float32)
 
 
-def scale(size: int) -> nnx.Param:
-  """Returns the scale of a norm: ones [size], float32 also in the computation."""
-  return nnx.Param(jnp.ones((size,), jnp.float32), axes=("model",), keep_float32=True)
+def scale(shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> nnx.Param:
+  """Returns the scale of a norm: ones, float32 also in the computation."""
+  return nnx.Param(jnp.ones(shape, jnp.float32), axes=logical_axes, keep_float32=True)
 
 
 def specs(state: nnx.State, *leading_axes: str) -> nnx.State:

@@ -40,9 +40,9 @@ def unit_seconds(
     for branch in (unit for unit in loop.body.units if isinstance(unit, Branch)):
       with_s = _turn_seconds(loop, {branch.name: 1}, chip, gpus_per_host)
       costs[kind_of(branch)] = max(costs[kind_of(branch)], with_s - bare_s)
-    if piece["has_forward"].all() and not piece["has_backward"].any():
+    if piece["forward"].all() and not piece["backward"].any():
       costs["forward"] = bare_s
-    if piece["has_backward"].all() and not piece["has_forward"].any():
+    if piece["backward"].all() and not piece["forward"].any():
       costs["backward"] = bare_s
   return costs if costs["forward"] and (costs["backward"] or table.is_forward_only) else None
 

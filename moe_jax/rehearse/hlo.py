@@ -32,6 +32,8 @@ _CALLED = re.compile(
   r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_MLIR = re.compile(r"\{\w+ = ")
+_MLIR_ATTRIBUTE = re.compile(r'(\w+) = ("[^"]*"|[^,}]*)')
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -84,11 +86,17 @@ class Instruction:
 
   @functools.cached_property
   def backend_config(self) -> dict[str, Any]:
-    """What the back end keeps with it; empty where there is nothing."""
+    """What the back end keeps with it; empty where there is nothing. JSON, or, of a hand-written
+    kernel, MLIR's attributes as text.
+    """
     start = self.attributes.find("backend_config=")
     if start < 0:
       return {}
-    value, _ = json.JSONDecoder().raw_decode(self.attributes, start + len("backend_config="))
+    start += len("backend_config=")
+    if _MLIR.match(self.attributes, start):
+      found = _MLIR_ATTRIBUTE.finditer(self.attributes, start)
+      return {each[1]: each[2].strip('"') for each in found}
+    value, _ = json.JSONDecoder().raw_decode(self.attributes, start)
     if isinstance(value, str):
       value = json.loads(value) if value.startswith("{") else {"text": value}
     return value

@@ -4,6 +4,8 @@ Knows the step, its state and their shardings, as the launcher uses them; must n
 the compiled program is read.
 """
 
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +20,9 @@ from moe_jax.train import optimizer as optimizer_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
+# Of `launch.environment`, too: there a live process sets it for all of its programs.
+_PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
+
 
 class Compiled(NamedTuple):
   """A program for one device of the mesh.
@@ -28,6 +33,7 @@ class Compiled(NamedTuple):
     state: the step's state, ShapeDtypeStructs with shardings.
     lower_s: seconds that tracing took.
     compile_s: seconds that XLA took.
+    lowered: what was compiled.
   """
 
   text: str
@@ -35,6 +41,7 @@ class Compiled(NamedTuple):
   state: state_lib.State
   lower_s: float
   compile_s: float
+  lowered: jax.stages.Lowered
 
 
 def train(
@@ -55,11 +62,38 @@ def train(
   lowered = step.lower(state, abstract_inputs(settings, mesh))
   lower_s = time.perf_counter() - start
   progress(f"traced in {lower_s:.1f} s; compiling for {mesh.devices.flat[0].device_kind}")
-  start = time.perf_counter()
-  compiled = lowered.compile()
-  compile_s = time.perf_counter() - start
+  compiled, compile_s = _compile(lowered, {})
   progress(f"compiled in {compile_s:.1f} s")
-  return Compiled(compiled.as_text(), compiled.memory_analysis(), state, lower_s, compile_s)
+  return Compiled(
+    compiled.as_text(), compiled.memory_analysis(), state, lower_s, compile_s, lowered
+  )
+
+
+def schedule_again(before: Compiled, profile: str, progress: Callable[[str], None]) -> Compiled:
+  """Returns the same program, scheduled by a profile (`rehearse.profile`); `compile_s` is the sum.
+
+  Args:
+    before: the program as it was compiled without.
+    profile: the text of a `ProfiledInstructionsProto`.
+    progress: is told what is being done.
+  """
+  progress("compiling again, scheduled by what the kernels and collectives take")
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "profile.pbtxt"
+    path.write_text(profile, encoding="utf-8")
+    compiled, compile_s = _compile(before.lowered, {_PROFILE_OPTION: str(path)})
+  progress(f"compiled in {compile_s:.1f} s")
+  return before._replace(
+    text=compiled.as_text(),
+    memory=compiled.memory_analysis(),
+    compile_s=before.compile_s + compile_s,
+  )
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict) -> tuple[jax.stages.Compiled, float]:
+  start = time.perf_counter()
+  compiled = lowered.compile(compiler_options=options or None)
+  return compiled, time.perf_counter() - start
 
 
 def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh, optimizer) -> state_lib.State:

@@ -6,12 +6,12 @@ table and how the executor cuts it into loops; must not know chips or time.
 """
 
 import collections
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.pipeline import columns
 from moe_jax.pipeline.table import Table
 from moe_jax.rehearse.program import Block, Branch, Loop, Program, phase_of
 
@@ -52,22 +52,10 @@ def branches_taken(program: Program, table: Table) -> Taken:
 
 
 def segments(table: Table) -> list[dict[str, np.ndarray]]:
-  """Returns, for each loop over ticks, in which of its ticks each conditional unit runs, and in
-  which any stage has a forward and a backward unit.
-  """
-  runs = {
-    "has_forward": (table.forward_micro_QZ >= 0).any(1),
-    "has_backward": (table.backward_micro_QZ >= 0).any(1),
-    "head": table.head_micro_Q >= 0,
-    "embed": table.embed_micro_Q >= 0,
-    "embed_gradient": table.embed_gradient_micro_Q >= 0,
-  }
-  has_unit = np.stack([runs["has_forward"], runs["has_backward"]], 1)
-  edges = np.flatnonzero((has_unit[1:] != has_unit[:-1]).any(1)) + 1
-  bounds = [0, *edges.tolist(), table.num_ticks]
+  """Returns, for each loop over ticks, in which of its ticks a stage runs each kind of unit."""
+  at = columns.units(table)
   return [
-    {kind: at_Q[start:stop] for kind, at_Q in runs.items()}
-    for start, stop in itertools.pairwise(bounds)
+    {kind: at_Q[start:stop] for kind, at_Q in at.items()} for start, stop in columns.segments(table)
   ]
 
 

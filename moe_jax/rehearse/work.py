@@ -54,7 +54,7 @@ def of(
       if counted is None:
         unknown.append(f"custom-call {_target(each)}")
       elif counted:
-        flops[where.operands_of(each)[0].shapes[0].dtype] += counted
+        flops[_call_dtype(where, each)] += counted
     elif each.opcode in ("convolution", "fft", "triangular-solve", "cholesky"):
       unknown.append(each.opcode)
   return Work(dict(flops), _num_bytes(module, computation, instruction), tuple(unknown))
@@ -104,6 +104,16 @@ def _custom_call_flops(
     return 0.0
   name = _kernel_name(call) if target in _KERNEL_TARGETS else target
   return kernels[name](operands, call.shapes) if name in kernels else None
+
+
+def _call_dtype(computation: Computation, call: Instruction) -> str:
+  """Returns the dtype of the operands; of a hand-written kernel tf32 in place of float32.
+
+  Source: https://triton-lang.org/main/python-api/generated/triton.language.dot.html,
+  input_precision, which Pallas leaves at its default.
+  """
+  dtype = computation.operands_of(call)[0].shapes[0].dtype
+  return "tf32" if dtype == "f32" and _target(call) in _KERNEL_TARGETS else dtype
 
 
 def _target(call: Instruction) -> str:

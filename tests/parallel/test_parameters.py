@@ -17,7 +17,7 @@ class Example(nnx.Module):
     self.router = parameters.parameter(
       rngs, (64, 8), ("model", "all_experts"), fan_in=64, keep_float32=True
     )
-    self.norm = parameters.scale(64)
+    self.norm = parameters.scale((64,), ("model",))
 
 
 @pytest.fixture

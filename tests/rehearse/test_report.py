@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax.model import blockwise
+from moe_jax.model import flash
 from moe_jax.plan import cost
 from moe_jax.rehearse import memory, text
 from moe_jax.train import step as step_lib
@@ -74,7 +74,7 @@ def test_operations_are_those_of_the_formulas(done):
   _, report, _, _ = done
   settings = config_lib.from_mapping(report["config"])
   table, gpus = step_lib.table(settings), settings.mesh.num_devices
-  analytic = cost.executed_train_flops(settings, blockwise.block_size(settings.train.sequence))
+  analytic = cost.executed_train_flops(settings, flash.BLOCK, flash.PRODUCTS[flash.BACKWARD])
   idle = table.ticks_by_kind["forward"] / table.units_by_kind["forward"]  # masked cells run too
   expected = ((analytic.total - analytic.head) * idle + analytic.head) / gpus
   assert report["flops"]["executed"] == pytest.approx(expected, rel=0.05)
