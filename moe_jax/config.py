@@ -15,10 +15,12 @@ from collections.abc import Mapping
 # The keys of the tables that implement each choice; tests hold the two equal.
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 SAVE = ("inputs", "residuals", "everything")
-DISPATCH = ("capacity", "dropless", "dense")
-EXCHANGE = ("hierarchical", "flat")
-TOKENIZERS = ("bytes", "bpe")
+DISPATCH = ("capacity", "dropless", "ragged", "two_level", "dense", "gathered")
+EXCHANGE = ("hierarchical", "flat", "hierarchical_float8")
+TOKENIZERS = ("bytes", "bpe", "imported")
 DTYPES = ("float32", "bfloat16")
+QK_NORM = ("none", "head", "projection")
+KV_DTYPES = ("float32", "bfloat16", "int8", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Model:
   tied_embeddings: bool = False
   rope_theta: float = 10_000.0
   norm_epsilon: float = 1e-5
+  qk_norm: str = "none"  # of queries and keys before they turn; projection: over all heads together
+  clip_qkv: float = 0.0  # queries, keys and values to within +- this; 0 does not clip
+  normalize_choices: bool = True  # a token's expert weights sum to 1
 
   def __post_init__(self):
     _positive(
@@ -45,6 +50,8 @@ class Model:
       "experts_per_token", "expert_hidden", "vocab", "rope_theta", "norm_epsilon",
     )  # fmt: skip
     _one_of(self, "model", "dtype", DTYPES)
+    _one_of(self, "model", "qk_norm", QK_NORM)
+    _not_negative(self, "model", "clip_qkv")
     _divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
     if self.head_dim % 2:
       raise ValueError(
@@ -103,19 +110,26 @@ class Moe:
   exchange: str = "hierarchical"
   capacity_factor: float = 1.25  # rows sent to an expert (dropless: to a rank), over the even share
   spill: bool = False  # overflow goes to the token's next-ranked expert with room
+  expert_ranks_per_host: int = 1  # consecutive ranks of mesh.expert that share a host
+  hosts_per_token: int = 0  # the router chooses experts on at most so many hosts; 0: on any
   load_balance_weight: float = 0.01
   router_z_weight: float = 0.001
 
   def __post_init__(self):
     _one_of(self, "moe", "dispatch", DISPATCH)
     _one_of(self, "moe", "exchange", EXCHANGE)
-    _positive(self, "moe", "capacity_factor")
+    if self.dispatch in ("ragged", "two_level") and self.exchange != "hierarchical":
+      raise ValueError(
+        f"moe.dispatch={self.dispatch} has an exchange of its own, got"
+        f" moe.exchange={self.exchange}; choose exchange=hierarchical"
+      )
+    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host")
     if self.spill and self.dispatch != "capacity":
       raise ValueError(
         f"moe.spill=True needs moe.dispatch=capacity, got {self.dispatch}, which lets nothing"
         " overflow; choose spill=False or dispatch=capacity"
       )
-    _not_negative(self, "moe", "load_balance_weight", "router_z_weight")
+    _not_negative(self, "moe", "load_balance_weight", "router_z_weight", "hosts_per_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +186,29 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Serve:
+  """What a deployment holds while it serves. Sizes in tokens are rounded up to whole pages."""
+
+  slots: int = 4  # sequences of each decode micro-batch on each rank of expert
+  max_tokens: int = 1024  # of a sequence, prompt and what is generated
+  page: int = 16  # tokens of a page of the key-value cache
+  pages_fraction: float = 1.0  # of what all slots would take at max_tokens
+  kv_dtype: str = "float32"  # of the cache; int8 and float8 with a scale for each token and head
+  prefill_rows: int = 1  # chunks of prompts in a prefill micro-batch on each rank of expert
+  prefill_chunk: int = 128  # tokens of a prompt that one row of a prefill call takes
+  prefill_micro_batches: int = 2  # of a prefill call
+  decode_tokens: int = 1  # tokens of each sequence that a decode call makes
+
+  def __post_init__(self):
+    _positive(
+      self, "serve", "slots", "max_tokens", "page", "pages_fraction", "prefill_rows",
+      "prefill_chunk", "prefill_micro_batches", "decode_tokens",
+    )  # fmt: skip
+    _one_of(self, "serve", "kv_dtype", KV_DTYPES)
+    _fraction(self, "serve", "pages_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One deployment. Raises ValueError, with the fix in the message, where the parts do not fit."""
 
@@ -181,12 +218,14 @@ class Config:
   moe: Moe = dataclasses.field(default_factory=Moe)
   train: Train = dataclasses.field(default_factory=Train)
   data: Data = dataclasses.field(default_factory=Data)
+  serve: Serve = dataclasses.field(default_factory=Serve)
 
   def __post_init__(self):
     model, mesh, pipeline, train = self.model, self.mesh, self.pipeline, self.train
     for name in ("heads", "kv_heads", "expert_hidden"):
       _divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
     _divides("model.experts", model.experts, "mesh.expert", mesh.expert)
+    _check_hosts(self)
     _divides("model.vocab", model.vocab, "mesh.stage x mesh.tensor", mesh.stage * mesh.tensor)
     _divides(
       "model.layers", model.layers, "mesh.stage x pipeline.chunks", mesh.stage * pipeline.chunks
@@ -200,6 +239,32 @@ class Config:
       raise ValueError(
         f"model.vocab={model.vocab} cannot hold bytes; data.tokenizer=bytes needs at least 256"
       )
+
+
+def _check_hosts(config: Config):
+  """Checks that the expert axis falls into whole hosts, and that a token finds enough experts on
+  those it is limited to.
+  """
+  moe, model = config.moe, config.model
+  _divides(
+    "mesh.expert", config.mesh.expert, "moe.expert_ranks_per_host", moe.expert_ranks_per_host
+  )
+  num_hosts = config.mesh.expert // moe.expert_ranks_per_host
+  if moe.hosts_per_token > num_hosts:
+    raise ValueError(
+      f"moe.hosts_per_token={moe.hosts_per_token} is more than the {num_hosts} hosts that"
+      f" mesh.expert={config.mesh.expert} spans with"
+      f" moe.expert_ranks_per_host={moe.expert_ranks_per_host}; choose at most {num_hosts}, or 0"
+      " for no limit"
+    )
+  found = moe.hosts_per_token * model.experts // num_hosts
+  if 0 < found < model.experts_per_token:
+    needed = -(-model.experts_per_token * num_hosts // model.experts)
+    raise ValueError(
+      f"moe.hosts_per_token={moe.hosts_per_token} leaves a token {found} experts for"
+      f" model.experts_per_token={model.experts_per_token}; choose at least {needed}, or 0 for no"
+      " limit"
+    )
 
 
 def from_mapping(mapping: Mapping) -> Config:

@@ -58,6 +58,12 @@ def init_params(key, model: Model) -> dict:
   }
   if not model.tied_embeddings:
     params["head"] = {"kernel": normal((D, V), D**-0.5)}
+  # Of queries and keys: one scale for each element of a head, or of all heads together.
+  shapes = {"none": None, "head": ((L, H), (L, H)), "projection": ((L, N, H), (L, G, H))}
+  if shapes[model.qk_norm]:
+    query, key_ = shapes[model.qk_norm]
+    norms = {"query_norm": {"scale": scale(query)}, "key_norm": {"scale": scale(key_)}}
+    params["layers"]["attention"] |= norms
   return params
 
 
@@ -214,10 +220,27 @@ def _rms_norm(x_BSD, scale_D, epsilon):
   return x_BSD / jnp.sqrt(mean_square + epsilon) * scale_D[None, None, :]
 
 
+def _qk_norm(params, name, model, x_BSNH):
+  """Root-mean-square norm of each head alone, or of all heads of a position together."""
+  if model.qk_norm == "none":
+    return x_BSNH
+  axes = {"head": (3,), "projection": (2, 3)}[model.qk_norm]
+  mean_square = jnp.mean(x_BSNH * x_BSNH, axis=axes, keepdims=True)
+  scale = params[f"{name}_norm"]["scale"].reshape(1, 1, -1, model.head_dim)
+  return x_BSNH / jnp.sqrt(mean_square + model.norm_epsilon) * scale
+
+
 def _attention(params, model, x_BSD, positions_BS, segments_BS):
-  query_BSNH = _rotate(jnp.einsum("BSD,DNH->BSNH", x_BSD, params["query"]), positions_BS, model)
-  key_BMGH = _rotate(jnp.einsum("BSD,DGH->BSGH", x_BSD, params["key"]), positions_BS, model)
+  query_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, params["query"])
+  key_BMGH = jnp.einsum("BSD,DGH->BSGH", x_BSD, params["key"])
   value_BMGH = jnp.einsum("BSD,DGH->BSGH", x_BSD, params["value"])
+  query_BSNH = _qk_norm(params, "query", model, query_BSNH)
+  key_BMGH = _qk_norm(params, "key", model, key_BMGH)
+  if model.clip_qkv > 0:
+    clip = lambda x: jnp.minimum(jnp.maximum(x, -model.clip_qkv), model.clip_qkv)
+    query_BSNH, key_BMGH, value_BMGH = clip(query_BSNH), clip(key_BMGH), clip(value_BMGH)
+  query_BSNH = _rotate(query_BSNH, positions_BS, model)
+  key_BMGH = _rotate(key_BMGH, positions_BS, model)
   # Query head n reads KV head n // (N/G).
   key_BMNH = jnp.repeat(key_BMGH, model.heads // model.kv_heads, axis=2)
   value_BMNH = jnp.repeat(value_BMGH, model.heads // model.kv_heads, axis=2)
@@ -252,7 +275,8 @@ def _moe(params, model, x_TD):
   logit_TE = jnp.einsum("TD,DE->TE", x_TD, params["router"]["kernel"])
   probability_TE = jax.nn.softmax(logit_TE, axis=-1)
   weight_TK, expert_TK = jax.lax.top_k(probability_TE, K)
-  weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
+  if model.normalize_choices:
+    weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
   y_TD = jnp.zeros_like(x_TD)
   counts = []
   for e in range(E):

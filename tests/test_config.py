@@ -18,7 +18,7 @@ SIZES = st.integers(-1, 24) | st.sampled_from([32, 64, 96, 128, 256, 320, 512, 1
 WORDS = st.sampled_from(
   [
     *config_lib.SCHEDULES, *config_lib.SAVE, *config_lib.DISPATCH, *config_lib.EXCHANGE,
-    *config_lib.TOKENIZERS, *config_lib.DTYPES, "", "zebra",
+    *config_lib.TOKENIZERS, *config_lib.DTYPES, *config_lib.QK_NORM, "", "zebra",
   ]
 )  # fmt: skip
 VALUES = {
@@ -203,6 +203,20 @@ def test_an_unknown_name_is_refused(name):
     ({"train": {"stpes": 3}}, "train.stpes is not a config field; did you mean train.steps?"),
     ({"model": {"batch": 3}}, "model.batch is not a config field; did you mean train.batch?"),
     ({"mesh": {"zebra": 3}}, "mesh.zebra is not a config field; mesh has expert, tensor, stage"),
+    (
+      {"mesh": {"expert": 8}, "moe": {"expert_ranks_per_host": 3}},
+      "mesh.expert=8 is not divisible by moe.expert_ranks_per_host=3;"
+      " choose moe.expert_ranks_per_host from 1, 2, 4, 8 or mesh.expert=9",
+    ),
+    (
+      {"mesh": {"expert": 8}, "moe": {"expert_ranks_per_host": 4, "hosts_per_token": 3}},
+      "moe.hosts_per_token=3 is more than the 2 hosts that mesh.expert=8 spans",
+    ),
+    (
+      {"mesh": {"expert": 16}, "train": {"batch": 16}, "moe": {"hosts_per_token": 1}},
+      "moe.hosts_per_token=1 leaves a token 1 experts for model.experts_per_token=2;"
+      " choose at least 2",
+    ),
     ({"tarin": {}}, "tarin is not a config section; did you mean train?"),
   ],
 )

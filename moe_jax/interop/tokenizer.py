@@ -1,11 +1,16 @@
-"""Text to token ids and back: bytes as they are, or a byte-level BPE trained on the corpus.
+"""Text to token ids and back: bytes as they are, a byte-level BPE trained on the corpus, or the
+tokenizer that came with an imported model.
 
-Both can encode any text, so there is no unknown token. This module knows text and ids; it must not
+The first two can encode any text, and decoding gives it back; what an imported one does with text
+is its own affair. This module knows text and ids; it must not
 know where the text comes from or what the ids are for.
 """
 
 import hashlib
+import itertools
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
@@ -42,10 +47,13 @@ class Tokenizer(Protocol):
     """Writes to `folder` whatever `load` needs."""
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns the ids of `text`, int32 of one dimension; decoding gives `text` back."""
+    """Returns the ids of `text`, int32 of one dimension."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`; what is not UTF-8, and ids past the vocabulary, become U+FFFD."""
+
+  def export(self, folder: str | os.PathLike) -> None:
+    """Writes to `folder` the tokenizer.json that gives transformers the same ids."""
 
 
 class Bytes:
@@ -74,6 +82,9 @@ class Bytes:
   def decode(self, ids: Iterable[int]) -> str:
     return _decode(self.pieces, ids)
 
+  def export(self, folder: str | os.PathLike) -> None:
+    _save(_byte_level(tokenizers.models.BPE(dict(_BYTE_BY_LETTER), merges=[])), folder)
+
 
 class Bpe:
   """Byte-level byte-pair encoding: 256 bytes, and the merges that shorten the training text most.
@@ -96,9 +107,7 @@ class Bpe:
   @classmethod
   def train(cls, texts: Iterable[str], vocab: int) -> Self:
     _fits("data.tokenizer=bpe", 256, vocab)
-    encoder = tokenizers.Tokenizer(tokenizers.models.BPE())
-    encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder.decoder = tokenizers.decoders.ByteLevel()
+    encoder = _byte_level(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
       vocab_size=vocab, initial_alphabet=list(_BYTE_BY_LETTER), show_progress=False
     )
@@ -120,11 +129,7 @@ class Bpe:
     return tokenizer
 
   def save(self, folder: str | os.PathLike) -> None:
-    path = Path(folder, FILE)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(self._encoder.to_str(pretty=True), encoding="utf-8")
-    # At once or not at all, whenever the process is killed.
-    partial.replace(path)
+    _save(self._encoder, folder)
 
   def encode(self, text: str) -> np.ndarray:
     return np.asarray(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
@@ -132,8 +137,67 @@ class Bpe:
   def decode(self, ids: Iterable[int]) -> str:
     return _decode(self.pieces, ids)
 
+  def export(self, folder: str | os.PathLike) -> None:
+    self.save(folder)
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": Bytes, "bpe": Bpe}
+
+class Imported:
+  """The tokenizer.json of an imported model, of whatever kind.
+
+  Text gets the special tokens that the file puts round it, and names of special tokens in the text
+  are those tokens; decoding leaves them out. Both as transformers does.
+  """
+
+  def __init__(self, encoder: tokenizers.Tokenizer):
+    # Text of any length, all of it and nothing else.
+    encoder.no_truncation()
+    encoder.no_padding()
+    self._encoder = encoder
+    self.pieces = _pieces(encoder)
+    self.identity = "imported-" + hashlib.sha256(encoder.to_str().encode()).hexdigest()
+
+  @property
+  def vocab(self) -> int:
+    return len(self.pieces)
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab: int) -> Self:
+    raise ValueError(
+      "data.tokenizer=imported comes with an imported model (python -m launch.convert) and cannot"
+      " be trained; to begin a run choose data.tokenizer=bpe or bytes"
+    )
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, vocab: int) -> Self:
+    path = Path(folder, FILE)
+    if not path.is_file():
+      raise ValueError(f"{path} is missing; an imported model's tokenizer lies beside its weights")
+    try:
+      tokenizer = cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the package raises no narrower type than Exception
+      raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    _fits(str(path), tokenizer.vocab, vocab)
+    return tokenizer
+
+  def save(self, folder: str | os.PathLike) -> None:
+    _save(self._encoder, folder)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.asarray(self._encoder.encode(text).ids, np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    # The package leaves out what is no id: here it shows.
+    is_known = lambda token_id: 0 <= token_id < self.vocab
+    runs = itertools.groupby(map(int, ids), is_known)
+    return "".join(
+      self._encoder.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs
+    )
+
+  def export(self, folder: str | os.PathLike) -> None:
+    self.save(folder)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": Bytes, "bpe": Bpe, "imported": Imported}
 
 
 def _byte_by_letter() -> dict[str, int]:
@@ -150,6 +214,7 @@ def _byte_by_letter() -> dict[str, int]:
 
 
 _BYTE_BY_LETTER = _byte_by_letter()
+_SINGLE_BYTE = re.compile("<0x([0-9A-F]{2})>")  # in SentencePiece with byte fallback
 
 
 def _bytes_of_letters(token: str) -> bytes:
@@ -157,6 +222,43 @@ def _bytes_of_letters(token: str) -> bytes:
   if foreign:
     raise ValueError(f"its token {token!r} is not made of bytes")
   return bytes(_BYTE_BY_LETTER[letter] for letter in token)
+
+
+def _byte_level(model) -> tokenizers.Tokenizer:
+  encoder = tokenizers.Tokenizer(model)
+  encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  encoder.decoder = tokenizers.decoders.ByteLevel()
+  return encoder
+
+
+def _save(encoder: tokenizers.Tokenizer, folder: str | os.PathLike) -> None:
+  path = Path(folder, FILE)
+  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  partial.write_text(encoder.to_str(pretty=True), encoding="utf-8")
+  # At once or not at all, whenever the process is killed.
+  partial.replace(path)
+
+
+def _pieces(encoder: tokenizers.Tokenizer) -> tuple[bytes, ...]:
+  """Returns the bytes of each id; of a special token its name's, of a gap between ids none.
+
+  The file's decoder tells byte-level letters from SentencePiece's spaces and single bytes.
+  """
+  is_byte_level = '"ByteLevel"' in json.dumps(json.loads(encoder.to_str())["decoder"])
+  added = {token.content for token in encoder.get_added_tokens_decoder().values()}
+  id_by_token = encoder.get_vocab()
+  pieces = [b""] * (max(id_by_token.values(), default=-1) + 1)
+  for token, token_id in id_by_token.items():
+    if token in added:
+      pieces[token_id] = token.encode()
+    else:
+      pieces[token_id] = _bytes_of_letters(token) if is_byte_level else _bytes_of_piece(token)
+  return tuple(pieces)
+
+
+def _bytes_of_piece(token: str) -> bytes:
+  single = _SINGLE_BYTE.fullmatch(token)
+  return bytes([int(single[1], 16)]) if single else token.replace("\u2581", " ").encode()
 
 
 def _decode(pieces: Sequence[bytes], ids: Iterable[int]) -> str:

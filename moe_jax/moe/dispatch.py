@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.moe import capacity, dense, dropless
+from moe_jax.moe import capacity, dense, dropless, gathered, ragged, two_level
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
@@ -24,7 +24,8 @@ class Dispatch(NamedTuple):
     most_rounds: (setting) -> the most rounds that any plan has.
     send: (setting, x_tD, plan, round_id) -> what reaches this device's experts: rows, and what it
       takes to know whose they are.
-    compute: (weights, what was sent) -> rows, this tensor rank's partial sums.
+    compute: (weights, what was sent) -> this tensor rank's partial sums: rows, and what it takes to
+      bring them home.
     back: (setting, rows, weights_TK, plan, round_id) -> `y_tD`, the weighted sum of what the
       experts made of the token's assignments of the round.
   """
@@ -32,8 +33,8 @@ class Dispatch(NamedTuple):
   plan: Callable[[Setting, Routing, jax.Array], Plan]
   most_rounds: Callable[[Setting], int]
   send: Callable[[Setting, jax.Array, Plan, jax.Array | int], Any]
-  compute: Callable[[Weights, Any], jax.Array]
-  back: Callable[[Setting, jax.Array, jax.Array, Plan, jax.Array | int], jax.Array]
+  compute: Callable[[Weights, Any], Any]
+  back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
 
 
 def _of(module) -> Dispatch:
@@ -43,5 +44,8 @@ def _of(module) -> Dispatch:
 DISPATCH: dict[str, Dispatch] = {
   "capacity": _of(capacity),
   "dropless": _of(dropless),
+  "ragged": _of(ragged),
+  "two_level": _of(two_level),
   "dense": _of(dense),
+  "gathered": _of(gathered),
 }

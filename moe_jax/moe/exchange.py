@@ -6,10 +6,12 @@ all experts; `to_tokens` brings back what the experts made of them and sums the 
 partial results. Knows rows; must not know tokens or what an expert computes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, TENSOR
@@ -76,7 +78,69 @@ def _flat_to_tokens(rows_eRD):
   return collectives.reduce_scatter(_return(rows_eRD), TENSOR, 1)
 
 
+def _float8_to_experts(rows_ECD):
+  """As hierarchical, but between hosts each row is float8 with a float32 scale.
+
+  Communication: all-to-all over `expert`, (X - 1) / X * E * C * D elements; all-to-all over
+  `expert`, (X - 1) / X * E * C elements; then all-gather over `tensor`,
+  (tensor - 1) * E * C * D elements.
+  """
+  return collectives.gather(_float8(_send)(rows_ECD), TENSOR, 1)
+
+
+def _float8_to_tokens(rows_eRD):
+  """As hierarchical, but between hosts each row is float8 with a float32 scale.
+
+  Communication: reduce-scatter over `tensor`, (tensor - 1) * E * C * D elements; all-to-all over
+  `expert`, (X - 1) / X * E * C * D elements; all-to-all over `expert`, (X - 1) / X * E * C
+  elements.
+  """
+  return _float8(_return)(collectives.reduce_scatter(rows_eRD, TENSOR, 1))
+
+
+def _float8(travel):
+  """Returns `travel` of rounded rows; integers travel as they are."""
+
+  def rounded(rows):
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+      return travel(rows)
+    return _travel_float8(rows, travel)
+
+  return rounded
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _travel_float8(rows_abD, travel):
+  """Returns `travel(rows)`, each row rounded to float8 (4 exponent bits, 3 of mantissa), its
+  largest element to the largest float8.
+
+  The error of an element is at most 1/16 of it, or 2^-10 of that of the row's largest over 448
+  where it is tiny; of a row of normal numbers it is 2.6% in relative L2. The gradient travels the
+  same way.
+
+  Source: FP8 Formats for Deep Learning (arXiv:2209.05433), E4M3.
+  """
+  largest_ab1 = jnp.max(jnp.abs(rows_abD), -1, keepdims=True).astype(jnp.float32)
+  scale_ab1 = jnp.where(largest_ab1 > 0, largest_ab1 / _LARGEST, 1.0)
+  small_abD = (rows_abD.astype(jnp.float32) / scale_ab1).astype(jnp.float8_e4m3fn)
+  return (travel(small_abD).astype(jnp.float32) * travel(scale_ab1)).astype(rows_abD.dtype)
+
+
+def _travel_float8_forward(rows_abD, travel):
+  return _travel_float8(rows_abD, travel), None
+
+
+def _travel_float8_backward(travel, _, gradient):
+  return (_travel_float8(gradient, _WAY_BACK[travel]),)
+
+
+_travel_float8.defvjp(_travel_float8_forward, _travel_float8_backward)
+
+_LARGEST = float(jnp.finfo(jnp.float8_e4m3fn).max)  # 448
+_WAY_BACK = {_send: _return, _return: _send}
+
 EXCHANGE: dict[str, Exchange] = {
   "hierarchical": Exchange(_hierarchical_to_experts, _hierarchical_to_tokens),
   "flat": Exchange(_flat_to_experts, _flat_to_tokens),
+  "hierarchical_float8": Exchange(_float8_to_experts, _float8_to_tokens),
 }

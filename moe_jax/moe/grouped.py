@@ -1,9 +1,10 @@
 """The experts' SwiGLU over groups of uneven size, in blocks of rows that belong to one expert.
 
-Rows lie as they arrived; a block gathers its own, multiplies them by its expert's weights, and only
-blocks with rows are computed. An expert's weights are sliced once and not for every block, and the
-gradient of its weights is summed beside the loop over its blocks. Knows rows and group sizes; must
-not know where rows come from.
+Rows lie as they arrived; a block gathers its own and multiplies them by its expert's weights, and
+only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop, in
+which an expert's weights are sliced once and not for every block, and the gradient of its weights
+is summed beside the loop over its blocks. Knows rows and group sizes; must not know where rows come
+from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
 f this tensor rank's share of the hidden units.
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe import grouped_kernels
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import no_gradient
 from moe_jax.parallel.collectives import varying_like
@@ -99,54 +101,94 @@ def grouped_swiglu(weights: Weights, rows_RD: jax.Array, groups: Groups) -> jax.
 
 @jax.custom_vjp
 def _grouped_swiglu(weights, rows_RD, groups):
-  def block(n, y_NJD, one: Weights):
-    gate_Jf, up_Jf = _hidden(one, _block(rows_RD, groups, n))
-    return _write(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
-
-  y_NJD, _ = _loop(weights, groups, block, _buffer(groups, rows_RD, rows_RD.shape[1]))
-  return _received(y_NJD, groups)
+  values = lambda *given: _kernels_forward(*given)[0]
+  return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
 
 
 def _forward(weights, rows_RD, groups):
-  def block(n, buffers, one: Weights):
-    gate_NJf, up_NJf, y_NJD = buffers
-    gate_Jf, up_Jf = _hidden(one, _block(rows_RD, groups, n))
-    y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
-    return _write(gate_NJf, n, gate_Jf), _write(up_NJf, n, up_Jf), _write(y_NJD, n, y_JD)
-
-  num_hidden, width = weights.down_efD.shape[1:]
-  buffers = tuple(_buffer(groups, rows_RD, size) for size in (num_hidden, num_hidden, width))
-  (gate_NJf, up_NJf, y_NJD), _ = _loop(weights, groups, block, buffers)
-  saved = (weights, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
-  return _received(y_NJD, groups), saved
+  given = (weights, rows_RD, groups)
+  y_RD, gate_NJf, up_NJf = jax.lax.platform_dependent(
+    *given, cuda=_kernels_forward, default=_blocks_forward
+  )
+  return y_RD, (*given, residual(gate_NJf), residual(up_NJf))
 
 
 def _backward(saved, gradient_RD):
-  weights, rows_RD, groups, gate_NJf, up_NJf = saved
+  dweights, dx_RD = jax.lax.platform_dependent(
+    *saved, gradient_RD, cuda=_kernels_backward, default=_blocks_backward
+  )
+  dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0])
+  return dweights, dx_RD, no_gradient(saved[2])
 
+
+_grouped_swiglu.defvjp(_forward, _backward)
+
+
+def _kernels_forward(weights, rows_RD, groups, interpret=False):
+  y_NJD, gate_NJf, up_NJf = grouped_kernels.forward(
+    weights, _placed(rows_RD, groups), *_blocks(groups), interpret=interpret
+  )
+  return _received(y_NJD, groups), gate_NJf, up_NJf
+
+
+def _kernels_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, interpret=False):
+  dweights, dx_NJD = grouped_kernels.backward(
+    weights, _placed(rows_RD, groups), *_blocks(groups), gate_NJf, up_NJf,
+    _placed(gradient_RD, groups), interpret=interpret,
+  )  # fmt: skip
+  return dweights, _received(dx_NJD, groups)
+
+
+def _blocks(groups):
+  """Returns whose rows each block holds, the last expert's where it holds none, and how many do."""
+  last_e = groups.first_e + groups.blocks_e
+  block_N = jnp.arange(groups.row_NJ.shape[0], dtype=jnp.int32)
+  expert_N = (block_N[:, None] >= last_e[None, :]).sum(-1, dtype=jnp.int32)
+  return jnp.minimum(expert_N, last_e.size - 1), last_e[-1]
+
+
+def _blocks_values(weights, rows_RD, groups):
+  def block(n, y_NJD, one: Weights):
+    # Each block's rows make way for what the expert makes of them: one buffer for both.
+    gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
+    return _write(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
+
+  y_NJD, _ = _loop(weights, groups, block, _placed(rows_RD, groups))
+  return _received(y_NJD, groups)
+
+
+def _blocks_forward(weights, rows_RD, groups):
+  def block(n, buffers, one: Weights):
+    gate_NJf, up_NJf, y_NJD = buffers
+    gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
+    y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
+    return _write(gate_NJf, n, gate_Jf), _write(up_NJf, n, up_Jf), _write(y_NJD, n, y_JD)
+
+  num_hidden = weights.down_efD.shape[1]
+  hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
+  (gate_NJf, up_NJf, y_NJD), _ = _loop(weights, groups, block, (*hidden, _placed(rows_RD, groups)))
+  return _received(y_NJD, groups), gate_NJf, up_NJf
+
+
+def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
   def start(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
-  def block(n, dx_NJD, one: Weights, sums: Weights):
-    x_JD, dy_JD = _block(rows_RD, groups, n), _block(gradient_RD, groups, n)
+  def block(n, d_NJD, one: Weights, sums: Weights):
+    x_JD, dy_JD = _block(rows_RD, groups, n), _read(d_NJD, n)
     hidden_Jf, activation_vjp = jax.vjp(
       lambda gate, up: jax.nn.silu(gate) * up, _read(gate_NJf, n), _read(up_NJf, n)
     )
     dgate_Jf, dup_Jf = activation_vjp(dy_JD @ one.down_efD.T)
     dx_JD = dgate_Jf @ one.gate_eDf.T + dup_Jf @ one.up_eDf.T
-    return _write(dx_NJD, n, dx_JD), Weights(
+    return _write(d_NJD, n, dx_JD), Weights(
       sums.gate_eDf + _outer(x_JD, dgate_Jf),
       sums.up_eDf + _outer(x_JD, dup_Jf),
       sums.down_efD + _outer(hidden_Jf, dy_JD),
     )
 
-  dx_NJD = _buffer(groups, rows_RD, rows_RD.shape[1])
-  dx_NJD, dweights = _loop(weights, groups, block, dx_NJD, start)
-  dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
-  return dweights, _received(dx_NJD, groups), no_gradient(groups)
-
-
-_grouped_swiglu.defvjp(_forward, _backward)
+  dx_NJD, dweights = _loop(weights, groups, block, _placed(gradient_RD, groups), start)
+  return dweights, _received(dx_NJD, groups)
 
 
 def _loop(weights: Weights, groups: Groups, block, buffers, start=lambda one: ()):
@@ -178,6 +220,11 @@ def _outer(left_Ji, right_Jo):
 def _buffer(groups, rows_RD, width):
   zeros = jnp.zeros((*groups.row_NJ.shape, width), rows_RD.dtype)
   return varying_like(zeros, rows_RD)
+
+
+def _placed(rows_RD, groups):
+  """Returns the rows of all blocks; what lies in blocks without rows is never read."""
+  return _take_or_zero(rows_RD, groups.row_NJ.reshape(-1)).reshape(*groups.row_NJ.shape, -1)
 
 
 def _block(rows_RD, groups, n):

@@ -23,6 +23,8 @@ class Setting(NamedTuple):
     capacity_factor: rows sent, over the even share.
     spill: an assignment that its expert has no room for goes to the token's next-ranked one.
     exchange: how rows travel, an entry of `exchange.EXCHANGE`.
+    ranks_per_host: consecutive ranks of `expert` that share a host.
+    hosts_per_token: to how many hosts the router limits a token; 0 where it does not.
   """
 
   num_tokens: int
@@ -31,6 +33,8 @@ class Setting(NamedTuple):
   capacity_factor: float
   spill: bool
   exchange: Exchange
+  ranks_per_host: int = 1
+  hosts_per_token: int = 0
 
   @property
   def num_assignments(self) -> int:

@@ -17,11 +17,20 @@ class Routing(NamedTuple):
 
   Attributes:
     experts_TK: the K chosen experts of each token, best first, int32.
-    weights_TK: their weights, summing to 1 over K, float32.
+    weights_TK: their weights, float32; over K they sum to 1, or less where `route` says so.
   """
 
   experts_TK: jax.Array
   weights_TK: jax.Array
+
+
+class Limit(NamedTuple):
+  """Each token's experts come from `groups_per_token` of `num_groups` equal groups, experts that
+  follow each other: those of a host.
+  """
+
+  num_groups: int
+  groups_per_token: int
 
 
 class Losses(NamedTuple):
@@ -31,10 +40,20 @@ class Losses(NamedTuple):
   router_z: jax.Array
 
 
-def route(kernel_DE: jax.Array, x_tD: jax.Array, num_choices: int) -> tuple[Routing, jax.Array]:
+def route(
+  kernel_DE: jax.Array,
+  x_tD: jax.Array,
+  num_choices: int,
+  normalize_choices: bool = True,
+  limit: Limit | None = None,
+) -> tuple[Routing, jax.Array]:
   """Returns the routing of tokens and the router's logits `logits_tE`.
 
   Softmax over all experts, then the `num_choices` largest, renormalised.
+
+  Args:
+    normalize_choices: whether they are renormalised, so that a token's weights sum to 1.
+    limit: on the groups that a token's experts come from; the logits returned are those before it.
 
   Source: Mixtral (arXiv:2401.04088), section 2.1; renormalising a softmax over all experts equals
   the softmax over the chosen logits that it states.
@@ -42,8 +61,51 @@ def route(kernel_DE: jax.Array, x_tD: jax.Array, num_choices: int) -> tuple[Rout
   logits_tE = jnp.einsum(
     "td,de->te", x_tD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
   )
-  chosen_tK, experts_tK = jax.lax.top_k(logits_tE, num_choices)
-  return Routing(experts_tK.astype(jnp.int32), jax.nn.softmax(chosen_tK, axis=-1)), logits_tE
+  allowed_tE = logits_tE if limit is None else limited(logits_tE, num_choices, limit)
+  chosen_tK, experts_tK = jax.lax.top_k(allowed_tE, num_choices)
+  weights_tK = _WEIGHTS[normalize_choices](chosen_tK, logits_tE)
+  return Routing(experts_tK.astype(jnp.int32), weights_tK), logits_tE
+
+
+def limit_to_hosts(ranks_per_host: int, hosts_per_token: int) -> Limit | None:
+  """Returns the limit that a deployment sets, inside the region; None where `hosts_per_token` is 0.
+
+  Args:
+    ranks_per_host: consecutive ranks of `expert` that share a host, and so experts.
+  """
+  if not hosts_per_token:
+    return None
+  return Limit(jax.lax.axis_size(EXPERT) // ranks_per_host, hosts_per_token)
+
+
+def limited(logits_tE: jax.Array, num_choices: int, limit: Limit) -> jax.Array:
+  """Returns the logits, -inf in groups from which the token may not choose.
+
+  A group counts by the probabilities of its best experts, as many as a token takes of each of its
+  groups; those with the largest sums are allowed.
+
+  Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, node-limited routing.
+  """
+  num_tokens, num_experts = logits_tE.shape
+  of_each = min(-(-num_choices // limit.groups_per_token), num_experts // limit.num_groups)
+  probability_tge = jax.nn.softmax(logits_tE).reshape(num_tokens, limit.num_groups, -1)
+  score_tg = jax.lax.top_k(jax.lax.stop_gradient(probability_tge), of_each)[0].sum(-1)
+  _, groups_tm = jax.lax.top_k(score_tg, limit.groups_per_token)
+  group_E = jnp.arange(num_experts) // (num_experts // limit.num_groups)
+  is_allowed_tE = (groups_tm[:, :, None] == group_E[None, None, :]).any(1)
+  return jnp.where(is_allowed_tE, logits_tE, -jnp.inf)
+
+
+def _among_chosen(chosen_tK, logits_tE):
+  del logits_tE
+  return jax.nn.softmax(chosen_tK, axis=-1)
+
+
+def _among_all(chosen_tK, logits_tE):
+  return jnp.exp(chosen_tK - jax.nn.logsumexp(logits_tE, axis=-1, keepdims=True))
+
+
+_WEIGHTS = {True: _among_chosen, False: _among_all}
 
 
 def assignments_per_expert(experts_tK: jax.Array, num_experts: int) -> jax.Array:

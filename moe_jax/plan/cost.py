@@ -136,7 +136,9 @@ def executed_forward_flops(settings: Config, block_tokens: int) -> ByPhase:
   return _forward(settings.model, train.batch * train.sequence, pairs, expert_rows(settings))
 
 
-def executed_train_flops(settings: Config, block_tokens: int) -> ByPhase:
+def executed_train_flops(
+  settings: Config, block_tokens: int, backward_products: int = 5
+) -> ByPhase:
   """Returns the FLOPs that a training step multiplies.
 
   The backward pass of blockwise attention computes the scores again, half of the pairs' forward
@@ -146,11 +148,14 @@ def executed_train_flops(settings: Config, block_tokens: int) -> ByPhase:
   Args:
     settings: the deployment.
     block_tokens: positions of an attention block.
+    backward_products: matrix products over pairs in attention's backward pass: what is beyond the
+      four gradients of the forward pass's two is computed again.
   """
   model, train = settings.model, settings.train
   forward = executed_forward_flops(settings, block_tokens)
   pairs = train.batch * blockwise_pairs(train.sequence, block_tokens)
-  scores_again = model.layers * _pair_flops(model, pairs) / 2
+  again = (backward_products - 2 * BACKWARD_PER_FORWARD) / 2
+  scores_again = again * model.layers * _pair_flops(model, pairs)
   passes = 1 + BACKWARD_PER_FORWARD + (1 if settings.pipeline.save == "inputs" else 0)
   step = forward.times(passes)
   return dataclasses.replace(
@@ -163,13 +168,14 @@ def executed_train_flops(settings: Config, block_tokens: int) -> ByPhase:
 def num_parameters(model: Model) -> ByPhase:
   """Returns how many parameters the model has, norms counted with the phase that they precede.
 
-  Each layer: attention D (2 N + 2 G) H + D, router D E + D (dispatch), experts 3 E D F. Once:
+  Each layer: attention D (2 N + 2 G) H + D, and with a norm of queries and keys 2 H more (of heads)
+  or (N + G) H more (of the projection); router D E + D (dispatch), experts 3 E D F. Once:
   embedding V D, final norm D, and the head's kernel D V unless it is the embedding.
   """
   D, L = model.d_model, model.layers
   return ByPhase(
     embed=model.vocab * D,
-    attention=L * (_projection_elements(model) + D),
+    attention=L * (_projection_elements(model) + _qk_norm_elements(model) + D),
     dispatch=L * (D * model.experts + D),
     experts=L * 3 * model.experts * D * model.expert_hidden,
     head=D + (0 if model.tied_embeddings else D * model.vocab),
@@ -224,6 +230,11 @@ def _forward(model: Model, tokens: int, pairs: int, rows: int) -> ByPhase:
 
 def _projection_elements(model: Model) -> int:
   return model.d_model * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+
+
+def _qk_norm_elements(model: Model) -> int:
+  heads = {"none": 0, "head": 2, "projection": model.heads + model.kv_heads}[model.qk_norm]
+  return heads * model.head_dim
 
 
 def _pair_flops(model: Model, pairs: int) -> int:

@@ -1,11 +1,17 @@
-"""What chips and their links can do, by the vendors' tables.
+"""What chips and their links can do, by the vendors' tables, and clusters made of them.
 
 Peaks are without sparsity; link rates are in one direction, half of what NVLink is advertised with.
 What a program reaches of them is somebody else's to say, but for the hardware that the reference
 plan assumes, which comes with its own fractions. Knows numbers; must not know jax, models, meshes.
+
+The figures were looked up again in copies of the vendors' tables: peaks, memory and NVLink of
+A100, H100, H200 and B200 (200 Gb/s ConnectX-6 and 400 Gb/s ConnectX-7 adapters, one for each GPU of
+a DGX), and the latencies in NCCL's src/graph/tuning.cc as of its Blackwell table.
 """
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Mapping
 
 
@@ -32,12 +38,15 @@ class Chip:
   inside_bytes_per_s: float
   between_bytes_per_s: float
   source: str
-  # NCCL's own model, src/graph/tuning.cc, hwLat: a ring's step, protocol Simple, over NVLink and
-  # over the network.
+  # NCCL's own model, src/graph/tuning.cc, hwLat: a ring's step, protocol Simple, over NVLink (3.4)
+  # and over the network (14.0).
   inside_latency_s: float = 3.4e-6
   between_latency_s: float = 14e-6
   compute_fraction: float = 1.0
   memory_fraction: float = 1.0
+
+  def __hash__(self):
+    return hash(self.name)  # peaks are a mapping
 
   def flops_per_s(self, dtype: str) -> float:
     """Returns the rate of matrix products that may be counted on.
@@ -86,7 +95,8 @@ _H200 = dataclasses.replace(
 _B200 = Chip(
   name="b200",
   peak_flops_per_s={"bfloat16": 2.25e15, "float32": 80e12},
-  memory_bytes=180e9,  # DGX B200: 1,440 GB and 64 TB/s over 8 GPUs
+  # DGX B200: 1,440 GB and 64 TB/s over 8 GPUs; the chip's 192 GB are not all enabled there.
+  memory_bytes=180e9,
   memory_bytes_per_s=8e12,
   inside_bytes_per_s=900e9,  # fifth-generation NVLink, 1.8 TB/s both ways
   between_bytes_per_s=50e9,  # DGX B200: a 400 Gb/s ConnectX-7 for each GPU
@@ -107,3 +117,57 @@ _PLANNED = dataclasses.replace(
 )
 
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (_A100, _H100, _H200, _B200, _PLANNED)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """Hosts of GPUs of one kind; consecutive GPUs share a host.
+
+  Attributes:
+    chip: what one GPU and its links can do.
+    hosts: how many.
+    gpus_per_host: on each.
+  """
+
+  chip: Chip
+  hosts: int
+  gpus_per_host: int
+
+  @property
+  def num_gpus(self) -> int:
+    return self.hosts * self.gpus_per_host
+
+  @property
+  def name(self) -> str:
+    """The cluster as users type it."""
+    return f"{self.chip.name}:{self.hosts}x{self.gpus_per_host}"
+
+  def of(self, num_gpus: int) -> "Cluster":
+    """Returns hosts of the same kind with `num_gpus` GPUs in all, the last host's rest included."""
+    gpus_per_host = min(self.gpus_per_host, num_gpus)
+    return Cluster(self.chip, -(-num_gpus // gpus_per_host), gpus_per_host)
+
+
+def cluster(text: str) -> Cluster:
+  """Returns the cluster that `text` names, such as h100:16x4 for 16 hosts with 4 H100 each.
+
+  Raises:
+    ValueError: `text` is not CHIP:HOSTSxGPUS, the chip is not known, or there is no GPU.
+
+  >>> cluster("h100:16x4").num_gpus
+  64
+  """
+  example = "h100:16x4"
+  match = re.fullmatch(r"(\w+):(\d+)x(\d+)", text)
+  if not match:
+    raise ValueError(f"cluster {text!r} is not CHIP:HOSTSxGPUS; write it as {example}")
+  name, hosts, gpus_per_host = match[1], int(match[2]), int(match[3])
+  if name not in CHIPS:
+    near = difflib.get_close_matches(name, CHIPS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(CHIPS)}"
+    raise ValueError(f"cluster {text!r}: chip {name!r} is not known; {hint}")
+  if not hosts or not gpus_per_host:
+    raise ValueError(
+      f"cluster {text!r} has no GPU; give at least one host and one GPU, such as {example}"
+    )
+  return Cluster(CHIPS[name], hosts, gpus_per_host)

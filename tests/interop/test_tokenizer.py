@@ -16,11 +16,13 @@ TEXTS = [
   "the then there\n" * 30,
 ]
 
+TRAINED = ["bpe", "bytes"]
+
 # Every character whose UTF-8 needs each of its lengths, among others.
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@pytest.fixture(scope="module", params=sorted(tokenizer.TOKENIZERS))
+@pytest.fixture(scope="module", params=TRAINED)
 def made(request):
   return tokenizer.TOKENIZERS[request.param].train(TEXTS, 400)
 
@@ -106,7 +108,7 @@ def test_training_is_the_same_in_every_process():
   assert {run.stdout.strip() for run in runs} == {tokenizer.Bpe.train(TEXTS, 400).identity}
 
 
-@pytest.mark.parametrize("name", sorted(tokenizer.TOKENIZERS))
+@pytest.mark.parametrize("name", TRAINED)
 def test_vocab_without_room_for_bytes(name, tmp_path):
   with pytest.raises(ValueError, match=rf"model\.vocab=255 .*tokenizer={name}.* at least 256"):
     tokenizer.TOKENIZERS[name].train(TEXTS, 255)
@@ -138,3 +140,110 @@ def test_load_refuses_a_tokenizer_of_words(tmp_path):
   tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
   with pytest.raises(ValueError, match=r"not a byte-level BPE tokenizer.*'new word'"):
     tokenizer.Bpe.load(tmp_path, 300)
+
+
+def sentence_pieces() -> tokenizers.Tokenizer:
+  """A tokenizer as Mixtral's: U+2581 for spaces, single bytes, a token before the text."""
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  pieces += ["\u2581", "\u2581the", "t", "h", "e", "th", "the", "n"]
+  merges = [("t", "h"), ("th", "e"), ("\u2581", "the")]
+  vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
+  found = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+  )
+  found.normalizer = tokenizers.normalizers.Sequence(
+    [
+      tokenizers.normalizers.Prepend("\u2581"),
+      tokenizers.normalizers.Replace(" ", "\u2581"),
+    ]
+  )
+  found.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace("\u2581", " "),
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(" ", 1, 0),
+    ]
+  )
+  found.add_special_tokens(["<unk>", "<s>", "</s>"])
+  found.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  return found
+
+
+def byte_level() -> tokenizers.Tokenizer:
+  """A tokenizer as Qwen3's: byte-level BPE, special tokens behind a gap in the ids."""
+  found = tokenizers.Tokenizer.from_str(tokenizer.Bpe.train(TEXTS, 300)._encoder.to_str())
+  found.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+  found.enable_truncation(3)
+  found.enable_padding()
+  return found
+
+
+@pytest.fixture(params=[sentence_pieces, byte_level])
+def imported(request, tmp_path):
+  request.param().save(str(tmp_path / "tokenizer.json"))
+  return tokenizer.Imported.load(tmp_path, 400), tmp_path
+
+
+@pytest.mark.parametrize(
+  "text", ["the then there", "Grüße, 世界! 🙂\n", "", "the </s><|im_end|> the"]
+)
+def test_an_imported_tokenizer_gives_the_ids_of_transformers(imported, text):
+  transformers = pytest.importorskip("transformers", reason="pip install transformers")
+  ours, folder = imported
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+  ids = ours.encode(text)
+  assert ids.dtype == np.int32 and ids.ndim == 1
+  np.testing.assert_array_equal(ids, theirs(text, truncation=False, padding=False)["input_ids"])
+  assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_pieces_of_an_imported_tokenizer_are_its_text(imported):
+  ours, _ = imported
+  text = "the Grüße 世界\n"
+  pieces = b"".join(ours.pieces[i] for i in ours.encode(text)).decode()
+  assert pieces.removeprefix("<s>").removeprefix(" ") == text
+  assert ours.vocab == len(ours.pieces)
+
+
+def test_an_imported_tokenizer_shows_ids_past_its_vocabulary(imported):
+  ours, _ = imported
+  ids = [int(i) for i in ours.encode("the")]
+  assert ours.decode([*ids, ours.vocab, -1, 10**6]) == "the" + "\ufffd" * 3
+
+
+def test_an_imported_tokenizer_is_saved_and_not_trained(imported, tmp_path_factory):
+  ours, _ = imported
+  folder = tmp_path_factory.mktemp("saved")
+  ours.save(folder)
+  again = tokenizer.Imported.load(folder, 400)
+  assert (again.identity, again.pieces) == (ours.identity, ours.pieces)
+  with pytest.raises(ValueError, match=r"model\.vocab=100 cannot hold .*tokenizer\.json"):
+    tokenizer.Imported.load(folder, 100)
+  with pytest.raises(ValueError, match="cannot be trained; to begin a run choose"):
+    tokenizer.Imported.train(TEXTS, 400)
+
+
+def test_an_imported_tokenizer_must_be_there(tmp_path):
+  with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+    tokenizer.Imported.load(tmp_path, 300)
+  (tmp_path / "tokenizer.json").write_text("{")
+  with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+    tokenizer.Imported.load(tmp_path, 300)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_exported_tokenizer_gives_transformers_the_same_ids(name, tmp_path):
+  transformers = pytest.importorskip("transformers", reason="pip install transformers")
+  made = tokenizer.TOKENIZERS[name].train(TEXTS, 400)
+  made.export(tmp_path)
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+  again = tokenizer.Imported.load(tmp_path, 400)
+  assert again.pieces == made.pieces
+  for text in TEXTS:
+    ids = made.encode(text)
+    np.testing.assert_array_equal(theirs(text)["input_ids"], ids)
+    np.testing.assert_array_equal(again.encode(text), ids)
+    assert again.decode(ids) == theirs.decode(ids) == text

@@ -80,16 +80,22 @@ def case(load, num_tokens=256, num_ranks=1, width=WIDTH, num_hidden=NUM_HIDDEN):
 @functools.cache
 def program(mesh, moe_config: config.Moe):
   """Returns the jitted function of a Case's fields to (y, gradients, expert_TK, counts)."""
+  return program_of(mesh, lambda weights, *arrays: layer.serve(weights, moe_config, *arrays))
+
+
+def program_of(mesh, serve, devices=None):
+  """Returns what `program` does, of (weights, routing, logits_tE, x_tD) -> (y_tD, plan), on
+  `devices`, by default those that jax sees.
+  """
   sizes = config.Mesh(expert=mesh[0], tensor=mesh[1])
 
   def region(x_tD, experts_tK, weights_tK, logits_tE, weights):
-    routing = Routing(experts_tK, weights_tK)
-    y_tD, plan = layer.serve(weights, moe_config, routing, logits_tE, x_tD)
+    y_tD, plan = serve(weights, Routing(experts_tK, weights_tK), logits_tE, x_tD)
     return y_tD, plan.expert_TK, jax.tree.map(lambda count: count[None], plan.counts)
 
   sharded = jax.shard_map(
     region,
-    mesh=mesh_lib.make(sizes, jax.devices()[: sizes.num_devices]),
+    mesh=mesh_lib.make(sizes, devices or jax.devices()[: sizes.num_devices]),
     in_specs=(EVERY, EVERY, EVERY, EVERY, _WEIGHTS_SPEC),
     out_specs=EVERY,
   )

@@ -3,7 +3,8 @@
 Run `python -m tests.moe.speed`: pod64's layer on 8 virtual CPU devices, an even load and a skewed
 one. The dense network multiplies as many rows by as many weights, in one batched product a matrix
 and without routing or exchange: it is what the layer costs at least. The programs take turns, so
-that what else the machine does falls on all of them. Knows the layer; tests nothing.
+that what else the machine does falls on all of them; they run under the malloc of the launch
+programs, without which page faults weigh as much as products. Knows the layer; tests nothing.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from launch import environment
 from moe_jax import config
 from moe_jax.moe import capacity
 from moe_jax.moe.experts import Weights, swiglu
@@ -103,4 +105,5 @@ def main():
 
 
 if __name__ == "__main__":
+  environment.keep_freed_memory()
   main()

@@ -23,11 +23,14 @@ SETTINGS = {
   "capacity": {"dispatch": "capacity", "capacity_factor": 1.0},
   "spill": {"dispatch": "capacity", "capacity_factor": 0.75, "spill": True},
   "dropless": {"dispatch": "dropless", "capacity_factor": 1.0},
+  "ragged": {"dispatch": "ragged", "capacity_factor": 1.0},
+  "gathered": {"dispatch": "gathered"},
 }
+WITHOUT_LOSS = ("dropless", "ragged")
 CASES = [
   *((mesh, name, "hierarchical") for mesh in MESHES for name in SETTINGS),
   # Where one of the axes has size 1 the two exchanges are one.
-  *((mesh, name, "flat") for mesh in [(2, 4), (4, 2)] for name in SETTINGS),
+  *((mesh, name, "flat") for mesh in [(2, 4), (4, 2)] for name in SETTINGS if name != "ragged"),
 ]
 
 
@@ -74,7 +77,7 @@ def check_counts(load, mesh, name, given, found):
   np.testing.assert_array_equal(counts.kept, (expert == chosen).sum((1, 2)))
   np.testing.assert_array_equal(counts.dropped, (expert == E).sum((1, 2)))
   np.testing.assert_array_equal(counts.padded, rows(mesh, name, counts) - served_of(counts))
-  if name in ("dense", "dropless"):
+  if name in ("dense", "gathered", *WITHOUT_LOSS):
     np.testing.assert_array_equal(expert, chosen)
   else:
     factor = SETTINGS[name]["capacity_factor"]
@@ -84,7 +87,7 @@ def check_counts(load, mesh, name, given, found):
     assert (counts.dropped.sum() > 0) == ((name, load) != ("capacity", "even"))
     assert (counts.spilled.sum() > 0) == (name == "spill" and load != "even")
   np.testing.assert_array_equal(counts.rounds, rounds(mesh, name, chosen))
-  if name == "dropless" and mesh[0] > 1:
+  if name in WITHOUT_LOSS and mesh[0] > 1:
     assert (counts.rounds[0] == 1) == (load == "even")
 
 
@@ -94,17 +97,17 @@ def served_of(counts):
 
 def rows(mesh, name, counts):
   """Returns how many rows each device sends, in all rounds."""
-  if name == "dense":
+  if name in ("dense", "gathered"):
     return E * HERE
   factor = SETTINGS[name]["capacity_factor"]
-  if name == "dropless":
+  if name in WITHOUT_LOSS:
     return counts.rounds * mesh[0] * dropless.rows_per_rank(HERE, K, mesh[0], factor)
   return E * capacity.rows_per_expert(HERE, K, E, factor)
 
 
 def rounds(mesh, name, chosen):
   """Returns how many rounds the fullest queue of any device takes."""
-  if name != "dropless":
+  if name not in WITHOUT_LOSS:
     return 1
   ranks = chosen // (E // mesh[0])
   longest = max(np.bincount(each.reshape(-1)).max() for each in ranks)

@@ -1,12 +1,17 @@
 """The grouped SwiGLU: groups of any size, many blocks of one expert, values and gradients."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.moe import grouped
+from moe_jax import config
+from moe_jax.moe import grouped, grouped_kernels
 from moe_jax.moe.experts import Weights
+from moe_jax.rehearse import hlo, pod
 
 TOLERANCE = 1e-5  # relative L2, float32
 
@@ -111,3 +116,58 @@ def check(found, expected):
   assert found.shape == expected.shape
   difference = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
   assert difference <= TOLERANCE * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "width", "num_hidden"),
+  [("even", 64, 128), ("nothing", 6, 10), ("blocks exactly full", 70, 64)],
+)
+def test_kernels_interpreted_equal_the_loop(name, width, num_hidden):
+  sizes_Se, num_source_rows, weights, rows_RD, cotangent_RD, _ = case(name, width, num_hidden)
+  groups = grouped.groups(sizes_Se, num_source_rows)
+  given = (weights, rows_RD, groups)
+  forward = jax.jit(grouped._kernels_forward, static_argnames="interpret")
+  found = forward(*given, interpret=True)
+  expected = jax.jit(grouped._blocks_forward)(*given)
+  check(found[0], expected[0])
+  backward = jax.jit(grouped._kernels_backward, static_argnames="interpret")
+  found = backward(*given, *found[1:], cotangent_RD, interpret=True)
+  expected = jax.jit(grouped._blocks_backward)(*given, *expected[1:], cotangent_RD)
+  for each, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    check(each, wanted)
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_plugins"), reason="the rehearse extra is not installed"
+)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_program_for_gpus_is_kernels_without_a_loop():
+  mesh = pod.describe("h100:1x2").mesh(config.Mesh(expert=2))
+  split = PartitionSpec("expert")
+  struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, split)
+  )
+
+  def region(weights, rows_RD, sizes_Se, gradient_RD):
+    groups = grouped.groups(sizes_Se, 128)
+    y_RD, vjp = jax.vjp(lambda *given: grouped.grouped_swiglu(*given, groups), weights, rows_RD)
+    return y_RD, vjp(gradient_RD)
+
+  call = jax.jit(jax.shard_map(region, mesh=mesh, in_specs=split, out_specs=split))
+  weights = Weights(struct(4, 64, 128), struct(4, 64, 128), struct(4, 128, 64))
+  rows = struct(8 * 128, 64)
+  lowered = call.lower(weights, rows, struct(8, 2, dtype=jnp.int32), rows)
+  # Autotuning would need the device.
+  text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+  instructions = [i for c in hlo.parse(text).computations.values() for i in c.instructions]
+  kernels = [
+    i.backend_config["name"]
+    for i in instructions
+    if i.opcode == "custom-call" and "triton" in i.attributes
+  ]
+  expected = [
+    grouped_kernels.HIDDEN, grouped_kernels.OUTPUT, grouped_kernels.D_HIDDEN,
+    grouped_kernels.D_ROWS, *[grouped_kernels.D_WEIGHTS] * 3,
+  ]  # fmt: skip
+  assert sorted(kernels) == sorted(expected)
+  assert not [i for i in instructions if i.opcode == "while"]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
@@ -26,6 +27,18 @@ def test_route_is_the_renormalised_softmax_over_all_experts():
   np.testing.assert_allclose(routing.weights_TK, weights_TK, rtol=1e-5)
   np.testing.assert_allclose(logits_TE, x_TD @ kernel_DE, rtol=1e-5, atol=1e-6)
   assert (np.diff(routing.weights_TK, axis=1) <= 0).all()  # best first
+
+
+def test_weights_that_are_not_renormalised_are_those_of_the_softmax_over_all_experts():
+  x_TD, kernel_DE = arrays()
+  routing, logits_TE = router.route(kernel_DE, x_TD, 3, normalize_choices=False)
+  renormalised, _ = router.route(kernel_DE, x_TD, 3)
+  np.testing.assert_array_equal(routing.experts_TK, renormalised.experts_TK)
+  probability_TE = np.exp(np.asarray(logits_TE, np.float64))
+  probability_TE /= probability_TE.sum(1, keepdims=True)
+  expected = np.take_along_axis(probability_TE, np.asarray(routing.experts_TK), 1)
+  np.testing.assert_allclose(routing.weights_TK, expected, rtol=1e-5)
+  assert routing.weights_TK.sum(1).max() < 1
 
 
 def test_bfloat16_activations_are_routed_in_float32():
@@ -67,3 +80,23 @@ def test_losses_of_the_shares_sum_to_those_of_the_micro_batch():
   z = (np.log(np.exp(logits_TE).sum(1)) ** 2).mean()
   np.testing.assert_allclose(shares.router_z.sum(), z, rtol=1e-5)
   assert np.ptp(shares.router_z) > 0  # they are shares, not eight copies
+
+
+@pytest.mark.parametrize("groups_per_token", [1, 2, 3])
+def test_limited_choices_are_the_best_of_the_best_groups(groups_per_token):
+  x_TD, kernel_DE = arrays(num_experts=12)
+  limit, K = router.Limit(3, groups_per_token), 4
+  routing, logits_TE = router.route(kernel_DE, x_TD, K, limit=limit)
+  free, free_logits_TE = router.route(kernel_DE, x_TD, K)
+  np.testing.assert_array_equal(logits_TE, free_logits_TE)  # the losses see all experts
+  probability_TE = np.asarray(jax.nn.softmax(logits_TE, -1))
+  of_each = -(-K // groups_per_token)
+  for t, probability_E in enumerate(probability_TE):
+    groups = probability_E.reshape(3, 4)
+    scores = np.sort(groups, axis=1)[:, -of_each:].sum(1)
+    allowed = set(np.argsort(-scores)[:groups_per_token])
+    ranked = [e for e in np.argsort(-probability_E) if e // 4 in allowed]
+    np.testing.assert_array_equal(routing.experts_TK[t], ranked[:K])
+  np.testing.assert_allclose(routing.weights_TK.sum(1), 1, rtol=1e-6)
+  is_free = (np.asarray(routing.experts_TK) == np.asarray(free.experts_TK)).all()
+  assert is_free == (groups_per_token == 3)

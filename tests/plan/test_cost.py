@@ -36,7 +36,14 @@ def in_the_repository(monkeypatch, request):
   monkeypatch.chdir(request.config.rootpath)
 
 
-@pytest.mark.parametrize("model", [SMALL, dataclasses.replace(SMALL, tied_embeddings=True)])
+@pytest.mark.parametrize(
+  "model",
+  [
+    SMALL,
+    dataclasses.replace(SMALL, tied_embeddings=True),
+    *(dataclasses.replace(SMALL, qk_norm=kind) for kind in ("head", "projection")),
+  ],
+)
 def test_parameters_are_those_that_the_model_declares(model):
   tree = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
   declared = {

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_jax import config
-from moe_jax.plan.hardware import CHIPS
+from moe_jax.plan.hardware import CHIPS, cluster
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -32,3 +32,24 @@ def test_between_hosts_h100_has_what_the_design_reckons_with():
 def test_a_dtype_without_a_figure_is_refused():
   with pytest.raises(ValueError, match=r"planned has no peak for dtype 'float32'; .* bfloat16"):
     CHIPS["planned"].flops_per_s("float32")
+
+
+def test_a_cluster_is_named_as_users_type_it():
+  found = cluster("h100:16x4")
+  assert (found.num_gpus, found.name, found.chip) == (64, "h100:16x4", CHIPS["h100"])
+  assert found.of(2).name == "h100:1x2"
+  assert found.of(32).name == "h100:8x4"
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("h100", "is not CHIP:HOSTSxGPUS; write it as h100:16x4"),
+    ("h10:16x4", "chip 'h10' is not known; did you mean h100?"),
+    ("tpu:16x4", "chip 'tpu' is not known; choose from a100, h100"),
+    ("h100:0x4", "has no GPU; give at least one host and one GPU"),
+  ],
+)
+def test_a_wrong_cluster_is_refused(text, message):
+  with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    cluster(text)

@@ -30,6 +30,22 @@ CASES = {
     (4, 2, 1),
     {"model": {"kv_heads": 2}, "pipeline": {"micro_batches": 3, "save": "everything"}},
   ),
+  "2x2x2-1f1b-head_norm-gqa-residuals": (
+    (2, 2, 2),
+    {
+      "model": {"layers": 4, "qk_norm": "head", "kv_heads": 4, "head_dim": 6},
+      "pipeline": {"save": "residuals"},
+    },
+  ),
+  "2x2x2-interleaved-projection_norm-clip-unnormalised": (
+    (2, 2, 2),
+    {
+      "model": {
+        "layers": 4, "qk_norm": "projection", "clip_qkv": 1.0, "normalize_choices": False,
+      },
+      "pipeline": {"schedule": "interleaved", "chunks": 2},
+    },
+  ),
   "4x2x1-gpipe-flat": ((4, 2, 1), {"moe": {"exchange": "flat"}, "pipeline": {"schedule": "gpipe"}}),
   "2x1x4-interleaved": (
     (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},

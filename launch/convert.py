@@ -1,0 +1,154 @@
+"""Takes a model from Hugging Face's format to a run's folder, or a run's newest checkpoint back.
+
+  python -m launch.convert --from=Qwen3-30B-A3B --to=runs/qwen3
+  python -m launch.convert --from=runs/laptop --to=laptop-hf --dtype=bfloat16
+
+Reads and writes config.json, tokenizer.json and safetensors of Mixtral, Qwen3-MoE and OLMoE; which
+way to go, --from says. The run's folder is like one that launch.train has left after step 0.
+"""
+
+import pathlib
+import shutil
+
+from absl import flags, logging
+
+from launch import trained
+from launch.flags import run
+from moe_jax import config
+
+_FROM = flags.DEFINE_string(
+  "from", None, "folder with a model in Hugging Face's format, or of a run", required=True
+)
+_TO = flags.DEFINE_string("to", None, "new folder to write", required=True)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  list(config.DTYPES),
+  "of an imported model's computation, by default that of its weights; of the files of an exported"
+  " one, by default float32",
+)
+_MESH = flags.DEFINE_string(
+  "mesh", "1x1x1", "expert x tensor x stage devices that hold the model meanwhile"
+)
+_SEQUENCE = flags.DEFINE_integer(
+  "sequence", 2048, "train.sequence of an imported run, its window of tokens", lower_bound=1
+)
+_TOKENIZER = flags.DEFINE_enum(
+  "tokenizer",
+  "imported",
+  ["imported", "bytes"],
+  "of an imported model: its tokenizer.json, or bytes if its ids are bytes",
+)
+
+
+def main() -> None:
+  # orbax logs the traceback of every error that it raises; the error's one line is enough.
+  logging.set_verbosity(logging.FATAL)
+  source, target = (pathlib.Path(flag.value).expanduser() for flag in (_FROM, _TO))
+  if target.exists():
+    raise ValueError(f"--to={target} exists already; name a new folder")
+  mesh_sizes = trained.mesh_sizes(_MESH.value)
+  # Here and not above: a mistyped flag is answered before jax is imported.
+  from moe_jax.interop import huggingface
+
+  fields = huggingface.read_fields(source)
+  if "model_type" in fields:
+    _import(source, target, mesh_sizes)
+  elif "model" in fields:
+    _export(source, target, mesh_sizes)
+  else:
+    raise ValueError(
+      f"{source / huggingface.CONFIG} has neither model_type, as Hugging Face's, nor a model"
+      " section, as a run's; name another folder"
+    )
+
+
+def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh) -> None:
+  import jax
+  import numpy as np
+
+  from moe_jax.interop import huggingface
+  from moe_jax.interop.tokenizer import FILE, TOKENIZERS
+  from moe_jax.observe.metrics import write_summary
+  from moe_jax.train import checkpoint, state
+
+  model = huggingface.read_model(source, _DTYPE.value)
+  settings = config.Config(
+    model=model,
+    mesh=mesh_sizes,
+    moe=config.Moe(dispatch="dropless"),  # as it was trained
+    train=config.Train(batch=mesh_sizes.expert, sequence=_SEQUENCE.value),
+    data=config.Data(tokenizer=_TOKENIZER.value),
+  )
+  if _TOKENIZER.value == "imported" and not (source / FILE).is_file():
+    raise ValueError(
+      f"{source} has no {FILE}; fetch it from where the weights are from, or choose"
+      " --tokenizer=bytes if their ids are bytes"
+    )
+  tokenizer = TOKENIZERS[_TOKENIZER.value].load(source, model.vocab)
+  abstract, shardings, optimizer = _abstract(settings)
+  parameters = huggingface.load(source, abstract.parameters, np.arange(model.layers))
+  zero = np.int32(0)
+  begin = lambda parameters: state.State(zero, parameters, optimizer.init(parameters), zero, zero)
+  whole = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(parameters)
+  partial = workdir.with_name(f"{workdir.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  tokenizer.save(partial)
+  write_summary(partial / huggingface.CONFIG, config.as_dict(settings))
+  train = settings.train
+  meta = {
+    "config": config.as_dict(settings),
+    # As train.data.Dataset.state keeps it; of the text that it was trained on nothing is known.
+    "data": {
+      "next_step": 0, "fingerprint": "", "tokenizer": tokenizer.identity, "seed": train.seed,
+      "batch": train.batch, "sequence": train.sequence,
+    },
+    "train_seconds": 0.0,
+  }  # fmt: skip
+  checkpoints = checkpoint.Checkpoints(partial / "checkpoints", keep=1, report=print)
+  try:
+    checkpoints.save(0, state.by_name(whole), meta)
+  finally:
+    checkpoints.close()
+  partial.rename(workdir)
+  print(f"imported {_size(whole.parameters)} from {source} to {workdir}, checkpoint 0")
+
+
+def _export(workdir: pathlib.Path, target: pathlib.Path, mesh_sizes: config.Mesh) -> None:
+  import numpy as np
+
+  from moe_jax.interop import huggingface
+
+  settings, window = trained.settings_of(workdir, mesh_sizes, config.Serve())
+  model = trained.load(workdir, settings)
+  huggingface.save(
+    target, model.parameters, settings.model, np.arange(settings.model.layers), model.tokenizer,
+    num_positions=window, dtype=_DTYPE.value or "float32",
+  )  # fmt: skip
+  print(f"exported {_size(model.parameters)}, checkpoint {model.step} of {workdir}, to {target}")
+
+
+def _abstract(settings: config.Config):
+  """Returns shapes and shardings of a run's state on disk, the shardings alone, the optimizer."""
+  import jax
+
+  from moe_jax.parallel import mesh
+  from moe_jax.train import optimizer, state
+
+  made = optimizer.make(settings.train)
+  devices = jax.devices()[: settings.mesh.num_devices]
+  shardings = state.shardings(settings, mesh.make(settings.mesh, devices), made)
+  struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  shapes = state.abstract(settings.model, made)
+  return jax.tree.map(struct, shapes, shardings), shardings, made
+
+
+def _size(parameters) -> str:
+  import jax
+
+  return f"{sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
+
+
+if __name__ == "__main__":
+  run(main, config=False, devices=True)

@@ -1,0 +1,148 @@
+"""Dispatch for few tokens: all of them travel to every device, which computes its own experts.
+
+No rows, no sorting, no rounds: two messages there and back, whatever the routing, where the
+exchanges of the others send padded buffers. It pays while the experts' time is that of reading
+their weights (`is_cheaper`). An expert that no token chose is not computed, and its weights are not
+read, where that is likely.
+
+Letters: X devices of `expert`; M tokens of all devices of `expert` and `tensor`; e experts of this
+device; f this tensor rank's share of the hidden units.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe import plan as plans
+from moe_jax.moe.experts import Weights, swiglu
+from moe_jax.moe.plan import Plan, Setting
+from moe_jax.moe.router import Routing
+from moe_jax.parallel import collectives
+from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.pipeline.saving import residual
+
+# Multiplying by a weight that has been read is free for this many tokens: a chip's FLOP/s over its
+# bytes/s, in bfloat16, is 156 on A100, 295 on H100 and 281 on B200.
+_FREE_TOKENS = 256
+# What a link of 50 GB/s carries in the 10 us that a message takes however short it is.
+_FREE_BYTES = 500_000
+# Below this many assignments an expert some experts are likely to have none: exp(-4) is 2%.
+_FULL_LOAD = 4
+
+
+class _Arrived(NamedTuple):
+  """Every token, and which of this device's experts any token chose; None where surely all are."""
+
+  x_MD: jax.Array
+  is_chosen_e: jax.Array | None
+
+
+def is_cheaper(num_tokens: int, width: int, bytes_per_element: int) -> bool:
+  """Returns whether gathering costs less than an exchange of rows: as its time is then latency.
+
+  True while multiplying every token by every expert takes no longer than reading the experts'
+  weights (256 tokens), and what a device sends takes no longer than a message does in any case
+  (500 kB).
+
+  Args:
+    num_tokens: of all devices of `expert` and `tensor` together.
+    width: of a token, elements.
+
+  >>> is_cheaper(128, 512, 2), is_cheaper(4096, 512, 2)
+  (True, False)
+  """
+  return num_tokens <= _FREE_TOKENS and num_tokens * width * bytes_per_element <= _FREE_BYTES
+
+
+def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+  """Returns the plan: every assignment served as the router chose.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; then all-gather over
+  `expert`, (X - 1) * tensor * t * K elements.
+  """
+  del logits_tE
+  num_rows = setting.num_experts * setting.num_tokens
+  nothing_TK = jnp.zeros(routing.experts_TK.shape, bool)
+  experts_MK = _gather(routing.experts_TK)
+  return plans.make(setting, routing.experts_TK, nothing_TK, num_rows, 1, experts_MK)
+
+
+def most_rounds(setting: Setting) -> int:
+  """Returns 1: all tokens travel at once."""
+  del setting
+  return 1
+
+
+def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int) -> _Arrived:
+  """Returns the tokens of all devices.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * t * D elements; then all-gather over
+  `expert`, (X - 1) * tensor * t * D elements.
+  """
+  del round_id
+  x_MD = _gather(x_tD)
+  if plan.places.size >= _FULL_LOAD * setting.num_experts:
+    return _Arrived(x_MD, None)
+  return _Arrived(x_MD, _serves(setting, plan.places).any((0, 1)))
+
+
+def compute(weights: Weights, arrived: _Arrived) -> jax.Array:
+  """Returns this tensor rank's partial sums `rows_eMD`; zero for an expert that nobody chose."""
+  return compute_layer(jax.tree.map(lambda w: w[None], weights), 0, arrived)
+
+
+def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> jax.Array:
+  """Returns what `compute` makes of the weights of one layer, read out of the stack of all layers.
+
+  Args:
+    stack: weights of this device's experts of several layers, leaves [L, e, ...].
+    layer: which of them.
+  """
+  if arrived.is_chosen_e is None:
+    rows_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.gate_eDf.shape[1], *arrived.x_MD.shape))
+    return swiglu(jax.tree.map(lambda w: w[layer], stack), rows_eMD)
+  zeros_MD = collectives.varying_like(jnp.zeros_like(arrived.x_MD), arrived.x_MD)
+
+  def expert(_, e):
+    def one():
+      weights = jax.tree.map(lambda w: w[layer, e][None], stack)
+      return swiglu(weights, arrived.x_MD[None])[0]
+
+    return None, jax.lax.cond(arrived.is_chosen_e[e], one, lambda: zeros_MD)
+
+  num_experts = stack.gate_eDf.shape[1]
+  return jax.lax.scan(expert, None, jnp.arange(num_experts, dtype=jnp.int32))[1]
+
+
+def back(
+  setting: Setting,
+  rows_eMD: jax.Array,
+  weights_TK: jax.Array,
+  plan: Plan,
+  round_id: jax.Array | int,
+) -> jax.Array:
+  """Returns `y_tD`, the weighted sum of what each token's experts made of it.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; all-gather over `expert`,
+  (X - 1) * tensor * t * K elements; reduce-scatter over `expert`, (X - 1) * tensor * t * D
+  elements; reduce-scatter over `tensor`, (tensor - 1) * t * D elements.
+  """
+  del round_id
+  serves_MKe = _serves(setting, plan.places).astype(weights_TK.dtype)
+  weight_Me = jnp.einsum("mk,mke->me", _gather(weights_TK), serves_MKe)
+  y_MD = jnp.einsum("me,emd->md", weight_Me, residual(rows_eMD).astype(weights_TK.dtype))
+  y_tD = collectives.reduce_scatter(y_MD, EXPERT, 0)
+  return collectives.reduce_scatter(y_tD, TENSOR, 0).astype(rows_eMD.dtype)
+
+
+def _gather(x_ti):
+  """Returns x of all devices, those of one `expert` rank together."""
+  return collectives.gather(collectives.gather(x_ti, TENSOR, 0), EXPERT, 0)
+
+
+def _serves(setting: Setting, experts_MK):
+  """Returns [M, K, e]: whether the assignment is of this device's expert; nobody's is of none."""
+  num_experts = setting.num_experts // jax.lax.axis_size(EXPERT)
+  mine_e = jax.lax.axis_index(EXPERT) * num_experts + jnp.arange(num_experts, dtype=jnp.int32)
+  return experts_MK[..., None] == mine_e[None, None, :]

@@ -1,0 +1,225 @@
+"""The experts' SwiGLU over blocks of rows as GPU kernels, forward and backward.
+
+Written in Pallas for Triton. Three multiply blocks by the weights of their expert: rows by gate and
+up; the activation, made on the way, by down; and in the backward pass their transposes. One sums
+products of rows and gradients over an expert's blocks, so that no program adds to what another
+wrote. A block without rows costs a program that writes zeros and reads nothing. jax 0.12 warns that
+Pallas will lose Triton in some later version. Knows blocks; must not know where rows come from, nor
+what runs where there is no GPU.
+
+Letters: N blocks of J rows; e experts of this device; f this tensor rank's share of the hidden
+units; V tiles of rows, N * J / 64.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from moe_jax.moe.experts import Weights
+from moe_jax.parallel.collectives import varying_like
+
+TILE = 64  # rows, columns and terms at a time: a float32 sum is 16 registers of each of 256 threads
+
+# Names of the kernels in a compiled program.
+HIDDEN, OUTPUT = "grouped_hidden", "grouped_output"
+D_HIDDEN, D_ROWS, D_WEIGHTS = "grouped_d_hidden", "grouped_d_rows", "grouped_d_weights"
+
+
+def forward(weights: Weights, x_NJD, expert_N, num_blocks, *, interpret: bool = False):
+  """Returns `y_NJD`, this tensor rank's partial sums, and `gate_NJf`, `up_NJf`.
+
+  Args:
+    weights: of this device's experts.
+    x_NJD: rows; J is a multiple of 64.
+    expert_N: whose rows each block holds, int32.
+    num_blocks: how many blocks, from the first, hold rows, int32; the others give zeros.
+    interpret: run as jax operations, on any device, in place of kernels: for tests.
+
+  Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
+  """
+  run = _Call(x_NJD, expert_N, num_blocks, interpret)
+  gate_NJf, up_NJf = run(HIDDEN, _hidden_kernel, (x_NJD,), weights[:2], weights.up_eDf.shape[2], 2)
+  (y_NJD,) = run(OUTPUT, _output_kernel, (gate_NJf, up_NJf), (weights.down_efD,), x_NJD.shape[2], 1)
+  return y_NJD, gate_NJf, up_NJf
+
+
+def backward(
+  weights: Weights, x_NJD, expert_N, num_blocks, gate_NJf, up_NJf, dy_NJD, *, interpret=False
+):
+  """Returns the gradients of the weights, float32, and of the rows, `dx_NJD`.
+
+  Args:
+    weights, x_NJD, expert_N, num_blocks, interpret: as `forward` took them.
+    gate_NJf, up_NJf: as it returned them.
+    dy_NJD: gradient of its output; zero in rows that are empty.
+  """
+  run = _Call(x_NJD, expert_N, num_blocks, interpret)
+  dgate_NJf, dup_NJf, hidden_NJf = run(
+    D_HIDDEN, _d_hidden_kernel, (dy_NJD, gate_NJf, up_NJf), (weights.down_efD,),
+    gate_NJf.shape[2], 3,
+  )  # fmt: skip
+  (dx_NJD,) = run(D_ROWS, _d_rows_kernel, (dgate_NJf, dup_NJf), weights[:2], x_NJD.shape[2], 1)
+  dweights = Weights(
+    run.outer(x_NJD, dgate_NJf, weights.gate_eDf.shape),
+    run.outer(x_NJD, dup_NJf, weights.up_eDf.shape),
+    run.outer(hidden_NJf, dy_NJD, weights.down_efD.shape),
+  )
+  return dweights, dx_NJD
+
+
+class _Call:
+  """Calls kernels over the tiles of the same blocks."""
+
+  def __init__(self, x_NJD, expert_N, num_blocks, interpret):
+    self.like, self.interpret = x_NJD, interpret
+    self.N, self.J = x_NJD.shape[:2]
+    tiles = self.J // TILE
+    expert_V = jnp.repeat(expert_N, tiles)
+    self.expert_V = varying_like(expert_V, x_NJD)
+    self.used_1 = varying_like((num_blocks * tiles).reshape(1).astype(jnp.int32), x_NJD)
+
+  def __call__(self, name, kernel, rows, weights, width, num_outputs):
+    """Returns `num_outputs` arrays [N, J, width]; a program of the kernel writes a tile of each."""
+    rows = [_padded(x.reshape(self.N * self.J, -1), 1) for x in rows]
+    weights = [_padded(_padded(varying_like(w, self.like), 1), 2) for w in weights]
+    columns = math.ceil(width / TILE)
+    tile = pl.BlockSpec((TILE, TILE), lambda v, c: (v, c))
+    found = pl.pallas_call(
+      kernel,
+      name=name,
+      grid=(self.N * self.J // TILE, columns),
+      out_specs=[tile] * num_outputs,
+      out_shape=[self._out((self.N * self.J, columns * TILE))] * num_outputs,
+      compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+      interpret=self.interpret,
+    )(self.expert_V, self.used_1, *rows, *weights)
+    return [x[:, :width].reshape(self.N, self.J, width) for x in found]
+
+  def outer(self, left_NJi, right_NJo, shape):
+    """Returns the sum over each expert's rows of left x right, [e, i, o] float32."""
+    left, right = (_padded(x.reshape(self.N * self.J, -1), 1) for x in (left_NJi, right_NJo))
+    num_experts, num_rows, num_columns = shape
+    expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
+    tile_V = jnp.arange(self.expert_V.size, dtype=jnp.int32)
+    is_own_eV = (self.expert_V[None] == expert_e[:, None]) & (tile_V < self.used_1)[None]
+    length_e = is_own_eV.sum(1, dtype=jnp.int32)
+    first_e = jnp.argmax(is_own_eV, 1).astype(jnp.int32)
+    i, o = left.shape[1], right.shape[1]
+    found = pl.pallas_call(
+      _d_weights_kernel,
+      name=D_WEIGHTS,
+      grid=(num_experts, i // TILE, o // TILE),
+      out_specs=pl.BlockSpec((None, TILE, TILE), lambda e, r, c: (e, r, c)),
+      out_shape=self._out((num_experts, i, o), jnp.float32),
+      compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+      interpret=self.interpret,
+    )(first_e, length_e, left, right)
+    return found[:, :num_rows, :num_columns]
+
+  def _out(self, shape, dtype=None):
+    varies = jax.typeof(self.like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype or self.like.dtype, manual_axis_type=varies)
+
+
+def _padded(x, axis):
+  """Returns `x` with zeros behind it up to whole tiles: they add nothing to a sum."""
+  missing = -x.shape[axis] % TILE
+  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+  return jnp.pad(x, widths) if missing else x
+
+
+def _walk(expert_ref, used_ref, num_terms, step, num_sums):
+  """Returns the sums, [64, 64] float32, of `step(expert, k)` over tiles of terms; 0 for a tile that
+  holds no rows.
+  """
+  v = pl.program_id(0)
+  expert = expert_ref[v]
+  turns = (v < used_ref[0]).astype(jnp.int32) * (num_terms // TILE)
+
+  def turn(k, sums):
+    return tuple(s + more for s, more in zip(sums, step(expert, k), strict=True))
+
+  zeros = jnp.zeros((TILE, TILE), jnp.float32)
+  return jax.lax.fori_loop(0, turns, turn, (zeros,) * num_sums)
+
+
+def _at(index):
+  return pl.ds(index * TILE, TILE)
+
+
+def _hidden_kernel(expert_ref, used_ref, x_ref, gate_w_ref, up_w_ref, gate_ref, up_ref):
+  here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+
+  def step(expert, k):
+    x = x_ref[here, _at(k)]
+    return [triton.dot(x, w_ref[expert, _at(k), column]) for w_ref in (gate_w_ref, up_w_ref)]
+
+  gate, up = _walk(expert_ref, used_ref, x_ref.shape[1], step, 2)
+  gate_ref[...], up_ref[...] = gate.astype(gate_ref.dtype), up.astype(up_ref.dtype)
+
+
+def _output_kernel(expert_ref, used_ref, gate_ref, up_ref, down_w_ref, y_ref):
+  here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+
+  def step(expert, k):
+    hidden = _silu(_wide(gate_ref[here, _at(k)])) * _wide(up_ref[here, _at(k)])
+    down = down_w_ref[expert, _at(k), column]
+    return [triton.dot(hidden.astype(down.dtype), down)]
+
+  (y,) = _walk(expert_ref, used_ref, gate_ref.shape[1], step, 1)
+  y_ref[...] = y.astype(y_ref.dtype)
+
+
+def _d_hidden_kernel(
+  expert_ref, used_ref, dy_ref, gate_ref, up_ref, down_w_ref, dgate_ref, dup_ref, hidden_ref
+):
+  here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+
+  def step(expert, k):
+    down = down_w_ref[expert, column, _at(k)]
+    return [triton.dot(dy_ref[here, _at(k)], down, trans_b=True)]
+
+  (dhidden,) = _walk(expert_ref, used_ref, dy_ref.shape[1], step, 1)
+  gate, up = _wide(gate_ref[here, column]), _wide(up_ref[here, column])
+  sigmoid = jax.nn.sigmoid(gate)
+  slope = sigmoid * (1 + gate * (1 - sigmoid))
+  dgate_ref[...] = (dhidden * up * slope).astype(dgate_ref.dtype)
+  dup_ref[...] = (dhidden * gate * sigmoid).astype(dup_ref.dtype)
+  hidden_ref[...] = (gate * sigmoid * up).astype(hidden_ref.dtype)
+
+
+def _d_rows_kernel(expert_ref, used_ref, dgate_ref, dup_ref, gate_w_ref, up_w_ref, dx_ref):
+  here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+
+  def step(expert, k):
+    products = [
+      triton.dot(d_ref[here, _at(k)], w_ref[expert, column, _at(k)], trans_b=True)
+      for d_ref, w_ref in ((dgate_ref, gate_w_ref), (dup_ref, up_w_ref))
+    ]
+    return [sum(products)]
+
+  (dx,) = _walk(expert_ref, used_ref, dgate_ref.shape[1], step, 1)
+  dx_ref[...] = dx.astype(dx_ref.dtype)
+
+
+def _d_weights_kernel(first_ref, length_ref, left_ref, right_ref, out_ref):
+  expert, row, column = (pl.program_id(axis) for axis in range(3))
+  first = first_ref[expert]
+
+  def turn(n, total):
+    left, right = left_ref[_at(first + n), _at(row)], right_ref[_at(first + n), _at(column)]
+    return total + triton.dot(left, right, trans_a=True)
+
+  zeros = jnp.zeros((TILE, TILE), jnp.float32)
+  out_ref[...] = jax.lax.fori_loop(0, length_ref[expert], turn, zeros)
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
+
+
+def _silu(x):
+  return x * jax.nn.sigmoid(x)

@@ -1,0 +1,121 @@
+"""What a machine reached in one run or rehearsal, over what its tables promise: factors on time.
+
+Made from one report, kept in a JSON file, applied to every plan. Knows phases, links and chips;
+must not know how time was measured.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moe_jax.plan.hardware import CHIPS, Chip
+
+# A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
+# CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
+LAUNCH_S = 0.5e-6
+# TensorFloat-32, which XLA takes for float32 products that need not be exact, runs at half of
+# bfloat16 on every chip of ours. Source: their tables, as in plan.hardware.
+_TF32_OF_BFLOAT16 = 0.5
+
+
+class Calibration(NamedTuple):
+  """Factors on the seconds of the tables.
+
+  Attributes:
+    compute: by phase, as sorted pairs; of other phases `everything_else`.
+    everything_else: of computation.
+    inside, between: of collectives by link.
+    launch_s: of one kernel.
+    source: where they come from.
+  """
+
+  compute: tuple[tuple[str, float], ...] = ()
+  everything_else: float = 1.0
+  inside: float = 1.0
+  between: float = 1.0
+  launch_s: float = LAUNCH_S
+  source: str = "vendors' tables"
+
+  def compute_factor(self, phase: str) -> float:
+    """Returns the factor on a kernel of `phase`."""
+    return dict(self.compute).get(phase, self.everything_else)
+
+  def link_factor(self, link: str) -> float:
+    """Returns the factor on a collective over `link`."""
+    return {"inside": self.inside, "between": self.between}[link]
+
+  def flops_per_s(self, chip: Chip, dtype: str, is_exact: bool) -> float:
+    """Returns the rate of matrix products; float32 ones run as TensorFloat-32 unless exact.
+
+    A chip that names bfloat16 only (the reference plan) takes H100's ratio for exact float32.
+    """
+    if dtype == "bfloat16" and not is_exact:
+      return chip.flops_per_s("bfloat16")
+    if not is_exact:
+      return chip.flops_per_s("bfloat16") * _TF32_OF_BFLOAT16
+    if "float32" in chip.peak_flops_per_s:
+      return chip.flops_per_s("float32")
+    peaks = CHIPS["h100"].peak_flops_per_s
+    return chip.flops_per_s("bfloat16") * peaks["float32"] / peaks["bfloat16"]
+
+
+NONE = Calibration()
+
+
+def fit(
+  predicted: Mapping[str, Mapping[str, float]],
+  found: Mapping[str, Mapping[str, float]],
+  source: str,
+) -> Calibration:
+  """Returns the factors that turn what was predicted into what was found.
+
+  Args:
+    predicted: `compute_s_by_phase` and `seconds_by_link`, uncalibrated.
+    found: the same of a run or rehearsal, and `everything else`'s phases among the first.
+    source: what `found` comes from.
+
+  Raises:
+    ValueError: the two share no phase.
+  """
+  both = [p for p, s in predicted["compute_s_by_phase"].items() if s and
+          found["compute_s_by_phase"].get(p)]  # fmt: skip
+  if not both:
+    raise ValueError(
+      f"{source} and the plan share no phase: {', '.join(found['compute_s_by_phase'])} against"
+      f" {', '.join(predicted['compute_s_by_phase'])}; calibrate with a report of this program"
+    )
+  total = lambda part: sum(part["compute_s_by_phase"].values())
+  ratio = lambda link: (
+    found["seconds_by_link"].get(link, 0.0) / predicted["seconds_by_link"][link]
+    if predicted["seconds_by_link"].get(link) and found["seconds_by_link"].get(link)
+    else 1.0
+  )
+  return Calibration(
+    compute=tuple(
+      sorted((p, found["compute_s_by_phase"][p] / predicted["compute_s_by_phase"][p]) for p in both)
+    ),
+    everything_else=total(found) / total(predicted),
+    inside=ratio("inside"),
+    between=ratio("between"),
+    source=source,
+  )
+
+
+def save(calibration: Calibration, path: str) -> None:
+  """Writes the calibration as JSON."""
+  values = calibration._asdict() | {"compute": dict(calibration.compute)}
+  pathlib.Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str) -> Calibration:
+  """Returns the calibration that `save` wrote.
+
+  Raises:
+    ValueError: the file is not one.
+  """
+  try:
+    values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    return Calibration(**values | {"compute": tuple(sorted(values["compute"].items()))})
+  except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError(f"{path} is not a calibration file ({error}); write one first") from error

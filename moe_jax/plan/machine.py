@@ -1,0 +1,148 @@
+"""What one step, and one block of operations, takes on the resources of a cluster.
+
+Four resources a GPU: computation, and a link for each axis of the mesh; two axes that lie on the
+same wires take turns there. Of what may start, a device starts what can start first. Knows
+operations and chips; must not know ticks.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe_jax.config import Config
+from moe_jax.plan import links
+from moe_jax.plan.calibration import NONE, Calibration
+from moe_jax.plan.hardware import Cluster
+from moe_jax.plan.leaves import FLOAT32_BYTES, leaves
+from moe_jax.plan.program import Block
+from moe_jax.plan.steps import COMPUTE, Step
+
+# A GPU's streams, in the order in which they are shown.
+STREAMS = ("compute", "expert link", "tensor link", "stage link")
+
+
+class Machine(NamedTuple):
+  """What a step runs on.
+
+  Attributes:
+    cluster: the GPUs.
+    calibration: what they reach of it.
+    replicas: copies of the whole mesh, which sum their gradients.
+  """
+
+  cluster: Cluster
+  calibration: Calibration = NONE
+  replicas: int = 1
+
+
+class BlockRun(NamedTuple):
+  """A block by itself; seconds are from its begin.
+
+  Attributes:
+    end_s: when its last operation ends.
+    starts, ends: of each operation.
+    critical: places of the operations of which each waited for the one before.
+  """
+
+  end_s: float
+  starts: tuple[float, ...]
+  ends: tuple[float, ...]
+  critical: tuple[int, ...]
+
+
+def stream(step: Step) -> str:
+  """Returns the stream that a step runs on; of several axes the outermost but `stage` names it."""
+  if not step.is_communication:
+    return "compute"
+  return f"{next((a for a in ('expert', 'tensor') if a in step.axes), 'stage')} link"
+
+
+def seconds(step: Step, settings: Config, machine: Machine) -> float:
+  """Returns the seconds of one step by itself, on a rank with an even share of the load."""
+  chip, calibration = machine.cluster.chip, machine.calibration
+  if step.kind == COMPUTE:
+    rate = calibration.flops_per_s(chip, settings.model.dtype, step.is_float32)
+    roofline = max(
+      step.flops / rate, step.num_bytes / (chip.memory_bytes_per_s * chip.memory_fraction)
+    )
+    return roofline * calibration.compute_factor(step.phase)
+  to = wires(step, settings, machine)
+  factor = calibration.link_factor(to.link)
+  return factor * links.seconds(step.kind, step.operand_bytes, to, chip)
+
+
+def wires(step: Step, settings: Config, machine: Machine) -> links.Group:
+  """Returns the group of a collective; of a permutation, a pair of neighbours."""
+  to = links.group(settings.mesh, step.axes, machine.cluster.gpus_per_host)
+  if step.kind == "collective-permute" and to.size > 1:
+    return links.Group(2, min(2, to.num_hosts), 1 if to.num_hosts > 1 else 2)
+  return to
+
+
+def replica_seconds(settings: Config, machine: Machine) -> float:
+  """Returns what replicas add to a step: their gradients, summed in levels, and nothing hides it.
+
+  A device sums the part of the state that it holds with those that hold the same part.
+  """
+  if machine.replicas == 1:
+    return 0.0
+  # Replicas lie outside of the mesh: as many share a host as whole meshes fit into one.
+  per_host = min(
+    machine.replicas, max(1, machine.cluster.gpus_per_host // settings.mesh.num_devices)
+  )
+  to = links.Group(machine.replicas, -(-machine.replicas // per_host), per_host)
+  held = leaves(settings.model)
+  operand_bytes = FLOAT32_BYTES * sum(leaf.state_elements(settings.mesh) for leaf in held)
+  return links.ALGORITHMS["hierarchical"]("all-reduce", operand_bytes, to, machine.cluster.chip)
+
+
+@functools.lru_cache(maxsize=2048)
+def run_block(block: Block, settings: Config, machine: Machine) -> BlockRun:
+  """Returns a block on a device of which all others are like."""
+  return run_once(block, settings, machine)
+
+
+def run_once(block: Block, settings: Config, machine: Machine) -> BlockRun:
+  durations = [seconds(op.step, settings, machine) for op in block]
+  return _schedule(block, durations, resources(block, settings, machine))
+
+
+def resources(block: Block, settings: Config, machine: Machine) -> list[str]:
+  """Returns what each operation occupies: computation, or the wires of its collective."""
+  return [
+    wires(op.step, settings, machine).link if op.step.is_communication else COMPUTE for op in block
+  ]
+
+
+def _schedule(block: Block, durations: Sequence[float], resources: Sequence[str]) -> BlockRun:
+  """Returns the block when what can start first always does, of two what stands first."""
+  free: dict[str, tuple[float, int]] = {}
+  starts, ends, cause = {}, {}, {}
+  waiting = list(range(len(block)))
+  while waiting:
+    best = None
+    for place in waiting:
+      after = block[place].after
+      if any(waited not in ends for waited in after):
+        continue
+      start_s, why = free.get(resources[place], (0.0, -1))
+      for waited in after:
+        if ends[waited] >= start_s:
+          start_s, why = ends[waited], waited
+      if best is None or start_s < best[0]:
+        best = (start_s, place, why)
+    start_s, place, why = best
+    waiting.remove(place)
+    starts[place], ends[place], cause[place] = start_s, start_s + durations[place], why
+    free[resources[place]] = (ends[place], place)
+  critical, place = [], max(ends, key=ends.get) if ends else -1
+  while place >= 0:
+    critical.append(place)
+    place = cause[place]
+  in_order = range(len(block))
+  return BlockRun(
+    max(ends.values(), default=0.0),
+    tuple(starts[i] for i in in_order),
+    tuple(ends[i] for i in in_order),
+    tuple(reversed(critical)),
+  )

@@ -1,0 +1,169 @@
+"""Where the bytes of one GPU go, before anything is compiled: state, stash, workspace, cache.
+
+What the program holds from end to end follows from shapes and the schedule's table. What a unit
+needs while it runs is a sum of its large arrays, as many of each as are alive at once in the
+compiled program; the step needs the most demanding unit's. Knows sizes and tables; must not know
+time.
+"""
+
+import dataclasses
+import functools
+
+from moe_jax.config import Config, Pipeline
+from moe_jax.pipeline.schedules import SCHEDULES
+from moe_jax.pipeline.table import Table
+from moe_jax.plan import saving, steps, units
+from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
+from moe_jax.plan.steps import Sizes
+
+_INT_BYTES = 4
+_INPUT_ARRAYS = 5  # tokens, targets, positions, segments, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one GPU; the names are those of the rehearsal's report where it has them.
+
+  Attributes:
+    parameters: master weights, float32, split over `expert` too; in serving 0.
+    optimizer: two moments, as the master weights.
+    inputs: the step's tokens, targets, positions, segments and weights.
+    gradients: sums over micro-batches.
+    compute_copies: weights in the compute dtype.
+    stash: what units in flight saved, and the copy that the next backward unit reads.
+    buffers: activations and cotangents that wait for another stage.
+    kv_cache: keys and values of sequences being served.
+    workspace: of the most demanding unit.
+    peak_unit: its name.
+  """
+
+  parameters: int
+  optimizer: int
+  inputs: int
+  gradients: int
+  compute_copies: int
+  stash: int
+  buffers: int
+  kv_cache: int
+  workspace: int
+  peak_unit: str
+
+  @property
+  def activations_and_buffers(self) -> int:
+    return self.stash + self.buffers + self.kv_cache + self.workspace
+
+  @property
+  def total(self) -> int:
+    return (
+      self.parameters
+      + self.optimizer
+      + self.inputs
+      + self.gradients
+      + self.compute_copies
+      + self.activations_and_buffers
+    )
+
+
+def table(pipeline: Pipeline, stages: int) -> Table:
+  """Returns the schedule's table; the same object for the same sizes, for what follows is kept."""
+  return _table(pipeline.schedule, stages, pipeline.micro_batches, pipeline.chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(schedule: str, stages: int, micro_batches: int, chunks: int) -> Table:
+  return SCHEDULES[schedule](stages, micro_batches, chunks)
+
+
+def train(settings: Config) -> Memory:
+  """Returns the memory of a training step."""
+  model, mesh, held = settings.model, settings.mesh, leaves(settings.model)
+  at = steps.sizes(settings)
+  state = sum(leaf.state_elements(mesh) for leaf in held) * FLOAT32_BYTES
+  elements = sum(leaf.elements(mesh) for leaf in held)
+  schedule = table(settings.pipeline, mesh.stage)
+  activation = at.tokens * model.d_model * at.dtype_bytes
+  per_unit = units.layers_per_unit(settings) * saving.saved_bytes(settings, at)
+  workspace, peak_unit = _workspace(settings, at)
+  return Memory(
+    parameters=state,
+    optimizer=2 * state,
+    inputs=_INPUT_ARRAYS * _INT_BYTES * settings.train.batch // mesh.expert * at.positions,
+    gradients=elements * DTYPE_BYTES[settings.pipeline.gradient_dtype],
+    compute_copies=_copies(settings),
+    stash=schedule.peak_in_flight * (per_unit + _copied_bytes(settings, at)),
+    buffers=(schedule.num_inbox_slots + schedule.num_cotangent_slots + 1) * activation,
+    kv_cache=0,
+    workspace=workspace,
+    peak_unit=peak_unit,
+  )
+
+
+def serve(settings: Config, sequences: int, cache_tokens: int, prompt_tokens: int) -> Memory:
+  """Returns the memory of serving: weights, cache, and the workspace of a prefill's forward pass.
+
+  Args:
+    settings: the deployment; train.batch and train.sequence are those of a prefill.
+    sequences: held in the cache, over the whole mesh.
+    cache_tokens: of each.
+    prompt_tokens: of each, in a prefill.
+  """
+  model, mesh = settings.model, settings.mesh
+  at = steps.sizes(settings, positions=prompt_tokens)
+  heads = model.kv_heads // mesh.tensor
+  per_token = 2 * model.layers // mesh.stage * heads * model.head_dim * at.dtype_bytes
+  held = -(-sequences // mesh.expert)
+  activation = at.tokens * model.d_model * at.dtype_bytes
+  arrived, hidden = saving.row_bytes(settings, at)
+  return Memory(
+    parameters=0,
+    optimizer=0,
+    inputs=_INT_BYTES * held * cache_tokens,
+    gradients=0,
+    compute_copies=_copies(settings),
+    stash=0,
+    buffers=2 * activation,
+    kv_cache=held * cache_tokens * per_token,
+    workspace=3 * arrived + 3 * hidden + 3 * mesh.tensor * activation,
+    peak_unit="forward",
+  )
+
+
+def _copied_bytes(settings: Config, at: Sizes) -> int:
+  """Returns what XLA holds twice of a unit's stash: rows that came back, where they are kept.
+
+  It writes them where the exchange leaves them and does not see that the place may be the stash.
+  """
+  if settings.pipeline.save == "inputs":
+    return 0
+  arrived, _ = saving.row_bytes(settings, at)
+  return units.layers_per_unit(settings) * arrived // settings.mesh.tensor
+
+
+def _copies(settings: Config) -> int:
+  dtype = DTYPE_BYTES[settings.model.dtype]
+  return sum(
+    leaf.elements(settings.mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)
+    for leaf in leaves(settings.model)
+  )
+
+
+def _workspace(settings: Config, at: Sizes) -> tuple[int, str]:
+  """Returns the bytes of the most demanding unit while it runs, and its name.
+
+  How many arrays of each kind are alive at once is read off XLA's buffer assignment for H100 of the
+  configurations in tests/plan/agreement.py.
+  """
+  model, mesh = settings.model, settings.mesh
+  arrived, hidden = saving.row_bytes(settings, at)
+  activation = at.tokens * model.d_model * at.dtype_bytes
+  gathered = mesh.tensor * activation
+  share = model.vocab // (mesh.stage * mesh.tensor)
+  logits = at.sequences * at.positions * share * FLOAT32_BYTES
+  head = 2 * logits + gathered + 3 * activation
+  if mesh.stage * settings.pipeline.chunks == 1:
+    # Every backward tick has a head: XLA moves the transposed copy of its weights out of the loop.
+    head += model.d_model * share * at.dtype_bytes
+  backward = 7.6 * arrived + 4.4 * hidden
+  units = {"head": head, "backward": backward}
+  peak = max(units, key=units.get)
+  return int(units[peak]), peak

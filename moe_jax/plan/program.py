@@ -1,0 +1,193 @@
+"""A training step as the operations that every device runs, tick by tick, and what each waits for.
+
+One SPMD program: an operation is run by every device at its own pace, on its own stage's cell of
+the schedule's table. Made of the same table that the executor runs and the steps of `phases`, so
+neither can say otherwise. What XLA cannot carry over a turn of a loop ends there: operations of one
+block may overlap, blocks may not. Knows tables and steps; must not know time or
+chips.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.config import Config, Pipeline
+from moe_jax.pipeline.table import Table
+from moe_jax.plan import memory, units
+from moe_jax.plan.phases import COUNTS, Step
+
+# Before and after the ticks; and the two directions between stages.
+BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
+NOT_WAITED_FOR = frozenset({*COUNTS, *(f"{name}, again" for name in COUNTS)})
+
+
+class Op(NamedTuple):
+  """One operation.
+
+  Attributes:
+    step: what it does.
+    unit: that it is part of: a kind of pipeline.table.KINDS, or one of the names above.
+    layer: of the unit's chunk, counted from its first; 0 outside of layers.
+    after: operations of the same block that it waits for, by place in the block.
+  """
+
+  step: Step
+  unit: str
+  layer: int
+  after: tuple[int, ...]
+
+
+Block = tuple[Op, ...]
+
+
+class Tick(NamedTuple):
+  """Which units any stage runs in a tick; alike ticks cost alike."""
+
+  arrive: bool
+  head: bool
+  backward: bool
+  embed_gradient: bool
+  returns: bool
+  embed: bool
+  forward: bool
+
+
+def ticks(table: Table) -> list[Tick]:
+  """Returns what each tick runs.
+
+  The executor makes one loop of each run of ticks that agree on having a forward and a backward
+  unit; a transfer that any tick of a loop needs is in all of them.
+  """
+  has_forward = (table.forward_micro_QZ >= 0).any(1)
+  has_backward = (table.backward_micro_QZ >= 0).any(1)
+  arrives = (table.arrival_slot_QZ >= 0).any(1)
+  both = np.stack([has_forward, has_backward], 1)
+  edges = np.flatnonzero((both[1:] != both[:-1]).any(1)) + 1
+  for start, stop in itertools.pairwise([0, *edges.tolist(), table.num_ticks]):
+    arrives[start:stop] = arrives[start:stop].any()
+  has_others = table.num_stages > 1
+  columns = (
+    arrives & has_others,
+    table.head_micro_Q >= 0,
+    has_backward,
+    (table.embed_gradient_micro_Q >= 0) & has_backward,
+    has_backward & has_others,
+    table.embed_micro_Q >= 0,
+    has_forward,
+  )
+  return [Tick(*row) for row in np.stack(columns, 1).tolist()]
+
+
+def train(settings: Config, tied: bool = True) -> list[tuple[int, tuple[Block, ...]]]:
+  """Returns a training step as (tick, blocks) in the order in which they run.
+
+  Tick -1 and the number of ticks are what stands before and after.
+
+  Args:
+    settings: the deployment.
+    tied: whether the layers of a tick's forward unit run beside those of its backward unit.
+  """
+  table = memory.table(settings.pipeline, settings.mesh.stage)
+  return [
+    (-1, begin(settings)),
+    *((tick, tick_blocks(settings, runs, tied)) for tick, runs in enumerate(ticks(table))),
+    (table.num_ticks, end(settings)),
+  ]
+
+
+def counted(settings: Config, tied: bool = True) -> list[tuple[int, tuple[Block, ...]]]:
+  """Returns the same as (how often, blocks), alike ticks together, in no order."""
+  return [
+    (1, begin(settings)),
+    *(
+      (times, tick_blocks(settings, runs, tied))
+      for runs, times in tick_counts(settings.pipeline, settings.mesh.stage)
+    ),
+    (1, end(settings)),
+  ]
+
+
+@functools.lru_cache(maxsize=4096)
+def tick_counts(pipeline: Pipeline, stages: int) -> tuple[tuple[Tick, int], ...]:
+  """Returns how many ticks of each kind a schedule has."""
+  kinds = np.asarray(ticks(memory.table(pipeline, stages)), bool)
+  kinds, count = np.unique(kinds, axis=0, return_counts=True)
+  return tuple(
+    (Tick(*kind), times) for kind, times in zip(kinds.tolist(), count.tolist(), strict=True)
+  )
+
+
+def begin(settings: Config) -> tuple[Block, ...]:
+  """Returns the blocks before the first tick: compute copies of the weights."""
+  return (_chains((BEGIN, 0, units.begin(settings))),)
+
+
+def end(settings: Config) -> tuple[Block, ...]:
+  """Returns the blocks after the last tick: gradients summed, weights updated."""
+  return (_chains((END, 0, units.end(settings))),)
+
+
+@functools.lru_cache(maxsize=4096)
+def tick_blocks(settings: Config, runs: Tick, tied: bool) -> tuple[Block, ...]:
+  """Returns the blocks of a tick: before its layers, one layer after another, and behind them."""
+  num_layers = units.layers_per_unit(settings)
+  blocks = [before_layers(settings, runs)]
+  if tied and runs.forward and runs.backward:
+    for layer in range(num_layers):
+      blocks.append(tied_layers(settings, num_layers - 1 - layer, layer))
+  else:
+    if runs.backward:
+      blocks += [one_layer(settings, "backward", layer) for layer in reversed(range(num_layers))]
+    if runs.forward:
+      blocks += [one_layer(settings, "forward", layer) for layer in range(num_layers)]
+  blocks.append(behind_layers(settings, runs))
+  return tuple(block for block in blocks if block)
+
+
+def before_layers(settings: Config, runs: Tick) -> Block:
+  """Returns a tick's head and embedding, and beside them the transfer from the stage before."""
+  chains = []
+  if runs.arrive:
+    chains.append((ARRIVE, 0, (units.transfer(settings, "to the next stage"),)))
+  for kind in ("head", "embed"):
+    if getattr(runs, kind):
+      chains.append((kind, 0, units.unit(settings, kind)))
+  return _chains(*chains)
+
+
+def behind_layers(settings: Config, runs: Tick) -> Block:
+  """Returns a tick's embedding gradient, and beside it the transfer to the stage before."""
+  chains = []
+  if runs.embed_gradient:
+    chains.append(("embed_gradient", 0, units.unit(settings, "embed_gradient")))
+  if runs.returns:
+    chains.append((RETURN, 0, (units.transfer(settings, "to the previous stage"),)))
+  return _chains(*chains)
+
+
+def one_layer(settings: Config, kind: str, layer: int = 0) -> Block:
+  """Returns a layer of a forward or backward unit by itself."""
+  return _chains((kind, layer, units.unit(settings, kind)))
+
+
+def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:
+  """Returns a layer of a backward unit beside one of a forward unit, step beside step."""
+  return _chains(
+    ("backward", back_layer, units.unit(settings, "backward")),
+    ("forward", layer, units.unit(settings, "forward")),
+  )
+
+
+def _chains(*chains: tuple[str, int, Sequence[Step]]) -> Block:
+  """Returns the block of chains of steps that need nothing of each other."""
+  ops: list[Op] = []
+  for unit, layer, steps in chains:
+    last: tuple[int, ...] = ()
+    for step in steps:
+      ops.append(Op(step, unit, layer, last))
+      if step.name not in NOT_WAITED_FOR:
+        last = (len(ops) - 1,)
+  return tuple(ops)

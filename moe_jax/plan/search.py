@@ -1,0 +1,306 @@
+"""Every way to lay a model out on a cluster, ranked by predicted time under the memory limit.
+
+What cannot be among the best by its computation alone is left out before it is simulated. Knows
+configurations, machines and targets; must not know flags or files.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe_jax.config import EXCHANGE, SAVE, Config, Mesh
+from moe_jax.plan import memory, serve, simulate, steps, units
+from moe_jax.plan.calibration import NONE, Calibration
+from moe_jax.plan.hardware import Cluster
+from moe_jax.plan.machine import Machine, seconds
+from moe_jax.plan.phases import COSTED
+
+# Micro-batches and sizes beyond these do not pay on any cluster that we have plans for.
+_MOST_MICRO_BATCHES = 64
+_KEPT = 10
+
+
+class Plan(NamedTuple):
+  """One way.
+
+  Attributes:
+    settings: the deployment of one replica.
+    machine: that it runs on, with the number of replicas.
+    seconds: of a training step, or to serve the whole workload.
+    tokens_per_ms_per_gpu: trained, or read and written.
+    memory_bytes: on one GPU.
+    served: of a serving workload, else None.
+  """
+
+  settings: Config
+  machine: Machine
+  seconds: float
+  tokens_per_ms_per_gpu: float
+  memory_bytes: int
+  served: serve.Served | None = None
+
+  @property
+  def num_gpus(self) -> int:
+    return self.settings.mesh.num_devices * self.machine.replicas
+
+
+class Targets(NamedTuple):
+  """What a plan has to reach; None is nothing.
+
+  Attributes:
+    tokens_per_ms: of the whole cluster.
+    ttft_s: at most.
+  """
+
+  tokens_per_ms: float | None = None
+  ttft_s: float | None = None
+
+
+class Found(NamedTuple):
+  """The outcome of a search.
+
+  Attributes:
+    best: plans, the fastest first.
+    considered: legal plans.
+    simulated: of which were simulated; the others are slower by their computation alone.
+    too_large: of which do not fit into memory.
+    least_bytes: of the smallest plan seen, where none fits.
+  """
+
+  best: list[Plan]
+  considered: int
+  simulated: int
+  too_large: int
+  least_bytes: int
+
+
+def search(
+  settings: Config,
+  cluster: Cluster,
+  *,
+  workload: serve.Workload | None = None,
+  ttft_s: float | None = None,
+  with_replicas: bool = False,
+  calibration: Calibration = NONE,
+  tied: bool = True,
+) -> Found:
+  """Returns the best plans for a model and batch on all GPUs of a cluster.
+
+  Args:
+    settings: model, batch and sequence are kept; mesh, pipeline and dispatch are chosen.
+    cluster: all its GPUs are used.
+    workload: to serve; None trains.
+    ttft_s: until the first token, at most; slower plans are left out.
+    with_replicas: whether copies of the mesh may share the batch (on paper: nothing runs them yet).
+    calibration: of the machine.
+    tied: as in program.train.
+
+  Raises:
+    ValueError: no plan is legal, or none fits into memory; says what is missing or by how much.
+  """
+  rank = _Ranking(settings, cluster, workload, ttft_s, calibration, tied)
+  for mesh, replicas in meshes(settings, cluster.num_gpus, with_replicas):
+    rank.mesh(mesh, replicas)
+  if not rank.considered:
+    raise ValueError(_why_none(settings, cluster))
+  if not rank.best and rank.least_ttft_s < math.inf:
+    raise ValueError(
+      f"no plan gives the first token within {ttft_s:g} s: the fastest takes"
+      f" {rank.least_ttft_s:.3f} s; give more GPUs, fewer sequences or shorter prompts"
+    )
+  if not rank.best:
+    have = cluster.chip.memory_bytes
+    raise ValueError(
+      f"no plan fits: the smallest needs {rank.least_bytes / 1e9:.1f} GB on each"
+      f" {cluster.chip.name}, which has {have / 1e9:.0f} GB,"
+      f" {(rank.least_bytes - have) / 1e9:.1f} GB too little; give more GPUs, a chip with more"
+      " memory, or a smaller train.batch"
+    )
+  best = sorted(rank.best.values(), key=lambda plan: plan.seconds)
+  return Found(best, rank.considered, rank.simulated, rank.too_large, rank.least_bytes)
+
+
+def evaluate(
+  settings: Config,
+  machine: Machine,
+  workload: serve.Workload | None = None,
+  tied: bool = True,
+) -> Plan:
+  """Returns a deployment as a plan, whether it fits or not."""
+  gpus = settings.mesh.num_devices
+  if workload is not None:
+    share = workload._replace(sequences=workload.sequences // machine.replicas)
+    found = serve.run(settings, machine, share)
+    return Plan(
+      settings,
+      machine,
+      found.whole_s,
+      found.tokens_per_ms_per_gpu,
+      found.memory.total,
+      found,
+    )
+  step_s = simulate.step_seconds(settings, machine, tied)
+  rate = settings.train.batch * settings.train.sequence / (step_s * 1e3 * gpus)
+  return Plan(settings, machine, step_s, rate, memory.train(settings).total)
+
+
+def smallest(
+  settings: Config, cluster: Cluster, targets: Targets, **options
+) -> tuple[Plan | None, list[tuple[int, Plan | None, str]]]:
+  """Returns the best plan of the smallest cluster that meets the targets, and what each size does.
+
+  Sizes are powers of two up to the cluster's; the second result is (GPUs, plan, why it fails).
+  """
+  tried = []
+  for exponent in range(int(math.log2(cluster.num_gpus)) + 1):
+    part = cluster.of(2**exponent)
+    try:
+      best = search(settings, part, with_replicas=True, **options).best[0]
+    except ValueError as error:
+      tried.append((part.num_gpus, None, str(error)))
+      continue
+    missing = missed(best, targets)
+    tried.append((part.num_gpus, best, missing))
+    if not missing:
+      return best, tried
+  return None, tried
+
+
+def missed(plan: Plan, targets: Targets) -> str:
+  """Returns by how much a plan misses the targets; empty where it meets them."""
+  parts = []
+  rate = plan.tokens_per_ms_per_gpu * plan.num_gpus
+  if targets.tokens_per_ms is not None and rate < targets.tokens_per_ms:
+    parts.append(f"{rate:,.0f} of {targets.tokens_per_ms:,.0f} tokens/ms")
+  if targets.ttft_s is not None and plan.served is not None and plan.served.ttft_s > targets.ttft_s:
+    parts.append(f"first token after {plan.served.ttft_s:.2f} s, asked {targets.ttft_s:g} s")
+  return " and ".join(parts)
+
+
+def meshes(settings: Config, num_gpus: int, with_replicas: bool) -> Iterator[tuple[Mesh, int]]:
+  """Yields the legal meshes of a number of GPUs, and how many replicas of each there are."""
+  model = settings.model
+  widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
+  axes = (_divisors(model.experts), _divisors(widths), _divisors(model.layers))
+  for expert, tensor, stage in itertools.product(*axes):
+    replicas, rest = divmod(num_gpus, expert * tensor * stage)
+    if rest or not replicas or (replicas > 1 and not with_replicas):
+      continue
+    fits = model.vocab % (stage * tensor) == 0 and settings.train.sequence % tensor == 0
+    if fits and settings.train.batch % (replicas * expert) == 0:
+      yield Mesh(expert=expert, tensor=tensor, stage=stage), replicas
+
+
+class _Ranking:
+  """The best plans so far."""
+
+  def __init__(self, settings, cluster, workload, ttft_s, calibration, tied):
+    self.settings, self.cluster = settings, cluster
+    self.workload, self.ttft_s = workload, ttft_s
+    self.least_ttft_s = math.inf
+    self.calibration, self.tied = calibration, tied
+    self.best: dict[Config, Plan] = {}
+    self.slowest: list[float] = []  # a heap of the negated seconds of the best
+    self.considered = self.simulated = self.too_large = 0
+    self.least_bytes = 0
+
+  def mesh(self, mesh: Mesh, replicas: int) -> None:
+    """Considers every plan on a mesh."""
+    machine = Machine(self.cluster, self.calibration, replicas)
+    for settings in self._layouts(mesh, replicas):
+      self.considered += 1
+      if self._bound(settings, machine) > self._limit():
+        continue
+      self.simulated += 1
+      plan = evaluate(settings, machine, self.workload, self.tied)
+      if not self.least_bytes or plan.memory_bytes < self.least_bytes:
+        self.least_bytes = plan.memory_bytes
+      if plan.memory_bytes > self.cluster.chip.memory_bytes:
+        self.too_large += 1
+      elif self._is_late(plan):
+        continue
+      elif plan.seconds < self._limit():
+        self._keep(plan)
+
+  def _is_late(self, plan: Plan) -> bool:
+    if plan.served is None or self.ttft_s is None:
+      return False
+    self.least_ttft_s = min(self.least_ttft_s, plan.served.ttft_s)
+    return plan.served.ttft_s > self.ttft_s
+
+  def _layouts(self, mesh: Mesh, replicas: int) -> Iterator[Config]:
+    given, model = self.settings, self.settings.model
+    batch = given.train.batch // replicas
+    train = dataclasses.replace(given.train, batch=batch)
+    # Where one rank holds all tensor shares or all experts, both exchanges are the same. Whether
+    # float8 is precise enough is not for a search over time to say.
+    exchanges = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
+    # A prefill saves nothing, and all schedules of one chunk are the same forwards.
+    saves = SAVE[:1] if self.workload else SAVE
+    per_rank = batch // mesh.expert
+    micro_batches = [n for n in _divisors(per_rank) if n <= _MOST_MICRO_BATCHES]
+    # Who serves answers every token.
+    dispatches = [name for name in COSTED if not self.workload or name != "capacity"]
+    for dispatch, exchange, save in itertools.product(dispatches, exchanges, saves):
+      spill = given.moe.spill and dispatch == "capacity"
+      moe = dataclasses.replace(given.moe, dispatch=dispatch, exchange=exchange, spill=spill)
+      for count, (schedule, chunks) in itertools.product(
+        micro_batches, self._schedules(model.layers // mesh.stage, mesh.stage)
+      ):
+        pipeline = dataclasses.replace(
+          given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save
+        )
+        yield dataclasses.replace(given, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
+
+  def _schedules(self, layers_per_stage: int, stages: int) -> Iterator[tuple[str, int]]:
+    yield "1f1b", 1
+    if stages > 1:
+      if not self.workload:
+        yield "gpipe", 1
+      for chunks in _divisors(layers_per_stage)[1:]:
+        yield "interleaved", chunks
+
+  def _bound(self, settings: Config, machine: Machine) -> float:
+    """Returns seconds that no way to overlap can beat: the experts' products alone."""
+    if self.workload or len(self.best) < _KEPT:
+      return 0.0
+    at = steps.sizes(settings)
+    layers = settings.model.layers // settings.mesh.stage * settings.pipeline.micro_batches
+    products = sum(
+      seconds(step, settings, machine)
+      for kind in ("forward", "backward")
+      for step in units.unit(settings, kind, at)
+      if not step.is_communication
+    )
+    return layers * products
+
+  def _limit(self) -> float:
+    return -self.slowest[0] if len(self.slowest) == _KEPT else math.inf
+
+  def _keep(self, plan: Plan) -> None:
+    heapq.heappush(self.slowest, -plan.seconds)
+    self.best[plan.settings] = plan
+    if len(self.slowest) > _KEPT:
+      limit = -heapq.heappop(self.slowest)
+      slow = next(s for s, p in self.best.items() if p.seconds == limit)
+      del self.best[slow]
+
+
+def _why_none(settings: Config, cluster: Cluster) -> str:
+  """Returns why no mesh of the cluster is legal."""
+  model = settings.model
+  widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
+  most = model.experts * widths * model.layers
+  return (
+    f"no mesh of {cluster.num_gpus} GPUs is legal: expert divides model.experts={model.experts},"
+    f" tensor divides heads and hidden units ({widths}), stage divides model.layers={model.layers}"
+    f" (at most {most} GPUs), and train.batch={settings.train.batch} must divide by expert x"
+    " micro-batches; choose another number of GPUs, or a batch that is a multiple of more"
+  )
+
+
+def _divisors(number: int) -> list[int]:
+  return [d for d in range(1, number + 1) if number % d == 0]

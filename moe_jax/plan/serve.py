@@ -1,0 +1,151 @@
+"""What serving takes: the prefill of a batch of prompts, and each token after it.
+
+The same steps as in training, forwards alone, the head at the last position of each prompt. Knows
+steps and machines; must not know how requests arrive.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from moe_jax.config import Config
+from moe_jax.pipeline.schedules import forward_only
+from moe_jax.plan import memory, program, steps, units
+from moe_jax.plan.machine import Machine, seconds
+from moe_jax.plan.memory import Memory
+from moe_jax.plan.steps import Sizes
+
+_TRAINING_ONLY = frozenset({"keep", *program.NOT_WAITED_FOR})
+
+
+class Workload(NamedTuple):
+  """What is served.
+
+  Attributes:
+    sequences: at once, over one replica of the mesh.
+    prompt_tokens, output_tokens: of each.
+  """
+
+  sequences: int
+  prompt_tokens: int
+  output_tokens: int
+
+
+class Served(NamedTuple):
+  """What a replica of the mesh makes of a workload.
+
+  Attributes:
+    ttft_s: until the first token of the last of the batch's prompts.
+    first_ttft_s: of the first micro-batch's prompts.
+    prefill_tokens_per_ms_per_gpu: prompt tokens while prompts are read.
+    token_s: between two tokens of a sequence.
+    decode_tokens_per_ms_per_gpu: output tokens while they are written.
+    tokens_per_ms_per_gpu: of prompts and outputs, over the whole workload.
+    whole_s: of the whole workload.
+    memory: of one GPU.
+  """
+
+  ttft_s: float
+  first_ttft_s: float
+  prefill_tokens_per_ms_per_gpu: float
+  token_s: float
+  decode_tokens_per_ms_per_gpu: float
+  tokens_per_ms_per_gpu: float
+  whole_s: float
+  memory: Memory
+
+
+def run(settings: Config, machine: Machine, workload: Workload) -> Served:
+  """Returns what a deployment serves.
+
+  Args:
+    settings: the deployment; its pipeline's micro-batches cut the prefill's batch, as many groups
+      as stages take turns in decode.
+    machine: that it runs on.
+    workload: what is served.
+  """
+  mesh, gpus = settings.mesh, settings.mesh.num_devices
+  train = dataclasses.replace(
+    settings.train, batch=workload.sequences, sequence=workload.prompt_tokens
+  )
+  prefill = dataclasses.replace(settings, train=train)
+  at = steps.sizes(prefill)
+  table = forward_only(memory.table(settings.pipeline, mesh.stage))
+  unit_s, transfer_s = _unit_seconds(prefill, machine, at), _transfer_seconds(prefill, machine, at)
+  head_s = _head_seconds(prefill, machine, at.sequences)
+  # The last stage's output goes back to stage 0, beside the head of the one before.
+  tick_s = max(unit_s + transfer_s, _launch_seconds(prefill, machine, at))
+  ttft_s = table.num_ticks * tick_s + settings.pipeline.micro_batches * head_s
+  first_tick = int(table.forward_tick_UW[0, -1]) + 1
+  prompt_tokens = workload.sequences * workload.prompt_tokens
+  token_s = _token_seconds(settings, machine, workload)
+  whole_s = ttft_s + (workload.output_tokens - 1) * token_s
+  per_ms_per_gpu = lambda tokens, seconds: tokens / (seconds * 1e3 * gpus)
+  held = workload.prompt_tokens + workload.output_tokens
+  return Served(
+    ttft_s=ttft_s,
+    first_ttft_s=(first_tick + 1) * tick_s + head_s,
+    prefill_tokens_per_ms_per_gpu=per_ms_per_gpu(prompt_tokens, ttft_s),
+    token_s=token_s,
+    decode_tokens_per_ms_per_gpu=per_ms_per_gpu(workload.sequences, token_s),
+    tokens_per_ms_per_gpu=per_ms_per_gpu(workload.sequences * held, whole_s),
+    whole_s=whole_s,
+    memory=memory.serve(prefill, workload.sequences, held, workload.prompt_tokens),
+  )
+
+
+def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> float:
+  """Returns the seconds between two tokens: a turn round all stages, which groups share.
+
+  With as many groups as stages no stage waits; fewer sequences than that leave some idle.
+  """
+  mesh = settings.mesh
+  groups = max(1, min(mesh.stage, workload.sequences // mesh.expert))
+  sequences = max(1, workload.sequences // (groups * mesh.expert))
+  train = dataclasses.replace(
+    settings.train, batch=sequences * mesh.expert, sequence=max(mesh.tensor, 1)
+  )
+  pipeline = dataclasses.replace(settings.pipeline, schedule="1f1b", chunks=1, micro_batches=1)
+  decode = dataclasses.replace(settings, train=train, pipeline=pipeline)
+  context = workload.prompt_tokens + workload.output_tokens // 2
+  at = steps.sizes(decode, positions=1, context=context)
+  # For few tokens gathering them costs less than an exchange of rows: the engine takes it then.
+  gathered = dataclasses.replace(
+    decode, moe=dataclasses.replace(decode.moe, dispatch="gathered", spill=False)
+  )
+  stage_s = min(
+    max(_unit_seconds(way, machine, at), _launch_seconds(way, machine, at))
+    for way in (decode, gathered)
+  )
+  head_s = _head_seconds(decode, machine, at.sequences)
+  return mesh.stage * (stage_s + _transfer_seconds(decode, machine, at)) + groups * head_s
+
+
+def _unit_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
+  """Returns the seconds of a forward unit: nothing runs beside it."""
+  each = sum(seconds(step, settings, machine) for step in _layer(settings, at))
+  return each * units.layers_per_unit(settings)
+
+
+def _launch_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
+  kernels = sum(step.kernels for step in _layer(settings, at))
+  return kernels * units.layers_per_unit(settings) * machine.calibration.launch_s
+
+
+def _layer(settings: Config, at: Sizes) -> tuple[steps.Step, ...]:
+  """Returns the forward steps without what only training does: counting, and keeping."""
+  found = units.unit(settings, "forward", at)
+  return tuple(step for step in found if step.name not in _TRAINING_ONLY)
+
+
+def _transfer_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
+  if settings.mesh.stage == 1:
+    return 0.0
+  return seconds(units.transfer(settings, "to the next stage", at), settings, machine)
+
+
+def _head_seconds(settings: Config, machine: Machine, sequences: int) -> float:
+  """Returns the seconds of embedding and head for one position of each sequence."""
+  tokens = max(1, sequences // settings.mesh.tensor)
+  at = dataclasses.replace(steps.sizes(settings, positions=1), sequences=sequences, tokens=tokens)
+  found = (*units.unit(settings, "embed", at), *units.unit(settings, "head forward", at))
+  return sum(seconds(step, settings, machine) for step in found)

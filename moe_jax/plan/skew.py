@@ -1,0 +1,64 @@
+"""A step under uneven load: devices with more rows make the others of their collectives wait.
+
+Knows operations, machines and loads; must not know how a load was found.
+"""
+
+import numpy as np
+
+from moe_jax.config import Config
+from moe_jax.plan import memory, program, units
+from moe_jax.plan.load import Load
+from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
+from moe_jax.plan.program import ARRIVE, RETURN
+
+_AXIS_OF = {"stage": 0, "expert": 1}
+_OF_LAYERS = ("forward", "backward")
+
+
+def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = True) -> np.ndarray:
+  """Returns end_ZX, the seconds of a step on each stage and rank of `expert` under uneven load.
+
+  Args:
+    settings: the deployment.
+    machine: that it runs on.
+    load: which share of a layer's rows each rank of `expert` gets, and how many rounds they take.
+    tied: as in program.train.
+  """
+  table, mesh = memory.table(settings.pipeline, settings.mesh.stage), settings.mesh
+  num_layers = units.layers_per_unit(settings)
+  now = np.zeros((mesh.stage, mesh.expert))
+  stages = np.arange(mesh.stage)
+  for tick, blocks in program.train(settings, tied):
+    for block in blocks:
+      order = np.argsort(run_block(block, settings, machine).starts, kind="stable")
+      occupies = resources(block, settings, machine)
+      free: dict[str, np.ndarray] = {}
+      ends: dict[int, np.ndarray] = {}
+      for place in order.tolist():
+        op = block[place]
+        took = np.full(now.shape, seconds(op.step, settings, machine))
+        if op.step.follows_load and op.unit in _OF_LAYERS:
+          chunks = getattr(table, f"{op.unit}_chunk_QZ")[tick]
+          layer_Z = (np.maximum(chunks, 0) * mesh.stage + stages) * num_layers + op.layer
+          took = took * (
+            load.rounds_L[layer_Z][:, None] if op.step.is_communication else load.rows_LX[layer_Z]
+          )
+        start = np.maximum(now, free.get(occupies[place], now))
+        for waited in op.after:
+          start = np.maximum(start, ends[waited])
+        if op.step.is_communication:
+          start = _meet(start, op)
+        ends[place] = start + took
+        free[occupies[place]] = ends[place]
+      for end in ends.values():
+        now = np.maximum(now, end)
+  return now + replica_seconds(settings, machine)
+
+
+def _meet(start_ZX: np.ndarray, op: program.Op) -> np.ndarray:
+  """Returns when a collective begins: when the last of its group is ready."""
+  if op.unit in (ARRIVE, RETURN):
+    by = 1 if op.unit == ARRIVE else -1
+    return np.maximum(start_ZX, np.roll(start_ZX, by, axis=0))
+  axes = tuple(_AXIS_OF[axis] for axis in op.step.axes if axis != "tensor")
+  return np.broadcast_to(start_ZX.max(axes, keepdims=True), start_ZX.shape) if axes else start_ZX

@@ -1,0 +1,176 @@
+"""What each unit of a tick, and what stands before and after the ticks, is made of.
+
+Knows the layer's phases and the parameters' shapes; must not know time, links or schedules.
+"""
+
+import dataclasses
+
+from moe_jax.config import Config
+from moe_jax.plan import phases
+from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
+from moe_jax.plan.steps import (
+  BACKWARD,
+  Sizes,
+  Step,
+  activation_bytes,
+  logits_bytes,
+  sizes,
+  vocabulary,
+)
+
+_FLOAT32 = FLOAT32_BYTES
+_INSIDE_STAGE = ("expert", "tensor")
+_ALL = ("stage", "expert", "tensor")
+_STAGE = ("stage",)
+
+
+def unit(settings: Config, kind: str, at: Sizes | None = None) -> tuple[Step, ...]:
+  """Returns the steps of one unit of a tick; of `forward` and `backward` those of one layer.
+
+  Args:
+    settings: the deployment.
+    kind: of pipeline.table.KINDS.
+    at: sizes of the micro-batch; by default those of training.
+  """
+  return _UNITS[kind](settings, at or sizes(settings))
+
+
+def layers_per_unit(settings: Config) -> int:
+  """Returns how many layers a forward or backward unit runs, one after the other."""
+  return settings.model.layers // (settings.mesh.stage * settings.pipeline.chunks)
+
+
+def transfer(settings: Config, name: str, at: Sizes | None = None) -> Step:
+  """Returns the step that hands an activation, or its cotangent, to the next stage of the ring."""
+  at = at or sizes(settings)
+  return Step(
+    name,
+    "other",
+    "collective-permute",
+    axes=("stage",),
+    operand_bytes=activation_bytes(settings, at),
+  )
+
+
+def begin(settings: Config) -> tuple[Step, ...]:
+  """Returns the steps before the first tick: master weights, split by ZeRO-1, to the compute copy.
+
+  XLA gathers the float32 originals and converts afterwards, whatever the compute dtype.
+  """
+  mesh = settings.mesh
+  held = leaves(settings.model)
+  gathered = sum(leaf.state_elements(mesh) for leaf in held if leaf.is_zero_split(mesh))
+  copies = sum(leaf.elements(mesh) for leaf in held)
+  dtype = DTYPE_BYTES[settings.model.dtype]
+  return (
+    Step(
+      "gather parameters",
+      "other",
+      "all-gather",
+      axes=("expert",),
+      operand_bytes=gathered * _FLOAT32,
+    ),
+    Step("cast parameters", "other", num_bytes=copies * (_FLOAT32 + dtype), kernels=14),
+  )
+
+
+def end(settings: Config) -> tuple[Step, ...]:
+  """Returns the steps after the last tick: gradients summed once, losses, norm, AdamW."""
+  mesh, held = settings.mesh, leaves(settings.model)
+  dtype = DTYPE_BYTES[settings.pipeline.gradient_dtype]
+  scattered, summed = 0, {}
+  for leaf in held:
+    is_split = leaf.is_zero_split(mesh)
+    scattered += is_split * leaf.elements(mesh)
+    absent = {"stage", "expert", "tensor"} - leaf.mesh_axes() - ({"expert"} if is_split else set())
+    axes = tuple(name for name in _ALL if name in absent and getattr(mesh, name) > 1)
+    if axes:
+      summed[axes] = summed.get(axes, 0) + leaf.state_elements(mesh)
+  state = sum(leaf.state_elements(mesh) for leaf in held)
+  gradients = sum(leaf.elements(mesh) for leaf in held)
+  report = settings.model.layers // mesh.stage * (settings.model.experts + 8)
+  return (
+    Step(
+      "scatter gradients", "other", "reduce-scatter", BACKWARD, ("expert",), scattered * dtype,
+    ),
+    *(
+      Step(f"sum gradients over {'+'.join(axes)}", "other", "all-reduce", BACKWARD, axes, n * dtype)
+      for axes, n in summed.items()
+    ),
+    Step("sum the report", "other", "all-reduce", BACKWARD, _INSIDE_STAGE, report * _FLOAT32),
+    Step("sum the loss", "other", "all-reduce", BACKWARD, _ALL, 2 * _FLOAT32),
+    Step("sum the norm", "other", "all-reduce", BACKWARD, _ALL, 4 * _FLOAT32),
+    Step("zero and cast gradients", "other", num_bytes=3 * gradients * _FLOAT32, kernels=160),
+    # Weights and two moments are read and written, the gradient read.
+    Step("AdamW", "optimizer", num_bytes=6.5 * state * _FLOAT32, kernels=14),
+  )  # fmt: skip
+
+
+def _embed(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  gathered = at.sequences * at.positions * settings.model.d_model * at.dtype_bytes
+  x = activation_bytes(settings, at)
+  return (
+    Step("look up", "embed", num_bytes=2 * gathered + x, kernels=2),
+    Step("scatter lookup", "embed", "reduce-scatter", axes=("tensor",), operand_bytes=gathered),
+    Step("sum lookup", "embed", "all-reduce", axes=_STAGE, operand_bytes=x),
+  )
+
+
+def _embed_gradient(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  gathered = at.sequences * at.positions * settings.model.d_model * at.dtype_bytes
+  table = settings.model.d_model * vocabulary(settings) * _FLOAT32
+  x = activation_bytes(settings, at)
+  return (
+    Step("broadcast cotangent", "embed", "all-reduce", BACKWARD, _STAGE, x),
+    Step("gather cotangent", "embed", "all-gather", BACKWARD, ("tensor",), x),
+    Step("add to table", "embed", part=BACKWARD, num_bytes=5 * table + 2 * gathered, kernels=5),
+  )
+
+
+def _head_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  whole = at.sequences * at.positions
+  flops = 2.0 * whole * settings.model.d_model * vocabulary(settings)
+  x, each = activation_bytes(settings, at), whole * _FLOAT32
+  split = ("stage", "tensor")
+  return (
+    Step("broadcast output", "head", "all-reduce", axes=_STAGE, operand_bytes=x),
+    Step("gather output", "head", "all-gather", axes=("tensor",), operand_bytes=x),
+    Step(
+      "logits and loss", "head", flops=flops, num_bytes=4 * logits_bytes(settings, at), kernels=12
+    ),
+    Step("highest logit", "head", "all-reduce", axes=split, operand_bytes=each),
+    Step("sum of exponentials", "head", "all-reduce", axes=split, operand_bytes=2 * each),
+  )
+
+
+def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Loss and its gradient of one micro-batch; every device a share of the vocabulary."""
+  forward = {step.name: step for step in _head_forward(settings, at)}
+  kernel = settings.model.d_model * vocabulary(settings) * _FLOAT32
+  return (
+    *forward.values(),
+    dataclasses.replace(
+      forward["logits and loss"],
+      name="logits and loss, back",
+      part=BACKWARD,
+      flops=2 * forward["logits and loss"].flops,
+      num_bytes=5 * logits_bytes(settings, at) + 2 * kernel,
+      kernels=16,
+    ),
+    *phases.transpose(settings, at, forward["gather output"]),
+    # The norm before the head is taken in float32, and the sum over stages before it is left.
+    Step(
+      "sum cotangent", "head", "all-reduce", BACKWARD, _STAGE,
+      at.tokens * settings.model.d_model * _FLOAT32,
+    ),
+  )  # fmt: skip
+
+
+_UNITS = {
+  "embed": _embed,
+  "forward": phases.layer_forward,
+  "head": _head,
+  "head forward": _head_forward,
+  "backward": phases.layer_backward,
+  "embed_gradient": _embed_gradient,
+}

@@ -1,0 +1,97 @@
+"""Every figure of the reference plan has its row, by the names that the rehearsal uses."""
+
+import dataclasses
+
+import pytest
+
+from launch import config_file
+from moe_jax import config as config_lib
+from moe_jax.plan import claims, graph, load, machine, memory, serve, simulate
+from moe_jax.plan.hardware import CHIPS, cluster
+from moe_jax.rehearse import claims as rehearsed
+
+
+def figures(pytestconfig, name):
+  path = str(pytestconfig.rootpath / f"configs/{name}.py")
+  settings = config_lib.from_mapping(config_file.load(path))
+  h100 = cluster("h100:16x4")
+  machines = {
+    "on the chip": machine.Machine(h100),
+    "planned": machine.Machine(dataclasses.replace(h100, chip=CHIPS["planned"])),
+  }
+  prompts = serve.Workload(128, 10_240, 256)
+  built = graph.build(settings)
+  return claims.Figures(
+    settings,
+    machines,
+    {name: simulate.train(settings, on) for name, on in machines.items()},
+    memory.train(settings),
+    {name: serve.run(settings, on, prompts) for name, on in machines.items()},
+    load.zipf(settings, 0.0),
+    (built.num_nodes, built.num_edges),
+  )
+
+
+@pytest.fixture(scope="module")
+def pod64(pytestconfig):
+  return figures(pytestconfig, "pod64")
+
+
+def as_report(found):
+  """The plan's figures in the form of the rehearsal's report."""
+  parts = {}
+  for name, run in found.runs.items():
+    exposure = {
+      "hidden_fraction": 0.5,
+      "hidden_of_hideable": 0.5,
+      "hidden_fraction_by_axis": {"tensor": 0.5},
+      "hidden_of_hideable_by_axis": {"tensor": 0.5},
+    }
+    prediction = {
+      "bubble_fraction": run.bubble_fraction, "tokens_per_ms_per_gpu": 1.0, "step_s": run.step_s,
+      "chip": name, "compute_s_by_phase": run.compute_s_by_phase, "ttft_s": None,
+    }  # fmt: skip
+    parts[name] = {"exposure": exposure, "prediction": prediction}
+  names = ("parameters", "optimizer", "compute_copies", "activations_and_buffers", "total")
+  memory_bytes = {name: getattr(found.memory, name) for name in names}
+  return {
+    "memory_bytes": memory_bytes, "collectives": [], "planned": parts["planned"],
+    **parts["on the chip"],
+  }  # fmt: skip
+
+
+def test_no_row_of_the_rehearsal_is_missing(pod64):
+  names = {row.claim for row in claims.rows(pod64)}
+  theirs = {row.claim for row in rehearsed.rows(pod64.settings, as_report(pod64))}
+  assert theirs - names == set()
+
+
+def test_rows_are_unique_and_whole(pod64):
+  rows = claims.rows(pod64)
+  assert len({row.claim for row in rows}) == len(rows)
+  assert all(row.asked and row.found and row.how for row in rows)
+
+
+def test_what_is_known_of_the_reference_plan(pod64):
+  by_name = {row.claim: row for row in claims.rows(pod64)}
+  assert by_name["modules: 8 x 4 x 2 GPUs"].holds
+  assert by_name["bubble"].holds
+  assert by_name["memory per GPU"].holds
+  assert by_name["time to first token at 10,240 tokens"].holds
+  assert by_name["DAG"].holds
+  assert not by_name["model size"].holds and by_name["model size"].found == "0.45 B"
+  assert not by_name["traffic: 280 GB/ms in all = 19.4% of 1,440"].holds
+  saved = by_name["all-to-all traffic between hosts, hierarchical against flat"]
+  assert saved.found == "-75%" and saved.holds
+
+
+def test_with_wider_layers_it_is_the_10_b_that_were_meant(pytestconfig):
+  by_name = {row.claim: row for row in claims.rows(figures(pytestconfig, "pod64_10b"))}
+  assert by_name["model size"].holds and by_name["model size in FP16"].holds
+  assert not by_name["memory per GPU: parameters"].holds
+
+
+def test_what_binds_is_the_longest(pod64):
+  run = pod64.runs["on the chip"]
+  assert claims.binding(run).startswith("link between hosts binds")
+  assert claims.binding(run._replace(launch_s=9.0)).startswith("launching kernels binds: 9000.0 ms")

@@ -1,0 +1,145 @@
+"""The plan against the program that it plans: compiled for eight virtual devices, and read back.
+
+Bytes along each axis from the compiled text, what a layer saves from the executor's own shapes.
+Meshes, schedules, dispatches and policies are unlike each other; nothing here is a frozen figure.
+"""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.model import transformer
+from moe_jax.moe import grouped
+from moe_jax.parallel import collectives
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.pipeline import executor
+from moe_jax.plan import links, program, saving, simulate, steps, units
+from moe_jax.plan.hardware import CHIPS, Cluster
+from moe_jax.plan.machine import Machine
+from moe_jax.rehearse import lowering, ticks
+from moe_jax.rehearse import program as rehearsed
+from moe_jax.rehearse.exposure import Simulator
+from moe_jax.rehearse.program import Collective
+from moe_jax.train import step as step_lib
+from tests import runs
+
+CASES = {
+  "1f1b 2x2x2": {},
+  "interleaved 4x1x2, residuals": {
+    "mesh": {"expert": 4, "tensor": 1},
+    "pipeline": {"schedule": "interleaved", "chunks": 2, "save": "residuals"},
+  },
+  "gpipe 1x2x4, everything": {
+    "mesh": {"expert": 1, "stage": 4},
+    "pipeline": {"schedule": "gpipe", "save": "everything"},
+  },
+  "one stage 4x2x1, flat, tied": {
+    "mesh": {"expert": 4, "stage": 1},
+    "moe": {"exchange": "flat"},
+    "model": {"tied_embeddings": True},
+  },
+  "1x8x1, fewer keys": {
+    "mesh": {"expert": 1, "tensor": 8, "stage": 1},
+    "pipeline": {"micro_batches": 8, "save": "residuals"},
+  },
+  "8x1x1, even rows": {
+    "mesh": {"expert": 8, "tensor": 1, "stage": 1},
+    "pipeline": {"save": "residuals"},
+    "moe": {"capacity_factor": 1.0},
+  },
+}
+
+
+def planned_bytes(settings):
+  """Bytes sent by one device in a step, by the axes along which they go."""
+  sent = collections.Counter()
+  for times, blocks in program.counted(settings):
+    for block in blocks:
+      for op in block:
+        size = math.prod(getattr(settings.mesh, axis) for axis in op.step.axes)
+        if op.step.is_communication and size > 1:
+          along = "+".join(a for a in op.step.axes if getattr(settings.mesh, a) > 1)
+          sent[along] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, size)
+  return sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_step_sends_what_was_planned(name):
+  settings = runs.settings(**CASES[name])
+  mesh = mesh_lib.make(settings.mesh, jax.devices()[:8])
+  with jax.numpy_dtype_promotion("standard"):
+    compiled = lowering.train(settings, mesh)
+  read = rehearsed.read(compiled.text, dict(mesh.shape))
+  taken = ticks.branches_taken(read, step_lib.table(settings))
+  assert read.unknown == taken.unknown == {}
+  run = Simulator(CHIPS["h100"], 4, taken.branch_of_turn).run(read)
+  found = collections.Counter()
+  for unit, times in run.times.items():
+    if isinstance(unit, Collective):
+      found[unit.axis] += times * unit.bytes_sent
+  planned = planned_bytes(settings)
+  # In ticks without a forward unit nothing new is sent forwards: XLA:CPU moves the transfer out of
+  # their loop and sends once; XLA:GPU sends every time, which is what the plan counts.
+  idle = sum(runs.arrive and not runs.forward for runs in program.ticks(step_lib.table(settings)))
+  sent_once = max(0, idle - 1) * units.transfer(settings, "").operand_bytes
+  for axis in planned | found:
+    wanted = planned[axis] - (sent_once if axis == "stage" else 0)
+    # And a few numbers for the loss.
+    assert wanted * 0.99 <= found[axis] <= wanted * 1.01 + 512, axis
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("save", ["inputs", "residuals", "everything"])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2)], ids=str)
+def test_a_layer_saves_what_was_planned(mesh, save, dispatch):
+  settings = runs.settings(
+    mesh=dict(zip(("expert", "tensor", "stage"), mesh, strict=True)),
+    model={"kv_heads": 4, "expert_hidden": 64},
+    pipeline={"save": save},
+    moe={"dispatch": dispatch, "capacity_factor": 1.5},
+  )
+  found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved_by(settings)))
+  planned = saving.saved_bytes(settings, steps.sizes(settings))
+  # What elementwise steps keep is not listed to the last scalar.
+  assert planned == pytest.approx(found, rel={"inputs": 0, "residuals": 0.005}.get(save, 0.05))
+
+
+def saved_by(settings):
+  """Shapes of what the executor's layer keeps, on one device."""
+  mesh, found = mesh_lib.make(settings.mesh, jax.devices()[:8]), {}
+
+  def region(parameters, inputs):
+    layers, shared = collectives.varying(parameters)
+    made = executor._Executor(
+      transformer.loss_functions(settings), step_lib.table(settings), layers, shared, inputs,
+      settings.pipeline.save, jnp.float32,
+    )  # fmt: skip
+    found["saved"] = made.chunk.steps.saved
+    return jnp.zeros(())
+
+  parameters = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
+  specs = (transformer.specs(settings.model), step_lib.inputs_spec())
+  mapped = jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=jax.P())
+  jax.eval_shape(mapped, parameters, lowering.abstract_inputs(settings, mesh))
+  return found["saved"]
+
+
+def test_blocks_of_rows_are_those_of_the_grouped_products():
+  for rows, experts in ((100, 2), (5120, 2), (100_000, 3), (7, 1)):
+    wanted = max(1, rows // (experts * saving._BLOCKS_PER_EXPERT))
+    block = min(
+      saving._LARGEST_BLOCK, max(saving._SMALLEST_BLOCK, 1 << wanted.bit_length() - 1)
+    )  # fmt: skip
+    assert block == grouped.rows_per_block(rows, experts)
+
+
+def test_the_bubble_is_that_of_the_executed_table():
+  for sections in CASES.values():
+    settings = runs.settings(**sections)
+    run = simulate.train(settings, Machine(Cluster(CHIPS["h100"], 2, 4)))
+    executed = step_lib.table(settings)
+    assert run.bubble_fraction == executed.bubble_fraction(run.unit_s)

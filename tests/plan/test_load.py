@@ -1,0 +1,108 @@
+"""Loads and calibrations: by hand, and what is wrong with a file in one line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.plan import calibration, load, machine, simulate
+from moe_jax.plan.hardware import CHIPS, cluster
+from tests import runs
+
+DROPLESS = runs.settings(moe={"dispatch": "dropless", "capacity_factor": 1.25})
+
+
+def test_zipf_by_hand():
+  """Of 8 experts on 2 ranks, 1/1 + ... + 1/8 = 2.717857; the first four have 2.083333 of it."""
+  found = load.zipf(DROPLESS, 1.0)
+  busiest = 2.083333 / 2.717857 * 2
+  assert found.max_over_mean == pytest.approx(busiest, rel=1e-6)
+  # 1.533 times the even share, where a round takes 1.25 times: two rounds.
+  assert (found.rounds_L == 2).all()
+  assert found.dropped_fraction == 0
+  assert found.share_LE.shape == (4, 8)
+
+
+def test_even_is_even():
+  found = load.zipf(DROPLESS, 0.0)
+  assert found.max_over_mean == 1 and (found.rounds_L == 1).all()
+
+
+def test_a_capacity_dispatch_drops_what_has_no_room():
+  """Half of all tokens to one of 8 experts, which has room for 4 x 1/8: none is dropped; with room
+  for 1/8 three eighths are."""
+  counts = np.array([[7.0] + [1.0] * 7] * 4)
+  assert load.of(runs.settings(), counts).dropped_fraction == 0
+  tight = runs.settings(moe={"capacity_factor": 1.0})
+  assert load.of(tight, counts).dropped_fraction == pytest.approx(3 / 8)
+
+
+def test_a_recorded_trace(tmp_path):
+  path = tmp_path / "trace.json"
+  counts = np.random.default_rng(0).integers(1, 100, (4, 8))
+  path.write_text(json.dumps({"counts_LE": counts.tolist()}))
+  found = load.trace(DROPLESS, str(path))
+  assert found.share_LE == pytest.approx(counts / counts.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("{", "is not a trace"),
+    ("{}", "is not a trace"),
+    ('{"counts_LE": [[1, 2]]}', r"has shape \(1, 2\), the model has \(4, 8\)"),
+    (json.dumps({"counts_LE": [[0] * 8] * 4}), "above 0 in every layer"),
+    (json.dumps({"counts_LE": [[-1] + [1] * 7] * 4}), "must be 0 or more"),
+  ],
+)
+def test_a_wrong_trace_is_refused(tmp_path, content, message):
+  path = tmp_path / "trace.json"
+  path.write_text(content)
+  with pytest.raises(ValueError, match=message):
+    load.trace(DROPLESS, str(path))
+
+
+@pytest.mark.parametrize("exponent", [-1.0, float("nan"), float("inf")])
+def test_a_wrong_exponent_is_refused(exponent):
+  with pytest.raises(ValueError, match="is not a number from 0 up"):
+    load.zipf(DROPLESS, exponent)
+
+
+def test_a_calibration_makes_the_prediction_what_was_found(tmp_path):
+  on = machine.Machine(cluster("h100:2x4"))
+  predicted = simulate.train(DROPLESS, on)
+  found = {
+    "compute_s_by_phase": {p: 3 * s for p, s in predicted.compute_s_by_phase.items()},
+    "seconds_by_link": {link: 2 * s for link, s in predicted.seconds_by_link.items()},
+  }
+  fitted = calibration.fit(predicted._asdict(), found, "a test")
+  again = simulate.train(DROPLESS, on._replace(calibration=fitted))
+  assert again.compute_s == pytest.approx(3 * predicted.compute_s)
+  assert sum(again.seconds_by_link.values()) == pytest.approx(
+    2 * sum(predicted.seconds_by_link.values())
+  )
+  path = str(tmp_path / "calibration.json")
+  calibration.save(fitted, path)
+  assert calibration.load(path) == fitted
+
+
+def test_calibrations_that_fit_nothing_are_refused(tmp_path):
+  on = simulate.train(DROPLESS, machine.Machine(cluster("h100:2x4")))._asdict()
+  other = {"compute_s_by_phase": {"convolution": 1.0}, "seconds_by_link": {}}
+  with pytest.raises(ValueError, match="a test and the plan share no phase: convolution against"):
+    calibration.fit(on, other, "a test")
+  path = tmp_path / "calibration.json"
+  for content in ("{", "{}", '{"compute": {}, "speed": 2}'):
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a calibration file"):
+      calibration.load(str(path))
+
+
+def test_rates_of_float32():
+  chip = CHIPS["h100"]
+  rate = calibration.NONE.flops_per_s
+  assert rate(chip, "bfloat16", False) == chip.flops_per_s("bfloat16")
+  assert rate(chip, "float32", False) == chip.flops_per_s("bfloat16") / 2  # TensorFloat-32
+  assert rate(chip, "bfloat16", True) == rate(chip, "float32", True) == chip.flops_per_s("float32")
+  planned = CHIPS["planned"]
+  assert rate(planned, "float32", True) == pytest.approx(240e12 * 66.9 / 989.4)

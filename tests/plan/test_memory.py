@@ -1,0 +1,100 @@
+"""Memory: what follows from shapes, against the program's arrays; the rest by its properties."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax import config
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.pipeline.saving import SAVE
+from moe_jax.plan import memory, steps
+from moe_jax.plan.leaves import DTYPE_BYTES
+from moe_jax.rehearse import lowering
+from moe_jax.train import optimizer as optimizer_lib
+from tests import runs
+
+
+@pytest.mark.parametrize(
+  "sections",
+  [
+    {},
+    {"mesh": {"expert": 4, "tensor": 1}, "model": {"qk_norm": "projection"}},
+    {"mesh": {"expert": 1, "tensor": 8, "stage": 1}, "model": {"tied_embeddings": True}},
+  ],
+)
+def test_state_and_inputs_are_the_launchers(sections):
+  settings = runs.settings(**sections)
+  mesh = mesh_lib.make(settings.mesh, jax.devices()[:8])
+  with jax.numpy_dtype_promotion("standard"):
+    optimizer = optimizer_lib.make(settings.train)
+    state = lowering.abstract_state(settings, mesh, optimizer)
+  held = lambda tree: sum(
+    leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(tree)
+  )
+  found = memory.train(settings)
+  assert found.parameters == held(state.parameters)
+  assert found.optimizer + 8 == held(state.optimizer)  # and two counters
+  assert found.inputs == held(lowering.abstract_inputs(settings, mesh))
+
+
+def _size(shape):
+  return 1 if not shape else shape[0] * _size(shape[1:])
+
+
+def test_every_policy_of_the_executor_has_its_bytes():
+  assert set(SAVE) == set(config.SAVE)
+  found = [_train(pipeline={"save": save}).stash for save in ("inputs", "residuals", "everything")]
+  assert found[0] < found[1] < found[2]
+
+
+def test_the_stash_is_what_is_in_flight():
+  """1F1B on 2 stages keeps 3 micro-batches whatever their number; gpipe keeps all 4, then 8."""
+  at = steps.sizes(runs.settings())
+  activation = at.tokens * 16 * 4
+  layers = 2
+  assert _train().stash == 3 * layers * activation
+  gpipe = {"schedule": "gpipe"}
+  assert _train(pipeline=gpipe).stash == 4 * layers * activation
+  more = {"micro_batches": 8}
+  assert _train(pipeline=more).stash == 3 * layers * activation / 2  # half as large each
+  assert _train(pipeline=gpipe | more).stash == 8 * layers * activation / 2
+
+
+def test_the_cache_by_hand():
+  """4 layers of 8 heads x 4 in float32, keys and values: 1,024 bytes a token.
+
+  2 x 2 x 2 devices hold half of the layers, heads and sequences each: of 6 sequences x 100 tokens
+  76,800 bytes.
+  """
+  found = memory.serve(runs.settings(), sequences=6, cache_tokens=100, prompt_tokens=16)
+  assert found.kv_cache == 4 * 2 * 8 * 4 * 4 * 600 // 8 == 76_800
+  assert found.parameters == found.optimizer == found.gradients == found.stash == 0
+  assert found.total > found.kv_cache + found.compute_copies
+
+
+def test_parts_make_the_total():
+  found = _train()
+  parts = (
+    found.parameters, found.optimizer, found.inputs, found.gradients, found.compute_copies,
+    found.activations_and_buffers,
+  )  # fmt: skip
+  assert found.total == sum(parts)
+  fields = [f.name for f in dataclasses.fields(found) if f.name != "peak_unit"]
+  assert found.total == sum(getattr(found, name) for name in fields)
+
+
+def test_a_larger_vocabulary_makes_the_head_the_most_demanding():
+  assert _train().peak_unit == "backward"
+  assert _train(model={"vocab": 65_536}).peak_unit == "head"
+
+
+def test_sizes_of_dtypes_are_jaxs():
+  assert set(DTYPE_BYTES) == set(config.DTYPES)
+  for name, num_bytes in DTYPE_BYTES.items():
+    assert jax.numpy.dtype(name).itemsize == num_bytes
+
+
+def _train(**sections):
+  return memory.train(runs.settings(**sections))

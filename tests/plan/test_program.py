@@ -1,0 +1,113 @@
+"""Ticks, steps and their sums against the table and against the counted operations."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax import config
+from moe_jax.plan import cost, machine, memory, phases, program, simulate, units
+from moe_jax.plan.hardware import cluster
+from tests import runs
+
+H100 = machine.Machine(cluster("h100:2x4"))
+CASES = {
+  "1f1b": runs.settings(),
+  "interleaved": runs.settings(
+    pipeline={"schedule": "interleaved", "chunks": 2, "save": "residuals"}
+  ),
+  "gpipe": runs.settings(pipeline={"schedule": "gpipe", "save": "everything"}),
+  "one stage": runs.settings(mesh={"stage": 1, "expert": 4}, moe={"exchange": "flat"}),
+  "four stages": runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
+}
+each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+
+
+@each_case
+def test_units_run_in_as_many_ticks_as_the_table_says(settings):
+  table = memory.table(settings.pipeline, settings.mesh.stage)
+  found = program.ticks(table)
+  for kind, ticks in table.ticks_by_kind.items():
+    assert sum(getattr(runs, kind) for runs in found) == ticks
+  counts = program.tick_counts(settings.pipeline, settings.mesh.stage)
+  assert sum(times for _, times in counts) == table.num_ticks
+
+
+@each_case
+def test_a_device_multiplies_its_share_of_what_is_executed(settings):
+  """Masked cells come on top: a tick runs a unit on every stage if any stage has one."""
+  table, mesh = memory.table(settings.pipeline, settings.mesh.stage), settings.mesh
+  executed = cost.executed_train_flops(settings, phases.KERNEL_BLOCK)
+  for kind, phases_of in (
+    ("head", ("head",)), ("forward", ("attention", "dispatch", "experts")),
+  ):  # fmt: skip
+    found = 0.0
+    for unit in ("forward", "backward") if kind == "forward" else ("head",):
+      layers = units.layers_per_unit(settings) if kind == "forward" else 1
+      each = sum(step.flops for step in units.unit(settings, unit))
+      found += each * layers * table.units_by_kind[unit]
+    wanted = sum(getattr(executed, phase) for phase in phases_of) / mesh.num_devices
+    if settings.moe.dispatch == "dropless":
+      assert found == pytest.approx(wanted, rel=0.01)  # rows of a rank are whole ones
+    elif settings.pipeline.save == "inputs" or kind == "head":
+      assert found == pytest.approx(wanted)
+    else:
+      assert found <= wanted * 1.0001  # the router's products are kept too
+
+
+@each_case
+@pytest.mark.parametrize("tied", [False, True])
+def test_alike_ticks_once_are_all_ticks(settings, tied):
+  whole = sum(
+    machine.run_block(block, settings, H100).end_s
+    for _, blocks in program.train(settings, tied)
+    for block in blocks
+  )
+  run = simulate.train(settings, H100, tied)
+  assert run.schedule_s == pytest.approx(whole)
+  assert simulate.step_seconds(settings, H100, tied) == pytest.approx(run.step_s)
+  end_s = max(event.end_s for event in simulate.events(settings, H100, tied))
+  assert end_s == pytest.approx(whole)
+
+
+@each_case
+def test_the_bubble_is_the_executed_tables(settings):
+  run = simulate.train(settings, H100)
+  table = memory.table(settings.pipeline, settings.mesh.stage)
+  assert run.bubble_fraction == table.bubble_fraction(run.unit_s)
+  if settings.mesh.stage == 1:
+    assert run.bubble_fraction == 0
+
+
+@each_case
+def test_untied_ticks_are_the_sum_of_their_units_and_transfers(settings):
+  """With nothing beside each other but transfers, head and embedding, a step is never shorter than
+  its units in the table's ticks, and longer by no more than its transfers and ends."""
+  table = memory.table(settings.pipeline, settings.mesh.stage)
+  run = simulate.train(settings, H100, tied=False)
+  kernels_of = {kind: s for kind, s in run.unit_s.items() if kind not in ("embed",)}
+  least = sum(s * table.ticks_by_kind[kind] for kind, s in kernels_of.items())
+  stage_s = run.seconds_by_stream.get("stage link", 0.0)
+  ends_s = sum(
+    machine.run_block(b, settings, H100).end_s
+    for b in (*program.begin(settings), *program.end(settings))
+  )
+  embed_s = run.unit_s["embed"] * table.ticks_by_kind["embed"]
+  assert least <= run.schedule_s <= least + stage_s + ends_s + embed_s
+
+
+def test_tying_never_costs_and_only_moves_what_is_hidden():
+  for settings in CASES.values():
+    tied, untied = (simulate.train(settings, H100, tied=t) for t in (True, False))
+    assert tied.schedule_s <= untied.schedule_s * (1 + 1e-9)
+    assert tied.compute_s == pytest.approx(untied.compute_s)
+    assert tied.bytes_by_link == pytest.approx(untied.bytes_by_link)
+
+
+def test_every_policy_saves_what_it_does_not_run_again():
+  again = {}
+  for save in config.SAVE:
+    pipeline = dataclasses.replace(CASES["1f1b"].pipeline, save=save)
+    settings = dataclasses.replace(CASES["1f1b"], pipeline=pipeline)
+    again[save] = {s.name for s in units.unit(settings, "backward") if s.part == "again"}
+    assert len(units.unit(settings, "forward")) >= len(again[save])
+  assert again["inputs"] > again["residuals"] >= again["everything"] == set()

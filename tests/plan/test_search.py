@@ -1,0 +1,158 @@
+"""The search: complete, ordered, within memory, and plain about what is impossible."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from moe_jax import config
+from moe_jax.plan import compare, machine, memory, phases, search, serve, simulate
+from moe_jax.plan.hardware import CHIPS, Cluster, cluster
+from tests import runs
+
+# Few layers, heads and experts: few plans.
+SECTIONS = {
+  "model": {"layers": 2, "heads": 4, "kv_heads": 4, "experts": 4},
+  "train": {"batch": 8},
+}
+TINY = runs.settings(**SECTIONS, moe={"capacity_factor": 2.0}, pipeline={"micro_batches": 2})
+EIGHT = cluster("h100:2x4")
+WORKLOAD = serve.Workload(sequences=32, prompt_tokens=64, output_tokens=8)
+
+
+def every_legal_step():
+  """Step times of every configuration of 8 GPUs that config.Config itself accepts."""
+  found = []
+  sizes = (1, 2, 4, 8)
+  for expert, tensor, stage in itertools.product(sizes, repeat=3):
+    if expert * tensor * stage != 8:
+      continue
+    for micro_batches, chunks, save, dispatch, exchange in itertools.product(
+      (1, 2, 4, 8), (1, 2), config.SAVE, phases.COSTED, config.EXCHANGE
+    ):
+      schedules = ("interleaved",) if chunks > 1 else ("1f1b", "gpipe")
+      for schedule in schedules:
+        try:
+          settings = runs.settings(
+            **SECTIONS | {"mesh": {"expert": expert, "tensor": tensor, "stage": stage}},
+            pipeline={"schedule": schedule, "micro_batches": micro_batches, "chunks": chunks,
+                      "save": save},
+            moe={"dispatch": dispatch, "exchange": exchange, "capacity_factor": 2.0},
+          )  # fmt: skip
+        except ValueError:
+          continue
+        found.append(simulate.step_seconds(settings, machine.Machine(EIGHT)))
+  return sorted(found)
+
+
+def test_nothing_legal_is_faster_than_the_best():
+  best = search.search(TINY, EIGHT).best
+  everything = every_legal_step()
+  assert [plan.seconds for plan in best] == sorted(plan.seconds for plan in best)
+  assert best[0].seconds == pytest.approx(everything[0])
+  assert len(everything) > 200
+
+
+def test_plans_are_legal_fit_and_keep_the_run():
+  found = search.search(TINY, EIGHT, with_replicas=True)
+  for plan in found.best:
+    again = config.from_mapping(config.as_dict(plan.settings))
+    assert again == plan.settings
+    assert plan.num_gpus == 8
+    assert plan.settings.model == TINY.model
+    assert plan.settings.train.batch * plan.machine.replicas == TINY.train.batch
+    assert plan.memory_bytes == memory.train(plan.settings).total
+    assert plan.memory_bytes <= EIGHT.chip.memory_bytes
+  assert found.simulated <= found.considered
+
+
+@hypothesis_settings(max_examples=10, deadline=None)
+@given(st.floats(1e5, 1e7), st.floats(1, 10))
+def test_more_memory_never_has_fewer_plans_nor_a_slower_one(have, factor):
+  def best(memory_bytes):
+    chip = dataclasses.replace(CHIPS["h100"], name=f"{memory_bytes}", memory_bytes=memory_bytes)
+    try:
+      found = search.search(TINY, Cluster(chip, 1, 2))
+    except ValueError as error:
+      assert "no plan fits" in str(error)
+      return math.inf, 0
+    return found.best[0].seconds, len(found.best)
+
+  (less_s, fewer), (more_s, more) = best(have), best(have * factor)
+  assert more_s <= less_s and more >= fewer
+
+
+def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
+  rate = search.search(TINY, cluster("h100:1x2"), with_replicas=True).best[0]
+  wanted = rate.tokens_per_ms_per_gpu * 2 * 0.999
+  least, tried = search.smallest(TINY, EIGHT, search.Targets(tokens_per_ms=wanted))
+  assert least.num_gpus == tried[-1][0] == 2
+  assert [gpus for gpus, _, _ in tried] == [1, 2]
+  assert "tokens/ms" in tried[0][2] and not tried[-1][2]
+  never, tried = search.smallest(TINY, EIGHT, search.Targets(tokens_per_ms=1e12))
+  assert never is None and [gpus for gpus, _, _ in tried] == [1, 2, 4, 8]
+
+
+def test_serving_drops_nothing_and_keeps_to_its_target():
+  found = search.search(TINY, EIGHT, workload=WORKLOAD)
+  assert {plan.settings.moe.dispatch for plan in found.best} <= {"dropless", "dense", "gathered"}
+  fastest = found.best[0].served
+  assert 0 < fastest.first_ttft_s <= fastest.ttft_s < fastest.whole_s
+  assert fastest.memory.kv_cache > 0
+  late = search.search(TINY, EIGHT, workload=WORKLOAD, ttft_s=fastest.ttft_s * 1.01)
+  assert all(plan.served.ttft_s <= fastest.ttft_s * 1.01 for plan in late.best)
+  with pytest.raises(
+    ValueError, match=r"no plan gives the first token within 1e-09 s: the fastest"
+  ):
+    search.search(TINY, EIGHT, workload=WORKLOAD, ttft_s=1e-9)
+
+
+def test_longer_prompts_take_longer_and_hold_more():
+  short, long = (
+    serve.run(TINY, machine.Machine(EIGHT), WORKLOAD._replace(prompt_tokens=tokens))
+    for tokens in (64, 4096)
+  )
+  assert short.ttft_s < long.ttft_s
+  assert short.memory.kv_cache < long.memory.kv_cache
+
+
+def test_131_072_gpus_on_paper():
+  train = dataclasses.replace(TINY.train, batch=131_072)
+  wanted = dataclasses.replace(TINY, train=train)
+  found = search.search(wanted, cluster("h100:16384x8"), with_replicas=True)
+  best = found.best[0]
+  assert best.num_gpus == 131_072 and best.machine.replicas > 1
+  assert 0 < machine.replica_seconds(best.settings, best.machine) < best.seconds
+
+
+def test_what_is_impossible_says_by_how_much():
+  with pytest.raises(ValueError, match=r"no mesh of 7 GPUs is legal: expert divides .*experts=4"):
+    search.search(TINY, cluster("h100:7x1"))
+  chip = dataclasses.replace(CHIPS["h100"], name="tiny", memory_bytes=1e4)
+  with pytest.raises(ValueError, match=r"no plan fits: the smallest needs .* GB too little; give"):
+    search.search(TINY, Cluster(chip, 2, 4))
+
+
+def test_plans_side_by_side():
+  best = search.search(TINY, EIGHT).best
+  given = search.evaluate(TINY, machine.Machine(EIGHT))
+  rows = compare.table({"given": given, "best": best[0]})
+  assert rows[0] == ("", "given", "best")
+  by_name = {row[0]: row[1:] for row in rows}
+  assert by_name["mesh expert x tensor x stage"][0] == "2 x 2 x 2"
+  assert by_name["step"][0] == f"{given.seconds * 1e3:.2f} ms"
+  text = compare.to_text(rows)
+  assert len(text.splitlines()) == len(rows) and "2 x 2 x 2" in text
+
+
+def test_what_to_change_first_is_what_saves_most():
+  on = machine.Machine(EIGHT)
+  rows = compare.change_first(TINY, on)
+  assert [seconds for _, seconds, _ in rows] == sorted(seconds for _, seconds, _ in rows)
+  now_s = simulate.step_seconds(TINY, on)
+  for _, seconds, saved in rows:
+    assert saved == pytest.approx(1 - seconds / now_s)

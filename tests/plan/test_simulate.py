@@ -1,0 +1,195 @@
+"""The simulated step: one small plan worked by hand, and what must hold for every plan."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from moe_jax import config
+from moe_jax.plan import load, machine, memory, program, simulate, skew, timeline, units
+from moe_jax.plan.calibration import Calibration
+from moe_jax.plan.hardware import CHIPS, Cluster
+from tests import runs
+
+# 1 TFLOP/s (TensorFloat-32 runs at half of bfloat16's rate), 1 TB/s of memory, links of 1 GB/s
+# without latency: a byte takes 1 ns on a link, and NCCL's other protocol is never faster.
+ROUND = dataclasses.replace(
+  CHIPS["h100"],
+  name="round", peak_flops_per_s={"bfloat16": 2e12, "float32": 1e12}, memory_bytes_per_s=1e30,
+  inside_bytes_per_s=1e9, between_bytes_per_s=1e9, inside_latency_s=0.0, between_latency_s=0.0,
+)  # fmt: skip
+
+
+def golden():
+  """Two layers on two devices of one host, each an expert rank; one micro-batch, saved whole."""
+  return config.from_mapping(
+    {
+      "model": {
+        "layers": 2, "d_model": 8, "heads": 2, "kv_heads": 2, "head_dim": 4, "experts": 2,
+        "experts_per_token": 1, "expert_hidden": 16, "vocab": 256, "dtype": "float32",
+      },
+      "mesh": {"expert": 2, "tensor": 1, "stage": 1},
+      "pipeline": {"schedule": "1f1b", "micro_batches": 1, "save": "everything"},
+      "moe": {"dispatch": "capacity", "capacity_factor": 1.0},
+      "train": {"batch": 2, "sequence": 16},
+    }
+  )  # fmt: skip
+
+
+def test_a_small_plan_worked_by_hand():
+  settings = golden()
+  run = simulate.train(settings, machine.Machine(Cluster(ROUND, 1, 2), Calibration(launch_s=0.0)))
+  # A device has 1 sequence of 16 tokens. Each layer, forwards:
+  #   projections: 4 matrices 8 x 8, 2 FLOPs each: 16 x 4 x 64 x 2 = 8,192
+  #   pairs: one block of 16 x 16, 2 heads, 4 x 4 FLOPs: 256 x 2 x 16 = 8,192
+  #   router: 16 x 8 x 2 x 2 = 512, exact float32, at 1 TFLOP/s like the others
+  #   experts: 2 sources send each expert ceil(1.0 x 16 x 1 / 2) = 8 rows: 16 rows x 6 x 8 x 16 =
+  #   12,288
+  attention, router, experts = 8_192 + 8_192, 512, 12_288
+  # The head: 16 x 8 x 256 x 2 = 65,536.
+  head = 65_536
+  # Backwards twice as much, and the scores again: half of the pairs' 8,192.
+  forward, backward = attention + router + experts, 2 * (attention + router + experts) + 4_096
+  compute_s = (2 * (forward + backward) + 3 * head) * 1e-12
+  assert run.compute_s == pytest.approx(compute_s)
+  # All-to-all: 2 experts x 8 rows x 8 x 4 bytes = 512, half of it leaves: 256 ns, there and back,
+  # forwards and backwards, in two layers: 8 x 256 ns.
+  # Counts: 2 integers to the other device, 8 ns in each layer.
+  exchange_s, counts_s = 8 * 256e-9, 2 * 8e-9
+  # Replicated over expert: a layer's attention 4 x 64, router 16, norms 8 + 8; once the embedding
+  # and head 2,048 each and a norm of 8: 2 x 288 + 4,104 = 4,680 elements, of which half is sent:
+  # gathered at the begin, gradients scattered at the end, 4 bytes each: 2 x 9,360 ns.
+  ends_s = 2 * 9_360e-9
+  # Report: 2 layers x (2 + 8) x 4 bytes, loss 8 bytes, norm 16 bytes; an all-reduce of two devices
+  # sends as much as it has.
+  sums_s = (80 + 8 + 16) * 1e-9
+  links_s = exchange_s + counts_s + ends_s + sums_s
+  assert run.seconds_by_link["inside"] == pytest.approx(links_s)
+  assert run.bytes_by_link["inside"] == pytest.approx(links_s * 1e9)
+  # Nothing runs beside anything with one stage and one micro-batch, but counts: those nobody waits
+  # for, and the exchange behind them has to wait for the wire.
+  assert run.schedule_s == pytest.approx(compute_s + links_s, rel=1e-3)
+  assert run.bubble_fraction == 0
+  # Memory: 4,680 / 2 elements and an expert of 3 x 128 a layer, 12 bytes each with moments.
+  held = memory.train(settings)
+  assert held.parameters == 4 * (4_680 // 2 + 2 * 384)
+  assert held.optimizer == 2 * held.parameters
+  assert held.gradients == held.compute_copies == 4 * (4_680 + 2 * 384)
+
+
+CHIP = {
+  "flops": st.floats(1e12, 1e15), "memory": st.floats(1e11, 1e13), "inside": st.floats(1e9, 1e12),
+  "between": st.floats(1e8, 1e11),
+}  # fmt: skip
+CASES = [
+  runs.settings(),
+  runs.settings(pipeline={"schedule": "interleaved", "chunks": 2, "save": "residuals"}),
+  runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
+]
+
+
+def seconds(settings, values, tied):
+  chip = dataclasses.replace(
+    CHIPS["h100"], name=f"{values}", peak_flops_per_s={"bfloat16": values["flops"]},
+    memory_bytes_per_s=values["memory"], inside_bytes_per_s=values["inside"],
+    between_bytes_per_s=values["between"],
+  )  # fmt: skip
+  return simulate.step_seconds(settings, machine.Machine(Cluster(chip, 4, 2)), tied)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+  settings=st.sampled_from(CASES), values=st.fixed_dictionaries(CHIP),
+  which=st.sampled_from(list(CHIP)), factor=st.floats(1, 100),
+)  # fmt: skip
+def test_faster_parts_never_make_a_slower_step(settings, values, which, factor):
+  """Step by step; beside each other, what starts first can hold up what matters more."""
+  better = values | {which: values[which] * factor}
+  before_s, after_s = (seconds(settings, each, tied=False) for each in (values, better))
+  assert after_s <= before_s * (1 + 1e-9)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(settings=st.sampled_from(CASES), values=st.fixed_dictionaries(CHIP))
+def test_a_step_is_no_shorter_than_any_of_its_resources(settings, values):
+  chip = dataclasses.replace(
+    CHIPS["h100"], name=f"{values}", peak_flops_per_s={"bfloat16": values["flops"]},
+    memory_bytes_per_s=values["memory"], inside_bytes_per_s=values["inside"],
+    between_bytes_per_s=values["between"],
+  )  # fmt: skip
+  run = simulate.train(settings, machine.Machine(Cluster(chip, 4, 2)))
+  longest = max(run.compute_s, *run.seconds_by_link.values())
+  assert longest <= run.schedule_s * (1 + 1e-9)
+  assert run.schedule_s <= run.compute_s + sum(run.seconds_by_link.values()) * (1 + 1e-9)
+  assert 0 <= run.hidden_fraction <= 1
+  assert sum(run.critical_s.values()) == pytest.approx(run.schedule_s)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", CASES)
+def test_on_the_timeline_no_stream_does_two_things_and_nothing_runs_too_early(settings, tied):
+  on = machine.Machine(Cluster(CHIPS["h100"], 4, 2))
+  for _, blocks in program.train(settings, tied):
+    for block in blocks:
+      ran = machine.run_block(block, settings, on)
+      for place, op in enumerate(block):
+        assert all(ran.ends[waited] <= ran.starts[place] + 1e-15 for waited in op.after)
+  events = simulate.events(settings, on, tied)
+  for stream in machine.STREAMS:
+    mine = sorted((e.start_s, e.end_s) for e in events if e.stream == stream)
+    assert mine, stream
+    assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
+
+
+def test_an_even_load_takes_as_long_as_the_step():
+  for settings in CASES:
+    on = machine.Machine(Cluster(CHIPS["h100"], 4, 2))
+    even = load.zipf(settings, 0.0)
+    for tied in (False, True):
+      found = skew.end_seconds(settings, on, even, tied)
+      assert found.max() == pytest.approx(simulate.train(settings, on, tied).schedule_s)
+      assert found.shape == (settings.mesh.stage, settings.mesh.expert)
+
+
+def test_the_busiest_rank_holds_up_the_others():
+  settings, on = CASES[2], machine.Machine(Cluster(CHIPS["h100"], 4, 2))
+  took = [
+    skew.end_seconds(settings, on, load.zipf(settings, exponent)).max()
+    for exponent in (0.0, 1.0, 2.0)
+  ]
+  assert took[0] < took[1] < took[2]
+  # A capacity dispatch has the same rows whatever the router does.
+  fixed = [
+    skew.end_seconds(CASES[0], on, load.zipf(CASES[0], exponent)).max() for exponent in (0.0, 2.0)
+  ]
+  assert fixed[0] == fixed[1]
+
+
+def test_pictures_of_the_timeline(tmp_path):
+  on = machine.Machine(Cluster(CHIPS["h100"], 4, 2))
+  events = simulate.events(CASES[1], on)
+  trace = timeline.trace(events)["traceEvents"]
+  named = [event for event in trace if event["ph"] == "M"]
+  assert [event["args"]["name"] for event in named] == list(machine.STREAMS)
+  drawn = [event for event in trace if event["ph"] == "X"]
+  assert len(drawn) == len(events) and all(event["dur"] > 0 for event in drawn)
+  steady = timeline.steady(events)
+  assert min(event.start_s for event in steady) == 0
+  assert {event.unit for event in steady} >= {"forward", "backward"}
+  page = timeline.page(steady, "a <tick>")
+  assert "a &lt;tick&gt;" in page and page.count("<rect") == len(steady)
+
+
+def test_replicas_add_their_gradients():
+  settings = CASES[0]
+  one, many = (
+    simulate.step_seconds(settings, machine.Machine(Cluster(CHIPS["h100"], 64, 8), replicas=n))
+    for n in (1, 64)
+  )
+  assert many > one
+  assert np.isfinite(many)
+  assert units.layers_per_unit(settings) == 2
