@@ -7,6 +7,7 @@ finished, or saved after SIGTERM; 130 saved after Ctrl-C; 1 too many steps were 
 input.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -52,15 +53,20 @@ def _sample(config, outcome, workdir: pathlib.Path) -> None:
   import jax
 
   from moe_jax.serve.generate import Generator
+  from moe_jax.serve.packing import Wish
 
-  dataset = outcome.dataset
-  prompt = dataset.eval_batch(0)["tokens"][0, : max(1, config.train.sequence // 4)]
-  rows = Generator(config, outcome.mesh)(
-    outcome.state.parameters, prompt, temperature=_TEMPERATURE, seed=config.train.seed
-  )
+  dataset, sequence = outcome.dataset, config.train.sequence
+  prompt = dataset.eval_batch(0)["tokens"][0, : max(1, sequence // 4)]
+  serve = dataclasses.replace(config.serve, slots=1, max_tokens=sequence)
+  generate = Generator(dataclasses.replace(config, serve=serve), outcome.mesh)
+  parameters = generate.programs.parameters(outcome.state.parameters)
+  (new,) = generate(
+    parameters, [prompt], new_tokens=sequence - len(prompt),
+    wishes=Wish(_TEMPERATURE, seed=config.train.seed % 2**32),
+  )  # fmt: skip
   if jax.process_index() > 0:
     return
-  before, after = dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(rows[0, len(prompt) :])
+  before, after = dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(new)
   (workdir / "sample.txt").write_text(before + after, encoding="utf-8")
   print(f"sample: {len(prompt)} held-out tokens\n{before}\nand how the model goes on\n{after}")
 

@@ -66,6 +66,51 @@ def dropped_fraction(counts):
   return dropped / xp.maximum(sent, xp.ones_like(sent))
 
 
+def percentiles(counts_LE, at=(50, 90, 99)):
+  """Returns ratio_LN, percentiles of the experts' tokens over the mean expert's.
+
+  Args:
+    counts_LE: tokens routed to each expert of each layer; or to each rank, or layers and experts
+      swapped, for percentiles across those.
+    at: N percentiles, from 0 to 100.
+
+  Returns:
+    1 everywhere for an even load; 0 for a layer that routed nothing.
+  """
+  xp = counts_LE.__array_namespace__()
+  ratio_LE = load_share(counts_LE) * counts_LE.shape[-1]
+  return xp.stack([xp.percentile(ratio_LE, each, axis=-1) for each in at], axis=-1)
+
+
+def rank_counts(counts_LE, num_ranks: int):
+  """Returns counts_LX, the tokens of each rank where rank x holds experts x * E / X and on."""
+  return counts_LE.reshape(*counts_LE.shape[:-1], num_ranks, -1).sum(-1)
+
+
+def queue(counts_LE, capacity_tokens: int):
+  """Returns queue_LE, the tokens of each expert beyond what it has room for."""
+  xp = counts_LE.__array_namespace__()
+  return xp.maximum(counts_LE - capacity_tokens, xp.zeros_like(counts_LE))
+
+
+def moving_average(average_LE, counts_LE, keep: float):
+  """Returns average_LE after a window: `keep` of what it was, the rest of the new counts' shares.
+
+  Args:
+    average_LE: shares, as of `load_share`.
+    counts_LE: tokens of the window.
+    keep: from 0, which forgets at once, to below 1.
+  """
+  return keep * average_LE + (1 - keep) * load_share(counts_LE)
+
+
+def over_windows(counts_ULE, size: int):
+  """Returns counts_WLE, the sums over whole windows of `size` micro-batches; a rest is left out."""
+  num_windows = len(counts_ULE) // size
+  shape = (num_windows, size, *counts_ULE.shape[1:])
+  return counts_ULE[: num_windows * size].reshape(shape).sum(1)
+
+
 def _loads(counts_LE):
   # astype(float) is float64 in numpy and float32 in jax: whole numbers stay whole to 2**24 tokens.
   load_LE = counts_LE.astype(float)

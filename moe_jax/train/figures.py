@@ -19,20 +19,33 @@ def row(metrics: Metrics, order: np.ndarray, micro_batches: int) -> dict:
 
   Returns:
     `loss` (cross-entropy in nats per token), `grad_norm`, `load_max_over_mean` (one number for each
-    layer in logical order), `dropped_fraction`, `skipped_steps`, `load_balance_loss` and
+    layer in logical order; so `load_variation`, the coefficient of variation, and `load_p99`, the
+    99th percentile over the mean), `dropped_fraction`, `skipped_steps`, `load_balance_loss` and
     `router_z_loss` (unweighted means over layers and micro-batches).
   """
-  report = metrics.losses.report
+  report, counts_LE = metrics.losses.report, expert_tokens(metrics, order)
   mean = lambda loss_L: float(loss_L.mean()) / micro_batches
   return {
     "loss": float(metrics.losses.cross_entropy),
     "grad_norm": float(metrics.gradient_norm),
-    "load_max_over_mean": monitor.max_over_mean(report.assigned_E[np.argsort(order)]),
+    "load_max_over_mean": monitor.max_over_mean(counts_LE),
+    "load_variation": monitor.coefficient_of_variation(counts_LE),
+    "load_p99": monitor.percentiles(counts_LE, (99,))[:, 0],
     "dropped_fraction": float(monitor.dropped_fraction(report.counts._asdict())),
     "skipped_steps": int(metrics.skipped_steps),
     "load_balance_loss": mean(report.losses.load_balance),
     "router_z_loss": mean(report.losses.router_z),
   }
+
+
+def expert_tokens(metrics: Metrics, order: np.ndarray) -> np.ndarray:
+  """Returns counts_LE, the step's assignments to each expert, layers in logical order.
+
+  Args:
+    metrics: of the step, as numpy arrays; layers in the pipeline's placement.
+    order: logical layer at each place, [L].
+  """
+  return metrics.losses.report.assigned_E[np.argsort(order)]
 
 
 def over_run(lines: list[dict]) -> dict:

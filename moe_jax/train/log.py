@@ -68,13 +68,14 @@ class Log:
     self._saved = {first_step} if first_step else set()  # steps with a checkpoint
     self._last_good: int | None = None
     self._mark_s: float | None = None
-    writers = []
+    writers, loads = [], []
     if jax.process_index() == 0:
       writers = [
         metrics_lib.JsonlWriter(workdir / "metrics.jsonl", first_step),
         metrics_lib.TensorBoardWriter(workdir / "tensorboard", first_step),
       ]
-    self._writers = metrics_lib.Writers(writers)
+      loads = [metrics_lib.JsonlWriter(workdir / "load.jsonl", first_step)]
+    self._writers, self._loads = metrics_lib.Writers(writers), metrics_lib.Writers(loads)
 
   def step(self, dispatched: Dispatched) -> float | None:
     """Logs a step, and returns its held-out loss if it was evaluated; waits for the devices.
@@ -99,6 +100,9 @@ class Log:
       "learning_rate": float(self._learning_rates[dispatched.step - num_skipped_before]),
     }
     self._writers.write(dispatched.step, row)
+    self._loads.write(
+      dispatched.step, {"expert_tokens": figures.expert_tokens(metrics, self._order)}
+    )
     self._progress.update(dispatched.step, row)
     if metrics.is_finite and dispatched.step in self._saved:
       self._last_good = dispatched.step
@@ -119,6 +123,7 @@ class Log:
   def close(self) -> None:
     """Closes the files."""
     self._writers.close()
+    self._loads.close()
 
   def _diverged(self, step: int) -> str:
     train = self._settings.train

@@ -69,8 +69,8 @@ def train(
 
   Args:
     settings: what to train.
-    workdir: the run's folder, seen by all processes: config.json, metrics.jsonl, tensorboard/,
-      checkpoints/, and at the end summary.json and loss.png.
+    workdir: the run's folder, seen by all processes: config.json, metrics.jsonl, load.jsonl (tokens
+      of every layer's experts), tensorboard/, checkpoints/, and at the end summary.json, loss.png.
     stop: asked before every step; once it is true in any process, the run saves and returns after
       that step.
     profile_steps: (start, stop) of the steps to trace to profile/.

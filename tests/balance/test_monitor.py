@@ -59,3 +59,25 @@ def test_dropped_fraction_is_over_all_layers(array):
 def test_missing_counts_are_named():
   with pytest.raises(ValueError, match=r"counts lack dropped.*got sent, kept"):
     monitor.dropped_fraction({"sent": np.array([1]), "kept": np.array([1])})
+
+
+def test_percentiles_are_over_the_mean():
+  counts_LE = np.stack([np.arange(101), np.full(101, 7)])
+  np.testing.assert_allclose(
+    monitor.percentiles(counts_LE), [[1.0, 1.8, 1.98], [1, 1, 1]], rtol=1e-12
+  )
+  under_jit = jax.jit(monitor.percentiles)(jnp.asarray(counts_LE))
+  np.testing.assert_allclose(under_jit, monitor.percentiles(counts_LE), rtol=1e-5)
+  # Across layers: their busiest expert against each other.
+  assert monitor.percentiles(counts_LE.T, (100,))[-1] == pytest.approx(2 * 100 / 107)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_ranks_queues_windows_and_averages(array):
+  counts_LE = array([[5, 1, 0, 2], [3, 3, 3, 3]])
+  assert monitor.rank_counts(counts_LE, 2).tolist() == [[6, 2], [6, 6]]
+  assert monitor.queue(counts_LE, 3).tolist() == [[2, 0, 0, 0], [0, 0, 0, 0]]
+  average_LE = monitor.moving_average(monitor.load_share(counts_LE), counts_LE[:, ::-1], 0.75)
+  np.testing.assert_allclose(average_LE[0] * 8, [4.25, 0.75, 0.25, 2.75], rtol=1e-6)
+  stream = array(np.arange(5 * 2).reshape(5, 1, 2))
+  assert monitor.over_windows(stream, 2).tolist() == [[[2, 4]], [[10, 12]]]

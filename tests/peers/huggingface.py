@@ -71,9 +71,9 @@ def compare(config: str, settings: config_lib.Config, rounds: int) -> dict:
     "speedup": {kind: _speedup(**steps[kind]) for kind in KINDS},
     "fastest": fastest,
     "trials_s": trials,
-    "left_out": _left_out(settings),
+    "left_out": left_out(settings),
     "matmul_peak_flops_per_s": peaks,
-    "threads": _num_threads(),
+    "threads": num_threads(),
     "versions": versions,
     "config": config_lib.as_dict(settings),
   }
@@ -99,8 +99,8 @@ def to_text(found: dict) -> str:
 class Worker:
   """A process that does one step each time it is asked, and sleeps in between."""
 
-  def __init__(self, name: str, config: str):
-    command = [sys.executable, "-m", "tests.peers.huggingface", f"--worker={name}"]
+  def __init__(self, name: str, config: str, module: str = "tests.peers.huggingface"):
+    command = [sys.executable, "-m", module, f"--worker={name}"]
     self.process = subprocess.Popen(
       [*command, f"--config={config}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
       env={**os.environ, **environment.MALLOC},  # which serves both
@@ -138,7 +138,7 @@ def run_ours(settings: config_lib.Config) -> None:
     gemms.measure()
     return gemms.peak_flops_per_s
 
-  _answer(
+  answer(
     f"jax {jax.__version__}",
     {"train": program.train, "forward": program.forward, "gemm": peak},
   )
@@ -151,7 +151,7 @@ def run_theirs(settings: config_lib.Config) -> None:
   from launch import stopwatch
   from tests import mixtral
 
-  torch.set_num_threads(_num_threads())
+  torch.setnum_threads(num_threads())
   inputs = stopwatch.random_inputs(settings)
   rows = lambda leaf: torch.from_numpy(leaf.reshape(-1, leaf.shape[-1]).astype("int64"))
   batch = {"input_ids": rows(inputs.tokens_bS), "labels": rows(inputs.targets_bS)}
@@ -180,11 +180,11 @@ def run_theirs(settings: config_lib.Config) -> None:
     with torch.no_grad():
       loss()
 
-  possible = [name for name in EXPERTS if name not in _left_out(settings)]
+  possible = [name for name in EXPERTS if name not in left_out(settings)]
   variants = {f"forward {name}": functools.partial(forward, name) for name in possible}
   for experts, name in itertools.product(possible, ADAMW):
     variants[f"train {experts} {name}"] = functools.partial(train_step, experts, name)
-  _answer(
+  answer(
     f"transformers {transformers.__version__}, torch {torch.__version__}",
     {name: functools.partial(_timed, step) for name, step in variants.items()}
     | {"names": lambda: list(variants)},
@@ -194,7 +194,7 @@ def run_theirs(settings: config_lib.Config) -> None:
 WORKERS = {"moe_jax": run_ours, "huggingface": run_theirs}
 
 
-def _answer(versions: str, functions: dict[str, Callable]) -> None:
+def answer(versions: str, functions: dict[str, Callable]) -> None:
   """Answers each line of stdin with what the function of that name returns, as a line of JSON."""
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what a library prints is not an answer
@@ -226,7 +226,7 @@ def _speedup(moe_jax: list, huggingface: list) -> float:
   return statistics.median(theirs[0][0] / ours[0][0] for ours, theirs in turns)
 
 
-def _left_out(settings: config_lib.Config) -> dict[str, str]:
+def left_out(settings: config_lib.Config) -> dict[str, str]:
   """Returns the experts implementations that this machine cannot run, and why."""
   model, train = settings.model, settings.train
   # batched_mm copies the weights of its expert for every assignment, float32: gate, up and down.
@@ -239,7 +239,8 @@ def _left_out(settings: config_lib.Config) -> dict[str, str]:
   return {"batched_mm": why}
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
+  """Returns the cores that this process may use."""
   return len(os.sched_getaffinity(0))
 
 

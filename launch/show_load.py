@@ -1,0 +1,34 @@
+"""Draws which experts a run's tokens went to, over time, from the run's folder.
+
+  python -m launch.show_load --workdir=runs/laptop --out=load.png
+
+Above, how uneven each layer is; below, for each layer, its experts' share of the tokens over steps,
+as a multiple of the even share. Reads load.jsonl, which training writes, and prints a table of the
+last steps: busiest expert, coefficient of variation, percentiles. Needs no device.
+"""
+
+import pathlib
+
+from absl import flags
+
+from launch.flags import run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Draw it here, .png; by default load.png in the folder.")
+_LAST = flags.DEFINE_integer("last", 20, "Steps that the table sums up.", lower_bound=1)
+
+
+def main() -> None:
+  # matplotlib takes a second to import, which a mistyped flag need not wait for.
+  from launch import load_picture
+
+  folder = pathlib.Path(_WORKDIR.value)
+  steps, counts_WLE = load_picture.read(folder)
+  out = pathlib.Path(_OUT.value or folder / "load.png")
+  print(load_picture.to_text(counts_WLE[-_LAST.value :]))
+  load_picture.picture(steps, counts_WLE, out, folder.resolve().name)
+  print(out)
+
+
+if __name__ == "__main__":
+  run(main, config=False)

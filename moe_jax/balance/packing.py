@@ -1,0 +1,344 @@
+"""Which experts to hold twice, and which rank holds what, from the load alone: numpy, all layers at
+once.
+
+Replicas split their expert's tokens evenly; a rank's load is the sum over its slots. Slots lie rank
+by rank: slot p is on rank p // (P / X). Two replicas of an expert never share a rank, where the
+second would hold nothing that the first does not. Knows loads; must not know what moves or when.
+
+Letters: X ranks, S slots of a rank, P = X * S.
+"""
+
+import numpy as np
+
+_SWEEPS = 2
+_CLOSE = 5e-4  # of the mean: what is this even is left alone
+_LESS = 1 - 1e-9  # a gain below rounding is none
+_LIGHT = 2**16 - 1  # sorts as a load of 0; the heaviest as 0
+# How much of a mean rank a replica of a hot expert may fill. The smallest peak of a replica is not
+# always the best: two of 0.6 do not fit on a rank that one of 0.95 would fill.
+# Beside it the mean over the busiest rank that is good enough not to try.
+_FILLS = ((0.95, 0.99), (1.0, 0.98), (0.8, 0.97), (0.6, 0.97))
+_SPLIT = 0.4  # of a mean rank: what is above is not split further for its own sake
+
+
+def plan(
+  load_LE: np.ndarray,
+  num_slots: int,
+  num_ranks: int,
+  *,
+  num_hosts: int = 1,
+  num_groups: int = 1,
+  sweeps: int = _SWEEPS,
+) -> np.ndarray:
+  """Returns expert_LP, the expert that each slot holds.
+
+  With one host the packing is global. With several it is hierarchical: whole groups of experts go
+  to hosts, so that a token whose router picks groups stays on few hosts; replicas stay on their
+  expert's host.
+
+  Args:
+    load_LE: tokens expected at each expert, not negative.
+    num_slots: P, of all ranks together, at least E.
+    num_ranks: X.
+    num_hosts: of X / num_hosts ranks each.
+    num_groups: of E / num_groups neighbouring experts each.
+    sweeps: of exchanges between ranks (`swap`) after the greedy packing; with 0 it is that alone,
+      with one choice of replicas: the source's result where no rank would hold an expert twice.
+
+  Raises:
+    ValueError: the sizes do not divide, or there are more slots than distinct replicas.
+
+  Source: DeepSeek-V3 (arXiv:2412.19437), section 3.4, and the README of deepseek-ai/EPLB, whose
+  packing this is; parting replicas, exchanges and other numbers of replicas are added here.
+  """
+  load_LE = np.asarray(load_LE, np.float64)
+  num_layers, num_experts = load_LE.shape
+  _check(num_experts, num_slots, num_ranks, num_hosts, num_groups)
+  group_load_LG = load_LE.reshape(num_layers, num_groups, -1).sum(-1)
+  group_LG = _pack(group_load_LG, np.ones_like(group_load_LG, int), num_hosts, sweeps)
+  size = num_experts // num_groups
+  expert_LE = (group_LG[..., None] * size + np.arange(size)).reshape(num_layers * num_hosts, -1)
+  layer = np.repeat(np.arange(num_layers), num_hosts)[:, None]
+  load_he = load_LE[layer, expert_LE]  # rows are hosts of layers, e their experts
+  ranks = num_ranks // num_hosts
+  packed_hp = _best(load_he, num_slots // num_hosts, ranks, sweeps)
+  return np.take_along_axis(expert_LE, packed_hp, 1).reshape(num_layers, num_slots)
+
+
+def replicate(load_LE: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarray:
+  """Returns replicas_LE: how often each expert is held, at least once and at most on every rank, so
+  that the load of the busiest replica is as low as it can be.
+
+  Args:
+    load_LE: tokens expected at each expert.
+    num_slots: the sum of each row.
+    num_ranks: X.
+  """
+  return _spread(load_LE, np.ones(load_LE.shape, np.int64), num_slots, num_ranks, np.inf)
+
+
+def slot_loads(expert_LP: np.ndarray, load_LE: np.ndarray) -> np.ndarray:
+  """Returns load_LP, the share of each slot in its expert's load, even among replicas."""
+  each_LE = load_LE / np.maximum(replicas(expert_LP, load_LE.shape[1]), 1)
+  return np.take_along_axis(each_LE, expert_LP, 1)
+
+
+def rank_loads(expert_LP: np.ndarray, load_LE: np.ndarray, num_ranks: int) -> np.ndarray:
+  """Returns load_LX, the load of each rank."""
+  return slot_loads(expert_LP, load_LE).reshape(len(load_LE), num_ranks, -1).sum(-1)
+
+
+def replicas(expert_LP: np.ndarray, num_experts: int) -> np.ndarray:
+  """Returns replicas_LE, how many slots hold each expert."""
+  num_layers = len(expert_LP)
+  flat = expert_LP + np.arange(num_layers)[:, None] * num_experts
+  return np.bincount(flat.ravel(), minlength=num_layers * num_experts).reshape(num_layers, -1)
+
+
+def check(expert_LP: np.ndarray, num_experts: int, num_ranks: int) -> None:
+  """Checks that every layer holds every expert, none of them twice on a rank.
+
+  Raises:
+    ValueError: it does not.
+  """
+  missing = np.argwhere(replicas(expert_LP, num_experts) == 0)
+  if len(missing):
+    layer, expert = missing[0]
+    raise ValueError(
+      f"no slot of layer {layer} holds expert {expert}, expected each of {num_experts} in at least"
+      " one; make the placement with packing.plan"
+    )
+  sorted_LXS = np.sort(expert_LP.reshape(len(expert_LP), num_ranks, -1), -1)
+  twice = np.argwhere(sorted_LXS[..., 1:] == sorted_LXS[..., :-1])
+  if len(twice):
+    layer, rank, slot = twice[0]
+    raise ValueError(
+      f"rank {rank} of layer {layer} holds expert {sorted_LXS[layer, rank, slot]} twice, expected"
+      " replicas on different ranks; make the placement with packing.plan"
+    )
+
+
+def swap(
+  expert_LP: np.ndarray,
+  load_LP: np.ndarray,
+  num_ranks: int,
+  sweeps: int,
+  pairs: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (expert_LP, load_LP) after exchanges of slots between ranks.
+
+  A sweep pairs the busiest rank with the idlest, the second with the second idlest and so on; each
+  pair exchanges those two slots that make it most even. No rank becomes busier than the busier of
+  its pair was.
+
+  Args:
+    expert_LP: the expert in each slot.
+    load_LP: the load of each slot.
+    num_ranks: X.
+    sweeps: at most; a layer that is even, or that a sweep does not change, is left alone.
+    pairs: of ranks in a sweep, at most; by default all.
+  """
+  shape = (len(expert_LP), num_ranks, -1)
+  expert_LXS, load_LXS = expert_LP.reshape(shape).copy(), load_LP.reshape(shape).copy()
+  num_slots, num_pairs = expert_LXS.shape[2], min(num_ranks // 2, pairs or num_ranks)
+  load_LX = load_LXS.sum(-1)
+  even_L = load_LX.mean(1) * (1 + _CLOSE)
+  todo = np.arange(len(expert_LP))
+  buffer = np.empty((len(todo), num_pairs, num_slots, num_slots), np.float32)
+  for _ in range(sweeps):
+    todo = todo[load_LX[todo].max(1) > even_L[todo]]
+    if not len(todo) or not num_pairs:
+      break
+    order_iX = np.argsort(load_LX[todo], axis=1)
+    row, cold, hot = todo[:, None], order_iX[:, :num_pairs], order_iX[:, : -num_pairs - 1 : -1]
+    half_gap = (load_LX[row, hot] - load_LX[row, cold]) / 2
+    # In float32, and each operation in place: this is where the time goes.
+    a_ijS1 = load_LXS[row, hot].astype(np.float32)[..., None]
+    b_ij1S = (load_LXS[row, cold] + half_gap[..., None]).astype(np.float32)[..., None, :]
+    off_ijSS = np.subtract(a_ijS1, b_ij1S, out=buffer[: len(todo)])
+    best = np.abs(off_ijSS, out=off_ijSS).reshape(*half_gap.shape, -1).argmin(-1)
+    there = (row, hot, best // num_slots)
+    here = (row, cold, best % num_slots)
+    off = np.abs(load_LXS[there] - load_LXS[here] - half_gap)
+    i, j = np.nonzero(off < half_gap * _LESS)
+    row, hot, cold, best = todo[i], hot[i, j], cold[i, j], best[i, j]
+    there, here = (row, hot, best // num_slots), (row, cold, best % num_slots)
+    clash = (expert_LXS[row, cold] == expert_LXS[there][:, None]).any(1)
+    clash |= (expert_LXS[row, hot] == expert_LXS[here][:, None]).any(1)
+    there, here = (tuple(index[~clash] for index in place) for place in (there, here))
+    for array in (expert_LXS, load_LXS):
+      array[there], array[here] = array[here], array[there]
+    moved = load_LXS[here] - load_LXS[there]
+    load_LX[there[:2]] -= moved
+    load_LX[here[:2]] += moved
+    todo = np.unique(there[0])
+  return expert_LXS.reshape(expert_LP.shape), load_LXS.reshape(load_LP.shape)
+
+
+def _spread(load_LE, replicas_LE, num_slots: int, num_ranks: int, split) -> np.ndarray:
+  """Returns the replicas with what is left of the slots given to the busiest replica, one by one.
+
+  Args:
+    split: replicas above this load get none, while there are others.
+  """
+  replicas_LE = replicas_LE.copy()
+  each_LE = load_LE / replicas_LE
+  # Below every load and in this order: not to be split, and held by every rank already.
+  each_LE = np.where(each_LE > split, -1.0, each_LE)
+  each_LE[replicas_LE >= num_ranks] = -2.0
+  left_L = num_slots - replicas_LE.sum(1)
+  rows, busy = np.arange(len(load_LE)), each_LE
+  for step in range(left_L.max(initial=0)):
+    if step >= left_L.min():
+      rows = np.flatnonzero(left_L > step)
+      busy = each_LE[rows]
+    busiest_i = busy.argmax(1)
+    number_i = replicas_LE[rows, busiest_i] + 1
+    replicas_LE[rows, busiest_i] = number_i
+    each_LE[rows, busiest_i] = np.where(
+      number_i < num_ranks, load_LE[rows, busiest_i] / number_i, -2.0
+    )
+  return replicas_LE
+
+
+def _best(load_LE, num_slots: int, num_ranks: int, sweeps: int) -> np.ndarray:
+  """Returns the packed items of the most even of several choices of replicas, for each layer."""
+  replicas_LE = replicate(load_LE, num_slots, num_ranks)
+  packed_LP = _pack(load_LE / replicas_LE, replicas_LE, num_ranks, sweeps)
+  if not sweeps:
+    return packed_LP
+  mean_L = load_LE.sum(1) / num_ranks
+  peak_L = rank_loads(packed_LP, load_LE, num_ranks).max(1)
+  # Where no replica is large, another number of them changes little.
+  is_coarse_L = (load_LE / replicas_LE).max(1) > _SPLIT * mean_L
+  for fill, good in _FILLS:
+    poor = np.flatnonzero(is_coarse_L & (peak_L * good > mean_L))
+    wanted_iE = np.ceil(load_LE[poor] / (fill * mean_L[poor, None]))
+    wanted_iE = np.clip(wanted_iE, 1, num_ranks).astype(np.int64)
+    fits = wanted_iE.sum(1) <= num_slots
+    poor, wanted_iE = poor[fits], wanted_iE[fits]
+    if not len(poor):
+      continue
+    load_iE = load_LE[poor]
+    replicas_iE = _spread(load_iE, wanted_iE, num_slots, num_ranks, _SPLIT * mean_L[poor, None])
+    packed_iP = _pack(load_iE / replicas_iE, replicas_iE, num_ranks, sweeps)
+    peak_i = rank_loads(packed_iP, load_iE, num_ranks).max(1)
+    better = peak_i < peak_L[poor]
+    packed_LP[poor[better]], peak_L[poor[better]] = packed_iP[better], peak_i[better]
+  return packed_LP
+
+
+def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int) -> np.ndarray:
+  """Returns item_LP, of E items, rank by rank; item e lies in replicas_LE of them."""
+  item_LP = _items(replicas_LE)
+  if item_LP.shape[1] == num_ranks:
+    return item_LP
+  load_LP = np.take_along_axis(each_LE, item_LP, 1)
+  # On 16 bits numpy's stable sort is several times faster, and heavier is all that it has to tell.
+  heaviest_L1 = np.maximum(load_LP.max(1, keepdims=True), 1e-300)
+  order_LP = np.argsort((_LIGHT * (1 - load_LP / heaviest_L1)).astype(np.uint16), 1, kind="stable")
+  item_LP = np.take_along_axis(item_LP, order_LP, 1)
+  last = np.flatnonzero((np.take_along_axis(replicas_LE, item_LP, 1) > 1).any(0))
+  packed_LP = _heaviest_first(
+    item_LP, np.take_along_axis(load_LP, order_LP, 1), num_ranks, last[-1] + 1 if len(last) else 0
+  )
+  _part(packed_LP, each_LE, num_ranks)
+  load_LP = np.take_along_axis(each_LE, packed_LP, 1)
+  return swap(packed_LP, load_LP, num_ranks, sweeps)[0]
+
+
+def _items(replicas_LE):
+  """Returns item_LP: every item once, in order, then the further replicas."""
+  num_layers, num_items = replicas_LE.shape
+  first_LE = np.broadcast_to(np.arange(num_items), replicas_LE.shape)
+  further = np.repeat(first_LE.ravel(), replicas_LE.ravel() - 1).reshape(num_layers, -1)
+  return np.concatenate([first_LE, further], 1)
+
+
+def _heaviest_first(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.ndarray:
+  """Returns the items rank by rank: one after the other goes to the idlest rank with room that does
+  not hold it yet; where all with room do, to the idlest of those.
+
+  Args:
+    item_LP, load_LP: items and their loads, the heaviest first.
+    num_replicated: from this place on there are no items with replicas.
+  """
+  num_layers, num_places = item_LP.shape
+  num_slots, layer_L = num_places // num_ranks, np.arange(num_layers)
+  # Everything of a step is a row of its own, and ranks are numbered through all layers: a step is a
+  # handful of numpy calls, whose overhead is all that it costs.
+  item_PL, load_PL = np.ascontiguousarray(item_LP.T), np.ascontiguousarray(load_LP.T)
+  rank_PL, first_L = np.empty_like(item_PL), layer_L * num_ranks
+  load_LX = np.zeros((num_layers, num_ranks))
+  load, room = load_LX.reshape(-1), np.full(num_layers * num_ranks, num_slots)
+  if_full = np.array([np.inf, *[0.0] * num_slots])
+  is_there_LEX = np.zeros((num_layers, item_LP.max() + 1, num_ranks), bool)
+  twice = 2 * load_LP.sum() + 1  # more than any rank can have, and less than being full
+  first = 0
+  if load_PL[:num_ranks].min() > 0:
+    # The heaviest find the ranks idle, and go to one after the other.
+    first, rank_X1 = num_ranks, np.arange(num_ranks)[:, None]
+    is_there_LEX[layer_L, item_PL[:first], rank_X1] = True
+    rank_PL[:first] = rank_X1 + first_L
+    load_LX[:] = load_PL[:first].T
+    room -= 1
+  for i in range(first, num_places):
+    rank_L = rank_PL[i]
+    if i < num_replicated:
+      there_LX = is_there_LEX[layer_L, item_PL[i]]
+      rank_L[:] = (load_LX + twice * there_LX).argmin(1)
+      is_there_LEX[layer_L, item_PL[i], rank_L] = True
+    else:
+      load_LX.argmin(1, out=rank_L)
+    rank_L += first_L
+    room_L = room[rank_L] - 1
+    room[rank_L] = room_L
+    load[rank_L] += load_PL[i] + if_full[room_L]
+  # A stable sort by rank leaves each rank's items in the order in which they came; numpy's is ten
+  # times faster on 16 bits.
+  rank_LP = (rank_PL - first_L).astype(np.min_scalar_type(num_ranks)).T
+  order_LP = np.argsort(rank_LP, axis=1, kind="stable")
+  return np.take_along_axis(item_LP, order_LP, 1)
+
+
+def _part(packed_LP, each_LE, num_ranks: int) -> None:
+  """Exchanges slots, in place, until no rank holds an item twice; such are few."""
+  packed_LXS = packed_LP.reshape(len(packed_LP), num_ranks, -1)
+  sorted_LXS = np.sort(packed_LXS, -1)
+  for layer in np.flatnonzero((sorted_LXS[..., 1:] == sorted_LXS[..., :-1]).any((1, 2))):
+    held_XS, each_E = packed_LXS[layer], each_LE[layer]
+    while True:
+      again = [
+        (x, s)
+        for x, row in enumerate(held_XS.tolist())
+        for s, item in enumerate(row)
+        if item in row[:s]
+      ]
+      if not again:
+        break
+      x, s = again[0]
+      legal_XS = ~(held_XS == held_XS[x, s]).any(1, keepdims=True)
+      legal_XS = legal_XS & ~np.isin(held_XS, held_XS[x])
+      off_XS = np.where(legal_XS, np.abs(each_E[held_XS] - each_E[held_XS[x, s]]), np.inf)
+      there = np.unravel_index(off_XS.argmin(), off_XS.shape)
+      held_XS[x, s], held_XS[there] = held_XS[there], held_XS[x, s]
+
+
+def _check(num_experts, num_slots, num_ranks, num_hosts, num_groups):
+  for name, size, by_name, by in (
+    ("num_experts", num_experts, "num_groups", num_groups),
+    ("num_groups", num_groups, "num_hosts", num_hosts),
+    ("num_ranks", num_ranks, "num_hosts", num_hosts),
+    ("num_slots", num_slots, "num_ranks", num_ranks),
+  ):
+    if by < 1 or size % by:
+      raise ValueError(
+        f"{name}={size} is not divisible by {by_name}={by}; choose {by_name} from the divisors of"
+        f" {size} or {name}={-(-size // max(by, 1)) * max(by, 1)}"
+      )
+  most = num_experts * num_ranks // num_hosts
+  if not num_experts <= num_slots <= most:
+    raise ValueError(
+      f"num_slots={num_slots} cannot hold num_experts={num_experts} on num_ranks={num_ranks}, each"
+      f" expert once and none twice on a rank; choose from {num_experts} to {most}"
+    )

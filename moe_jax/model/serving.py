@@ -1,0 +1,273 @@
+"""A layer, embedding and head with a key-value cache: of chunks of prompts, and of one token each.
+
+Per-device programs for inside the manual region; the mathematics is that of `model.transformer`.
+In a chunk, positions lie over `tensor` between layers; where each sequence brings one token, the
+sequences do, so that both look alike to norms, attention's collectives and the dispatch. What is
+padding, or of an idle cell, is routed to no expert and writes to no page.
+
+Letters: b rows of this rank of `expert`; c rows with empty ones added to a multiple of `tensor`; W
+pages of a row. Knows the model; must not know schedules, requests or who gives out pages.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.model import attention, cached_attention, kv_cache, transformer
+from moe_jax.model.kv_cache import Cache
+from moe_jax.model.layers import rms_norm
+from moe_jax.model.transformer import Layer, Shared
+from moe_jax.moe import gathered, layer, router
+from moe_jax.moe import plan as plans
+from moe_jax.moe.dispatch import DISPATCH
+from moe_jax.moe.exchange import EXCHANGE
+from moe_jax.moe.experts import Weights
+from moe_jax.parallel import collectives
+from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+
+
+class Chunk(NamedTuple):
+  """A micro-batch of prefill: chunks of prompts, one a row, padded on the right.
+
+  Attributes:
+    tokens_bS: int32; what stands behind a row's length is padding.
+    starts_b: position of each row's first token, a multiple of the page, int32.
+    lengths_b: tokens of the row; 0 for an empty row, int32.
+    context_bW: the pages before the chunk, of which the first `starts_b` tokens are attended to,
+      int32; W = 0 where all rows begin their sequences.
+    pages_bW: the pages that the chunk fills, -1 for none, int32; W = S / page.
+  """
+
+  tokens_bS: jax.Array
+  starts_b: jax.Array
+  lengths_b: jax.Array
+  context_bW: jax.Array
+  pages_bW: jax.Array
+
+
+class Tokens(NamedTuple):
+  """A micro-batch of decode: a token of each row.
+
+  Attributes:
+    tokens_b: int32.
+    positions_b: of the token in its sequence, int32.
+    is_active_b: rows that run.
+    pages_bW: the row's pages from its first on, -1 for none, int32.
+  """
+
+  tokens_b: jax.Array
+  positions_b: jax.Array
+  is_active_b: jax.Array
+  pages_bW: jax.Array
+
+
+class Report(NamedTuple):
+  """What one layer says of one micro-batch on this device, int32.
+
+  Attributes:
+    assigned_E: assignments per expert, without padding.
+    dropped: assignments that no expert served.
+  """
+
+  assigned_E: jax.Array
+  dropped: jax.Array
+
+
+class Model(NamedTuple):
+  """The network with a cache, as per-device functions.
+
+  Attributes:
+    embed_chunk: (shared, Chunk) -> `x_bsD`.
+    embed_tokens: (shared, Tokens) -> `x_1cD`.
+    layer_of_chunk: (layers, index, x_bsD, Chunk, Cache, runs) -> (y, Cache, Report).
+    layer_of_tokens: (layers, index, x_1cD, Tokens, Cache, runs) -> (y, Cache, Report).
+    last_logits: (shared, y_bsD, Chunk) -> `logits_bV` at each row's last token, float32.
+    token_logits: (shared, y_1cD, Tokens) -> `logits_bV`.
+  """
+
+  embed_chunk: Callable
+  embed_tokens: Callable
+  layer_of_chunk: Callable
+  layer_of_tokens: Callable
+  last_logits: Callable
+  token_logits: Callable
+
+
+def functions(settings: config.Config) -> Model:
+  """Returns the functions of a deployment's model; no token is dropped, whatever `moe.dispatch`."""
+  model = settings.model
+  layer_definition = nnx.graphdef(nnx.eval_shape(lambda: Layer(model, nnx.Rngs(0))))
+  shared_definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
+  merge = lambda shared: nnx.merge(shared_definition, shared)
+
+  def weights_of(layers, index) -> Layer:
+    return nnx.merge(layer_definition, jax.tree.map(lambda leaf: leaf[index], layers))
+
+  def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
+    weights = weights_of(layers, index)
+    attend = lambda h_bsD: _attend_chunk(weights, model, index, h_bsD, chunk, cache, runs)
+    x_bsD, cache = _add_attention(weights, model, x_bsD, attend)
+    size = x_bsD.shape[1]
+    place_s = jax.lax.axis_index(TENSOR) * size + jnp.arange(size, dtype=jnp.int32)
+    is_real_bs = (place_s[None, :] < chunk.lengths_b[:, None]) & runs
+    y_bsD, report = _add_experts(weights, settings, layers, index, x_bsD, is_real_bs)
+    return y_bsD, cache, report
+
+  def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
+    weights = weights_of(layers, index)
+    attend = lambda h_1cD: _attend_tokens(weights, model, index, h_1cD, tokens, cache, runs)
+    x_1cD, cache = _add_attention(weights, model, x_1cD, attend)
+    is_real_1c = _my_share(tokens.is_active_b & runs)
+    y_1cD, report = _add_experts(weights, settings, layers, index, x_1cD, is_real_1c)
+    return y_1cD, cache, report
+
+  return Model(
+    embed_chunk=lambda shared, chunk: transformer.embed(merge(shared), chunk.tokens_bS),
+    embed_tokens=lambda shared, t: transformer.embed(merge(shared), _padded(t.tokens_b)),
+    layer_of_chunk=layer_of_chunk,
+    layer_of_tokens=layer_of_tokens,
+    last_logits=lambda shared, y_bsD, chunk: _last_logits(merge(shared), model, y_bsD, chunk),
+    token_logits=lambda shared, y_1cD, t: _token_logits(merge(shared), model, y_1cD, t),
+  )
+
+
+def _add_attention(weights: Layer, model: config.Model, x, attend: Callable):
+  with jax.named_scope("attention"):
+    h = rms_norm(weights.attention_norm.scale[...], x, model.norm_epsilon)
+    y, cache = attend(h)
+    return x + y, cache
+
+
+def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, cache: Cache, runs):
+  """Returns attention's output and the cache with the chunk written.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
+  `tensor`, as many; between them `attention.project`'s.
+  """
+  h_bSD = collectives.gather(h_bsD, TENSOR, 1)
+  S = h_bSD.shape[1]
+  positions_bS = chunk.starts_b[:, None] + jnp.arange(S, dtype=jnp.int32)[None, :]
+  q_bSnH, k_bSgH, v_bSgH = attention.project(weights.attention, model, h_bSD, positions_bS)
+  pages_bW = jnp.where(runs, chunk.pages_bW, -1)
+  cache = kv_cache.write_pages(cache, index, pages_bW, k_bSgH, v_bSgH)
+  context = kv_cache.read(cache, index, chunk.context_bW, h_bSD.dtype)
+  o_bSnH = cached_attention.chunk(q_bSnH, k_bSgH, v_bSgH, *context, chunk.starts_b)
+  y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, weights.attention.out[...])
+  return collectives.reduce_scatter(y_bSD, TENSOR, 1), cache
+
+
+def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: Cache, runs):
+  """Returns attention's output and the cache with the tokens written.
+
+  Communication: as `_attend_chunk`, of c rows.
+  """
+  b = tokens.tokens_b.shape[0]
+  h_b1D = collectives.gather(h_1cD, TENSOR, 1)[0, :b, None]
+  positions_b = tokens.positions_b
+  q_b1nH, k_b1gH, v_b1gH = attention.project(weights.attention, model, h_b1D, positions_b[:, None])
+  page_tokens = cache.key_lAJgH.shape[2]
+  place_b1 = jnp.minimum(positions_b // page_tokens, tokens.pages_bW.shape[1] - 1)[:, None]
+  page_b = jnp.take_along_axis(tokens.pages_bW, place_b1, 1)[:, 0]
+  page_b = jnp.where(tokens.is_active_b & runs, page_b, -1)
+  offset_b = positions_b % page_tokens
+  cache = kv_cache.write_tokens(cache, index, page_b, offset_b, k_b1gH[:, 0], v_b1gH[:, 0])
+  k_bMgH, v_bMgH = kv_cache.read(cache, index, tokens.pages_bW, h_b1D.dtype)
+  o_bnH = cached_attention.one_token(q_b1nH[:, 0], k_bMgH, v_bMgH, positions_b + 1)
+  y_bD = jnp.einsum("bnh,nhd->bd", o_bnH, weights.attention.out[...])
+  return collectives.reduce_scatter(_padded(y_bD), TENSOR, 1), cache
+
+
+def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, is_real_bs):
+  """Returns x plus what the experts make of the real tokens, and the report.
+
+  Communication: the dispatch's, of `gathered` where few tokens make it the cheaper one, else of
+  `dropless`.
+  """
+  model, num_experts = settings.model, settings.model.experts
+  h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
+  h_tD = h_bsD.reshape(-1, h_bsD.shape[-1])
+  with jax.named_scope("dispatch"):
+    routing, logits_tE = router.route(
+      weights.router.kernel[...], h_tD, model.experts_per_token, model.normalize_choices
+    )
+    is_real_t1 = is_real_bs.reshape(-1, 1)
+    routing = routing._replace(experts_TK=jnp.where(is_real_t1, routing.experts_TK, num_experts))
+    assigned_E = router.assignments_per_expert(routing.experts_TK, num_experts)
+  num_tokens = h_tD.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
+  if gathered.is_cheaper(num_tokens, h_tD.shape[1], h_tD.dtype.itemsize):
+    y_tD, plan = _few(settings, layers, index, routing, logits_tE, h_tD)
+  else:
+    experts = weights.experts
+    of_layer = Weights(experts.gate[...], experts.up[...], experts.down[...])
+    moe = config.Moe(dispatch="dropless", exchange=settings.moe.exchange)
+    y_tD, plan = layer.serve(of_layer, moe, routing, logits_tE, h_tD)
+  dropped = jnp.sum((plan.expert_TK == num_experts) & is_real_t1, dtype=jnp.int32)
+  return x_bsD + y_tD.reshape(x_bsD.shape), Report(assigned_E, dropped)
+
+
+def _few(settings: config.Config, layers, index, routing, logits_tE, h_tD):
+  """Returns what `layer.serve` does by `gathered`, without first copying the layer's experts."""
+  entry = DISPATCH["gathered"]
+  setting = plans.Setting(
+    *routing.experts_TK.shape, logits_tE.shape[1], 1.0, False, EXCHANGE[settings.moe.exchange]
+  )
+  experts = layers["experts"]
+  stack = Weights(experts["gate"][...], experts["up"][...], experts["down"][...])
+  with jax.named_scope("dispatch"):
+    plan = entry.plan(setting, routing, logits_tE)
+    arrived = entry.send(setting, h_tD, plan, 0)
+  with jax.named_scope("experts"):
+    rows = gathered.compute_layer(stack, index, arrived)
+  with jax.named_scope("combine"):
+    return entry.back(setting, rows, routing.weights_TK, plan, 0), plan
+
+
+def _last_logits(shared: Shared, model: config.Model, y_bsD, chunk: Chunk) -> jax.Array:
+  """Returns `logits_bV` of the next token after each row's last, on every device.
+
+  Communication: all-reduce over `tensor` of b * D elements; then `_whole`'s.
+  """
+  size = y_bsD.shape[1]
+  last_b = jnp.maximum(chunk.lengths_b - 1, 0) - jax.lax.axis_index(TENSOR) * size
+  is_mine_b = (last_b >= 0) & (last_b < size)
+  place_b11 = jnp.clip(last_b, 0, size - 1)[:, None, None]
+  y_bD = jnp.take_along_axis(y_bsD, place_b11, 1)[:, 0]
+  y_bD = jax.lax.psum(jnp.where(is_mine_b[:, None], y_bD, jnp.zeros_like(y_bD)), TENSOR)
+  h_bD = rms_norm(shared.final_norm.scale[...], y_bD, model.norm_epsilon)
+  return _whole(
+    jnp.einsum("bd,dv->bv", h_bD, shared.head_kernel(), preferred_element_type=jnp.float32)
+  )
+
+
+def _token_logits(shared: Shared, model: config.Model, y_1cD, tokens: Tokens) -> jax.Array:
+  """Returns `logits_bV` of the token after each row's, on every device.
+
+  Communication: `transformer.head_logits`'s; then `_whole`'s.
+  """
+  logits_1cv = transformer.head_logits(shared, model, y_1cD)
+  return _whole(logits_1cv[0, : tokens.tokens_b.shape[0]])
+
+
+def _whole(logits_bv: jax.Array) -> jax.Array:
+  """Returns the logits of the whole vocabulary.
+
+  Communication: all-gather over `tensor`, then over `stage`, of b * V / n elements each device.
+  """
+  return collectives.gather(collectives.gather(logits_bv, TENSOR, 1), STAGE, 1)
+
+
+def _padded(x_b: jax.Array) -> jax.Array:
+  """Returns `x_1c`: with empty rows added, to a multiple of `tensor`."""
+  widths = [(0, -x_b.shape[0] % jax.lax.axis_size(TENSOR))] + [(0, 0)] * (x_b.ndim - 1)
+  return jnp.pad(x_b, widths)[None]
+
+
+def _my_share(x_b: jax.Array) -> jax.Array:
+  """Returns this tensor rank's part of `_padded(x_b)`."""
+  x_1c = _padded(x_b)
+  size = x_1c.shape[1] // jax.lax.axis_size(TENSOR)
+  return jax.lax.dynamic_slice_in_dim(x_1c, jax.lax.axis_index(TENSOR) * size, size, 1)

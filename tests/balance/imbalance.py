@@ -1,0 +1,247 @@
+"""Measures what an uneven load costs where it costs something, and what stealing leaves of it.
+
+Run `python -m tests.balance.imbalance`: two processes, each pinned to a core of its own and
+computing with one thread, are the two ranks of `expert` of one MoE layer, forward and backward,
+over gloo. Virtual devices of one process share the cores, so an uneven load does not show in their
+step time. The same tokens are routed evenly (the force-balanced ideal), by Zipf 1.5 with the
+popular experts on one rank, and by Zipf 1.5 with stealing; the three take turns. Exits with 1 where
+the uneven run is not at least 1.5 times the ideal, or stealing leaves more than 1.15 times. Knows
+the layer; needs two free cores: where others compute too, `--clock=cpu`.
+"""
+
+import argparse
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NUM_PROCESSES, NUM_EXPERTS, NUM_CHOICES, NUM_SHADOWS, EXPONENT = 2, 16, 2, 2, 1.5
+LEAST_UNEVEN, MOST_STOLEN = 1.5, 1.15
+_THREADS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--tokens", type=int, default=16384, help="of both ranks together")
+  parser.add_argument("--width", type=int, default=256)
+  parser.add_argument("--hidden", type=int, default=1024)
+  parser.add_argument("--turns", type=int, default=7)
+  parser.add_argument(
+    "--clock", choices=["wall", "cpu"], default="wall",
+    help="what the verdict goes by: cpu is the busiest rank's processor time, for shared machines",
+  )  # fmt: skip
+  parser.add_argument("--process", type=int, help="set by the program itself")
+  parser.add_argument("--port", type=int, help="likewise")
+  args = parser.parse_args()
+  if args.process is not None:
+    return worker(args)
+  return conductor(args)
+
+
+def conductor(args) -> int:
+  """Starts the ranks, waits, and says what they found."""
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < NUM_PROCESSES:
+    print(f"{len(cores)} core(s) here, {NUM_PROCESSES} needed: one for each rank", file=sys.stderr)
+    return 2
+  with socket.socket() as listener:
+    listener.bind(("localhost", 0))
+    port = listener.getsockname()[1]
+  words = [f"--{name}={getattr(args, name)}" for name in ("tokens", "width", "hidden", "turns")]
+  command = [sys.executable, "-m", "tests.balance.imbalance", *words, f"--port={port}"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS}
+  ranks = [
+    subprocess.Popen(
+      [*command, f"--process={index}"],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for index in range(NUM_PROCESSES)
+  ]  # fmt: skip
+  said = [rank.communicate(timeout=600) for rank in ranks]
+  if any(rank.returncode for rank in ranks):
+    print(*(err for _, err in said), sep="\n", file=sys.stderr)
+    return 2
+  # gloo's threads print too.
+  found = [
+    json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out, _ in said
+  ]
+  return report(found, args.clock)
+
+
+def report(found: list[dict], clock: str) -> int:
+  """Prints the figures of all ranks; returns 1 where a bar is missed."""
+  names = list(found[0]["wall_s"])
+  fastest = {name: min(found[0]["wall_s"][name]) for name in names}
+  median = lambda values: sorted(values)[len(values) // 2]
+  print(f"{'':<10}{'fastest s':>11}{'median s':>10}{'busiest cpu s':>15}{'over even':>11}"
+        f"{'median':>8}{'cpu':>7}   rows of ranks")  # fmt: skip
+  busiest = {name: max(min(rank["cpu_s"][name]) for rank in found) for name in names}
+  for name in names:
+    print(
+      f"{name:<10}{fastest[name]:>11.4f}{median(found[0]['wall_s'][name]):>10.4f}"
+      f"{busiest[name]:>15.4f}{fastest[name] / fastest['even']:>11.2f}"
+      f"{median(found[0]['wall_s'][name]) / median(found[0]['wall_s']['even']):>8.2f}"
+      f"{busiest[name] / busiest['even']:>7.2f}   {found[0]['rows'][name]}"
+    )
+  alone = found[0]["alone_s"]
+  print(f"experts' work of the busiest rank alone, uneven over even: {alone[1] / alone[0]:.2f}")
+  seconds = {"wall": fastest, "cpu": busiest}[clock]
+  uneven, stolen = (seconds[name] / seconds["even"] for name in ("uneven", "stolen"))
+  failed = [
+    said
+    for is_bad, said in (
+      (uneven < LEAST_UNEVEN, f"uneven {uneven:.2f} is below {LEAST_UNEVEN}: nothing to balance"),
+      (stolen > MOST_STOLEN, f"stolen {stolen:.2f} is above {MOST_STOLEN}"),
+    )
+    if is_bad
+  ]
+  print(*failed, sep="\n", end="\n" if failed else "")
+  return 1 if failed else 0
+
+
+def worker(args) -> int:
+  """Runs one rank and prints its figures as one line of JSON."""
+  # Before jax makes its threads: they inherit it.
+  os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process]})
+  import jax
+  import numpy as np
+
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(f"localhost:{args.port}", NUM_PROCESSES, args.process)
+  programs = _programs(args)
+  clocks = lambda: np.array([time.perf_counter(), time.process_time()])
+  seconds = {name: [] for name in programs}
+  rows = {}
+  for turn in range(args.turns + 1):
+    for name, call in programs.items():
+      start = clocks()
+      found = jax.block_until_ready(call())
+      if turn:  # the first compiles
+        seconds[name].append(clocks() - start)
+      rows[name] = np.asarray(found[-1].addressable_data(0)).tolist()
+  print(
+    json.dumps(
+      {
+        "wall_s": {name: [each[0] for each in found] for name, found in seconds.items()},
+        "cpu_s": {name: [each[1] for each in found] for name, found in seconds.items()},
+        "rows": rows,
+        "alone_s": _alone(args, rows["even"], rows["uneven"]),
+      }
+    ),
+    flush=True,
+  )
+  return 0
+
+
+def _programs(args):
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
+
+  from moe_jax import config
+  from moe_jax.moe import dropless, rounds, stolen
+  from moe_jax.moe import plan as plans
+  from moe_jax.moe.exchange import EXCHANGE
+  from moe_jax.moe.experts import Weights
+  from moe_jax.moe.router import Routing
+  from moe_jax.parallel import mesh as mesh_lib
+  from moe_jax.parallel.axes import EXPERT, TENSOR
+
+  mesh = mesh_lib.make(config.Mesh(expert=NUM_PROCESSES))
+  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  every = P((EXPERT, TENSOR))
+
+  def one_round(setting, given, plan, round_id):
+    x_tD, weights_TK, weights = given
+    arrived = dropless.send(setting, x_tD, plan, round_id)
+    return dropless.back(setting, dropless.compute(weights, arrived), weights_TK, plan, round_id)
+
+  def region(is_stealing, x_tD, experts_tK, weights_tK, weights):
+    setting = plans.Setting(*experts_tK.shape, NUM_EXPERTS, 1.25, False, EXCHANGE["hierarchical"])
+    routing = Routing(experts_tK, jax.lax.stop_gradient(weights_tK))
+    if is_stealing:
+      plan, shadow_H = stolen.plan(setting, routing, None, NUM_SHADOWS)
+      weights = stolen.with_shadows(weights, shadow_H)
+      setting = stolen.places(setting, NUM_SHADOWS)
+    else:
+      plan = dropless.plan(setting, routing, None)
+    given = (x_tD, weights_tK, weights)
+    y_tD = rounds.run(
+      functools.partial(one_round, setting), given, plan, dropless.most_rounds(setting)
+    )
+    rows_X = jax.lax.all_gather(plan.places.arriving_Se.sum(), EXPERT)
+    return y_tD, rows_X[None]
+
+  def program(is_stealing):
+    sharded = jax.shard_map(
+      functools.partial(region, is_stealing),
+      mesh=mesh, in_specs=(every, every, every, weights_spec), out_specs=(every, every),
+    )  # fmt: skip
+
+    def run(x_TD, experts_TK, weights_TK, weights):
+      call = lambda x, weights: sharded(x, experts_TK, weights_TK, weights)
+      y_TD, vjp, rows_XX = jax.vjp(call, x_TD, weights, has_aux=True)
+      return vjp(y_TD), rows_XX[0]
+
+    return jax.jit(run)
+
+  random = np.random.default_rng(0)
+
+  def put(values, spec):
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+  normal = lambda *shape: random.normal(0, shape[-2] ** -0.5, shape).astype(np.float32)
+  E, D, F = NUM_EXPERTS, args.width, args.hidden
+  weights = Weights(normal(E, D, F), normal(E, D, F), normal(E, F, D))
+  weights = jax.tree.map(put, weights, weights_spec)
+  x_TD = put(normal(args.tokens, D), every)
+  half_TK = put(np.full((args.tokens, NUM_CHOICES), 1 / NUM_CHOICES, np.float32), every)
+  token, choice = np.arange(args.tokens)[:, None], np.arange(NUM_CHOICES)
+  even_TK = (NUM_CHOICES * token + choice) % E
+  noise_TE = random.gumbel(size=(args.tokens, E))
+  # Popular experts first, so the first rank is the busy one.
+  zipf_TK = np.argsort(-(noise_TE - EXPONENT * np.log1p(np.arange(E))), 1)[:, :NUM_CHOICES]
+  even_TK, zipf_TK = (put(each.astype(np.int32), every) for each in (even_TK, zipf_TK))
+  plain, stealing = program(False), program(True)
+  bound = lambda call, experts_TK: lambda: call(x_TD, experts_TK, half_TK, weights)
+  return {
+    "even": bound(plain, even_TK),
+    "uneven": bound(plain, zipf_TK),
+    "stolen": bound(stealing, zipf_TK),
+  }
+
+
+def _alone(args, *rows):
+  """Returns processor seconds of the busiest rank's products, both passes, for each load."""
+  import jax
+  import jax.numpy as jnp
+
+  seconds = []
+  for load in rows:
+    num_rows = max(load)
+    x_RD = jnp.ones((num_rows, args.width))
+    weights = [jnp.ones(s) for s in ((args.width, args.hidden),) * 2 + ((args.hidden, args.width),)]
+    swiglu = lambda x, gate, up, down: (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    def step(x, *weights, swiglu=swiglu):
+      y, vjp = jax.vjp(swiglu, x, *weights)
+      return vjp(y)
+
+    jitted, best = jax.jit(step), float("inf")
+    for _ in range(args.turns):
+      start = time.process_time()
+      jax.block_until_ready(jitted(x_RD, *weights))
+      best = min(best, time.process_time() - start)
+    seconds.append(best)
+  return seconds
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,109 @@
+"""launch.plan from a shell: what it prints and writes, and that others can take its best config."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from launch import config_file
+from moe_jax import config as config_lib
+from tests import runs
+
+SMALL = [
+  "--config.model.layers=2", "--config.model.heads=4", "--config.model.kv_heads=4",
+  "--config.model.experts=4", "--config.moe.capacity_factor=2.0", "--config.train.batch=8",
+  "--config.pipeline.micro_batches=2",
+]  # fmt: skip
+
+
+def plan(*arguments):
+  command = [sys.executable, "-W", "error", "-m", "launch.plan", f"--config={runs.TINY}"]
+  return subprocess.run(
+    [*command, *SMALL, *arguments], cwd=runs.ROOT, capture_output=True, text=True, timeout=120
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A run that writes everything."""
+  folder = tmp_path_factory.mktemp("plan")
+  arguments = (f"--json={folder}/plan.json", f"--out={folder}/out", "--zipf=1.0")
+  done = plan(*arguments, "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  (folder / "stdout").write_text(done.stdout)
+  return folder
+
+
+def test_it_prints_claims_plans_and_the_smallest_cluster(folder):
+  text = (folder / "stdout").read_text()
+  for heading in (
+    "EVERY FIGURE OF THE REFERENCE PLAN", "WHAT DOES NOT HOLD, and why", "PLANS SIDE BY SIDE",
+    "WHAT TO CHANGE FIRST", "SMALLEST CLUSTER",
+  ):  # fmt: skip
+    assert heading in text
+  assert "modules: 8 x 4 x 2 GPUs" in text
+  assert "1 GPUs" in text and "meets them" in text
+
+
+def test_its_json_says_the_same(folder):
+  found = json.loads((folder / "plan.json").read_text())
+  assert {"claims", "plans", "change_first", "smallest", "sizes"} <= set(found)
+  assert found["plans"]["best"]["seconds"] <= found["plans"]["given"]["seconds"]
+  assert found["smallest"]["config"]["mesh"] == {"expert": 1, "tensor": 1, "stage": 1}
+  assert len(found["claims"]) > 50
+
+
+def test_the_best_config_is_ready_to_run(folder):
+  """The file is loaded as every launcher loads it, and asks for what the plan says."""
+  found = json.loads((folder / "plan.json").read_text())
+  written = config_lib.from_mapping(config_file.load(str(folder / "out/best.py")))
+  assert config_lib.as_dict(written) == found["plans"]["best"]["config"]
+  assert written.mesh.num_devices == 8
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["graph.json", "graph.graphml", "modules.dot", "modules.svg", "best.trace.json", "best.html",
+   "best.svg", "given.trace.json"],
+)  # fmt: skip
+def test_it_writes_graph_and_timeline(folder, name):
+  content = (folder / "out" / name).read_text()
+  assert len(content) > 500
+  if name.endswith(".json"):
+    json.loads(content)
+
+
+def test_serving_has_a_time_to_first_token():
+  done = plan("--workload=serve", "--prompt_tokens=64", "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  assert "time to first token" in done.stdout and "key-value cache" in done.stdout
+
+
+def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
+  done = plan("--tokens_per_ms=1e12")
+  assert done.returncode == 1
+  assert "none of these sizes meets them" in done.stdout
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--cluster=h100:0x4"], "error: cluster 'h100:0x4' has no GPU"),
+    (
+      ["--cluster=h1000:2x4"],
+      "error: cluster 'h1000:2x4': chip 'h1000' is not known; did you mean",
+    ),
+    (["--config.model.d_model=400000000"], "too little; give more GPUs"),
+    (["--workload=serve", "--ttft_s=1e-12"], "error: no plan gives the first token within 1e-12 s"),
+    (["--zipf=-1"], "error: zipf=-1.0 is not a number from 0 up"),
+    (["--trace=nowhere.json"], "error: nowhere.json: No such file"),
+    (["--calibration=nowhere.json"], "error: nowhere.json: No such file"),
+    (["--workload=play"], "--workload=play is not one of train, serve"),
+  ],
+)
+def test_a_bad_specification_takes_one_line(arguments, message):
+  done = plan(*arguments)
+  assert done.returncode == 2
+  said = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+  assert len(said) == 1 and message in said[0], done.stderr
