@@ -69,6 +69,8 @@ def described_devices() -> None:
   Call before jax is imported.
   """
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # XLA warns of each kernel that a scheduling profile does not name.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   _set_xla_flags({**XLA_FLAGS["gpu"], **XLA_FLAGS["described"]})
 
 

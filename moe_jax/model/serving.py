@@ -192,8 +192,9 @@ def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, 
   h_tD = h_bsD.reshape(-1, h_bsD.shape[-1])
   with jax.named_scope("dispatch"):
     routing, logits_tE = router.route(
-      weights.router.kernel[...], h_tD, model.experts_per_token, model.normalize_choices
-    )
+      weights.router.kernel[...], h_tD, model.experts_per_token, model.normalize_choices,
+      router.limit_to_hosts(settings.moe.expert_ranks_per_host, settings.moe.hosts_per_token),
+    )  # fmt: skip
     is_real_t1 = is_real_bs.reshape(-1, 1)
     routing = routing._replace(experts_TK=jnp.where(is_real_t1, routing.experts_TK, num_experts))
     assigned_E = router.assignments_per_expert(routing.experts_TK, num_experts)

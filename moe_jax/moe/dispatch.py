@@ -1,8 +1,9 @@
 """The ways to bring tokens to their experts and back: one table, one signature.
 
-A dispatch is five functions. Once for a micro-batch `plan` decides; then each round is three
-phases: `send` (communication), `compute` (the experts), `back` (communication). Knows the back ends
-by name; must not know what they do.
+A dispatch is six functions. Once for a micro-batch `plan` decides, and `hold` brings this device
+the weights that the plan asks for; then each round is three phases: `send` (communication),
+`compute` (the experts), `back` (communication). Knows the back ends by name; must not know what
+they do.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.moe import capacity, dense, dropless, gathered, ragged, two_level
+from moe_jax.moe import capacity, dense, dropless, gathered, ragged, stolen, two_level
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
@@ -28,6 +29,8 @@ class Dispatch(NamedTuple):
       bring them home.
     back: (setting, rows, weights_TK, plan, round_id) -> `y_tD`, the weighted sum of what the
       experts made of the token's assignments of the round.
+    hold: (weights, plan) -> what `compute` takes for weights, by default those of this device's
+      experts; differentiated.
   """
 
   plan: Callable[[Setting, Routing, jax.Array], Plan]
@@ -35,15 +38,18 @@ class Dispatch(NamedTuple):
   send: Callable[[Setting, jax.Array, Plan, jax.Array | int], Any]
   compute: Callable[[Weights, Any], Any]
   back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
+  hold: Callable[[Weights, Plan], Weights] = lambda weights, plan: weights
 
 
-def _of(module) -> Dispatch:
-  return Dispatch(**{name: getattr(module, name) for name in Dispatch._fields})
+def _of(module, **others: Callable) -> Dispatch:
+  names = (name for name in Dispatch._fields if name not in Dispatch._field_defaults)
+  return Dispatch(**{name: getattr(module, name) for name in names}, **others)
 
 
 DISPATCH: dict[str, Dispatch] = {
   "capacity": _of(capacity),
   "dropless": _of(dropless),
+  "stealing": _of(stolen, hold=stolen.hold),
   "ragged": _of(ragged),
   "two_level": _of(two_level),
   "dense": _of(dense),

@@ -73,7 +73,10 @@ def moe(
   (tensor - 1) * E, and the dispatch's, both ways.
   """
   with jax.named_scope("dispatch"):
-    routing, logits_tE = router.route(kernel.kernel[...], x_tD, num_choices, normalize_choices)
+    limit = router.limit_to_hosts(moe_config.expert_ranks_per_host, moe_config.hosts_per_token)
+    routing, logits_tE = router.route(
+      kernel.kernel[...], x_tD, num_choices, normalize_choices, limit
+    )
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
     everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
     losses = router.auxiliary_losses(logits_tE, everywhere_E, num_choices)
@@ -112,10 +115,15 @@ def serve(
     moe_config.capacity_factor,
     moe_config.spill,
     EXCHANGE[moe_config.exchange],
+    moe_config.expert_ranks_per_host,
+    moe_config.hosts_per_token,
+    num_shadows=moe_config.shadows,
+    shadow_tokens=moe_config.shadow_tokens,
   )
   with jax.named_scope("dispatch"):
     plan = entry.plan(setting, *jax.lax.stop_gradient((routing, logits_tE)))
     plan = jax.tree.map(residual, plan)
+    weights = entry.hold(weights, plan)
   one_round = functools.partial(_one_round, entry, setting)
   given = (x_tD, routing.weights_TK, weights)
   return rounds.run(one_round, given, plan, entry.most_rounds(setting)), plan

@@ -25,6 +25,8 @@ class Setting(NamedTuple):
     exchange: how rows travel, an entry of `exchange.EXCHANGE`.
     ranks_per_host: consecutive ranks of `expert` that share a host.
     hosts_per_token: to how many hosts the router limits a token; 0 where it does not.
+    num_shadows: of stealing, at most so many experts' weights are sent for a micro-batch.
+    shadow_tokens: of stealing, how many tokens a rank serves in the time that one shadow takes.
   """
 
   num_tokens: int
@@ -35,6 +37,8 @@ class Setting(NamedTuple):
   exchange: Exchange
   ranks_per_host: int = 1
   hosts_per_token: int = 0
+  num_shadows: int = 0
+  shadow_tokens: float = 0.0
 
   @property
   def num_assignments(self) -> int:
@@ -51,6 +55,7 @@ class Counts(NamedTuple):
     dropped: served by none.
     padded: rows sent that hold no assignment.
     rounds: exchanges there and back.
+    stolen: of those kept, served by a rank that is not the expert's own.
   """
 
   sent: jax.Array
@@ -59,6 +64,7 @@ class Counts(NamedTuple):
   dropped: jax.Array
   padded: jax.Array
   rounds: jax.Array
+  stolen: jax.Array
 
 
 class Plan(NamedTuple):
@@ -98,6 +104,7 @@ def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, 
     dropped=sent - served,
     padded=num_rounds * num_rows - served,
     rounds=num_rounds,
+    stolen=jnp.zeros((), jnp.int32),
   )
   return Plan(expert_TK, counts, num_rounds, places)
 

@@ -18,6 +18,9 @@ from moe_jax.parallel import collectives
 
 Tree = Any
 
+# Names the loop in a compiled program, whose text cannot say how often it turns.
+SCOPE = "further_rounds"
+
 
 def run(one_round: Callable, given: Tree, plan: Plan, most_rounds: int) -> jax.Array:
   """Returns the sum of `one_round(given, plan, round_id)` over the rounds of the plan.
@@ -70,5 +73,6 @@ def _sum_further(more, start, num_rounds):
     return round_id + 1, total
 
   total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
-  _, total = jax.lax.while_loop(lambda state: state[0] < num_rounds, add, (jnp.int32(1), total))
+  with jax.named_scope(SCOPE):
+    _, total = jax.lax.while_loop(lambda state: state[0] < num_rounds, add, (jnp.int32(1), total))
   return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, start)

@@ -9,6 +9,9 @@ of its own. What a token gets is what it gets without stealing.
 Letters: A assignments, T x K; X ranks of `expert`; e experts of this device, H shadows.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -19,84 +22,112 @@ from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.collectives import varying_like
+from moe_jax.pipeline.saving import residual
 
-send, back, compute = dropless.send, dropless.back, dropless.compute
-
-
-def places(setting: Setting, num_shadows: int) -> Setting:
-  """Returns the setting in which every place of every rank is an expert."""
-  return setting._replace(num_experts=setting.num_experts + jax.lax.axis_size(EXPERT) * num_shadows)
+most_rounds, compute = dropless.most_rounds, dropless.compute
 
 
-def plan(
-  setting: Setting,
-  routing: Routing,
-  logits_tE: jax.Array,
-  num_shadows: int,
-  price: stealing.Price | None = None,
-) -> tuple[Plan, jax.Array]:
-  """Returns the plan, for `places(setting)` in all further calls, and shadow_H.
+class Places(NamedTuple):
+  """Where rows lie, as dropless has it; and shadow_H, the experts whose weights are sent, E where
+  there is none.
+  """
+
+  of_rows: Any
+  shadow_H: jax.Array
+
+
+def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+  """Returns the plan: every assignment served as the router chose, some by another rank.
 
   Args:
-    setting: of the layer's own experts.
-    num_shadows: H.
-    price: as of `stealing.decide`.
+    setting: with the most shadows, and their price.
+    routing: every assignment has an expert.
 
-  Communication: all-reduce over `expert` and `tensor` of E integers, and dropless' own.
+  Communication: all-reduce over `expert` and `tensor` of E integers; and dropless' own, of e + H
+  experts a rank.
   """
   num_ranks, num_experts = jax.lax.axis_size(EXPERT), setting.num_experts
-  num_local = num_experts // num_ranks
+  num_local, num_shadows = num_experts // num_ranks, setting.num_shadows
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
   decision = stealing.decide(
     jax.lax.psum(assigned_E, (EXPERT, TENSOR)),
     stealing.held_once(num_experts, num_ranks),
     num_shadows,
-    price,
+    stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
   )
   sends_EX = stealing.even_sends(decision.quota_EX, assigned_E)
   rank_A = stealing.destinations(sends_EX, expert_A, _place_among_equals(expert_A, assigned_E))
-  shadow_H = decision.shadow_H
-  shadow_A = (expert_A[:, None] == shadow_H[None]).argmax(1).astype(jnp.int32)
+  shadow_A = (expert_A[:, None] == decision.shadow_H[None]).argmax(1).astype(jnp.int32)
   is_home_A = rank_A == expert_A // num_local
   place_A = jnp.where(is_home_A, expert_A % num_local, num_local + shadow_A)
   place_TK = (rank_A * (num_local + num_shadows) + place_A).reshape(routing.experts_TK.shape)
-  inner = dropless.plan(
-    places(setting, num_shadows), routing._replace(experts_TK=place_TK), logits_tE
+  # To dropless every place of every rank is an expert.
+  of_places = setting._replace(num_experts=num_ranks * (num_local + num_shadows))
+  inner = dropless.plan(of_places, routing._replace(experts_TK=place_TK), logits_tE)
+  stolen = jnp.sum(~is_home_A, dtype=jnp.int32)
+  return inner._replace(
+    expert_TK=routing.experts_TK,
+    counts=inner.counts._replace(stolen=stolen),
+    places=Places(inner.places, decision.shadow_H),
   )
-  return inner._replace(expert_TK=routing.experts_TK), shadow_H
 
 
-def most_rounds(setting: Setting) -> int:
-  """Returns the rounds of the worst plan, the same as dropless'."""
-  return dropless.most_rounds(setting)
+def hold(weights: Weights, plan: Plan) -> Weights:
+  """Returns the weights of e + H places: this device's experts, then the shadows, zeros where there
+  is none.
 
-
-def with_shadows(weights: Weights, shadow_H: jax.Array) -> Weights:
-  """Returns the weights of e + H places: this device's experts, then the shadows.
-
-  Communication: all-reduce over `expert` of H experts' weights where there is a shadow; backward
-  the same of their gradients.
+  Communication: all-reduce over `expert` of the weights of as many experts as there are shadows;
+  backward the same of their gradients.
   """
-  num_local = weights.gate_eDf.shape[0]
-  rank = jax.lax.axis_index(EXPERT)
-  is_mine_H = shadow_H // num_local == rank
+  shadow_H, num_local = plan.places.shadow_H, weights.gate_eDf.shape[0]
+  num_experts = num_local * jax.lax.axis_size(EXPERT)
+  is_mine_H = shadow_H // num_local == jax.lax.axis_index(EXPERT)
   local_H = jnp.where(is_mine_H, shadow_H % num_local, 0)
 
-  def sent(weights):
-    def one(weight):
-      mine = weight[local_H] * is_mine_H[:, None, None].astype(weight.dtype)
-      return varying_like(jax.lax.psum(mine, EXPERT), weight)
+  def first(num_shadows, weight):
+    nothing = jnp.zeros((shadow_H.size - num_shadows, *weight.shape[1:]), weight.dtype)
+    nothing = varying_like(nothing, weight)
+    if not num_shadows:
+      return nothing
+    is_mine = is_mine_H[:num_shadows, None, None].astype(weight.dtype)
+    sent = jax.lax.psum(weight[local_H[:num_shadows]] * is_mine, EXPERT)
+    return jnp.concatenate([varying_like(sent, weight), nothing])
 
-    return jax.tree.map(one, weights)
+  # Those that there are come first.
+  branches = [
+    functools.partial(jax.tree.map, functools.partial(first, number))
+    for number in range(shadow_H.size + 1)
+  ]
+  num_shadows = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
+  shadows = jax.lax.switch(num_shadows, branches, weights)
+  return jax.tree.map(lambda w, s: jnp.concatenate([w, residual(s)]), weights, shadows)
 
-  def nothing(weights):
-    shape = lambda weight: (shadow_H.size, *weight.shape[1:])
-    return jax.tree.map(lambda w: varying_like(jnp.zeros(shape(w), w.dtype), w), weights)
 
-  num_experts = num_local * jax.lax.axis_size(EXPERT)
-  shadows = jax.lax.cond((shadow_H < num_experts).any(), sent, nothing, weights)
-  return jax.tree.map(lambda w, s: jnp.concatenate([w, s]), weights, shadows)
+def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int):
+  """Returns what `dropless.send` does.
+
+  Communication: its own.
+  """
+  return dropless.send(setting, x_tD, _of_rows(plan), round_id)
+
+
+def back(
+  setting: Setting,
+  rows_RD: jax.Array,
+  weights_TK: jax.Array,
+  plan: Plan,
+  round_id: jax.Array | int,
+) -> jax.Array:
+  """Returns what `dropless.back` does.
+
+  Communication: its own.
+  """
+  return dropless.back(setting, rows_RD, weights_TK, _of_rows(plan), round_id)
+
+
+def _of_rows(plan: Plan) -> Plan:
+  return plan._replace(places=plan.places.of_rows)
 
 
 def _place_among_equals(expert_A, assigned_E):

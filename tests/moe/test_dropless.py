@@ -181,7 +181,10 @@ def test_what_is_saved_is_not_exchanged_again(name, save, times):
   count = collections.Counter(c.kind for c in found if not c.num_loops)
   # The sizes of groups travel too. two_level sends a host its rows' choices and weights as well,
   # whose gradients come back; what it brings home in the end no gradient asks for.
-  further = {"dropless": 1, "two_level": 3}.get(name, 0)
+  further = {"dropless": 1, "ragged": 1, "stealing": 1, "two_level": 3}.get(name, 0)
   apart = {"two_level": 1 - (save == "inputs")}.get(name, 0)
   assert count["all-to-all"] == times * (2 + further) + 2 + apart
-  assert count["all-reduce"] == times * (further > 0)
+  # Stealing sums counts, sends 1 to so many shadows of three weights, and sums their gradients.
+  shadows = 3 * moe_config.shadows
+  summed, gradients = {"stealing": (1 + shadows, shadows)}.get(name, (0, 0))
+  assert count["all-reduce"] == times * ((further > 0) + summed) + gradients
