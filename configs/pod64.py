@@ -1,7 +1,7 @@
 """srun -N16 -n64 python -m launch.train --config=configs/pod64.py --workdir=runs/pod64
 
 The reference deployment: 64 GPUs as 16 hosts x 4; tensor inside a host, expert across 8 hosts,
-stage across the two halves. It serves with --config.moe.dispatch=dropless.
+stage across the two halves. Serving drops nothing, whatever moe.dispatch says.
 """
 
 from ml_collections import ConfigDict
@@ -42,5 +42,16 @@ def get_config() -> ConfigDict:
         "eval_batches": 16,
       },
       "data": {"tokenizer": "bpe"},
+      # 128 prompts of 10,240 tokens in one call of prefill, and 256 tokens more of each.
+      "serve": {
+        "slots": 8,
+        "max_tokens": 10_496,
+        "page": 128,
+        "kv_dtype": "bfloat16",
+        "prefill_rows": 1,
+        "prefill_chunk": 10_240,
+        "prefill_micro_batches": 16,
+        "decode_tokens": 8,
+      },
     }
   )

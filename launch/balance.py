@@ -13,6 +13,7 @@ from moe_jax.balance import bandit, forecast, monitor, policies
 _WARMUP_WINDOWS = 2  # left out of the averages: a placement needs one to look at
 _BANDIT_STEPS = 2000
 _SAME = 0.002  # of the ideal step: less is no difference
+_NOT_AVERAGED = ("workload", "policy", "step_over_ideal", "train_with")
 
 
 def measure(name: str, stream: list[policies.Seen], setting: policies.Setting) -> list[dict]:
@@ -25,7 +26,7 @@ def measure(name: str, stream: list[policies.Seen], setting: policies.Setting) -
   """
   first = min(_WARMUP_WINDOWS * setting.window, len(stream) // 2)
   ideal_U = np.array([policies.ideal_seconds(seen, setting) for seen in stream])
-  rows, seconds = [], {}
+  rows, seconds, flags = [], {}, train_flags(setting)
   for policy, make in policies.POLICIES.items():
     if make.needs_scores and stream[0].scores_LTE is None:
       continue
@@ -46,11 +47,29 @@ def measure(name: str, stream: list[policies.Seen], setting: policies.Setting) -
         "moved_bytes": float(np.mean([each.moved_bytes for each in late])),
         "decision_us": statistics.median(decided) * 1e6 if decided else 0.0,
         "step_over_ideal": float(seconds[policy][first:].sum() / ideal_U[first:].sum()),
+        "train_with": flags.get(policy),
       }
     )
   late_seconds = {policy: each[first:] for policy, each in seconds.items()}
   rows.append(_bandit_row(name, rows, late_seconds, ideal_U[first:], setting.window))
   return rows
+
+
+def train_flags(setting: policies.Setting) -> dict[str, str]:
+  """Returns, for each policy that the train step carries out, the flags that make it do so; the
+  others are modelled here only.
+  """
+  dispatch = "--config.moe.dispatch="
+  stealing = f"{dispatch}stealing --config.moe.shadows={setting.num_shadows}"
+  shadow_tokens = setting.shadow_bytes / setting.link_bytes_per_s / setting.token_s
+  return {
+    "none": f"{dispatch}dropless",
+    "capacity": f"{dispatch}capacity",
+    "spill": f"{dispatch}capacity --config.moe.spill",
+    "aux": f"{dispatch}dropless --config.moe.load_balance_weight=0.01",
+    "stealing": stealing,
+    "stealing if it pays": f"{stealing} --config.moe.shadow_tokens={shadow_tokens:.0f}",
+  }
 
 
 def verdict(rows: list[dict]) -> str:
@@ -79,13 +98,14 @@ def to_text(rows: list[dict]) -> str:
   """Returns the rows of one workload as a table, and the verdict."""
   lines = [
     f"{rows[0]['workload']:<32}{'max/mean':>10}{'P99':>8}{'dropped':>9}{'moved MB':>10}"
-    f"{'decision us':>13}{'step/ideal':>12}"
+    f"{'decision us':>13}{'step/ideal':>12}  launch.train with"
   ]
   for row in rows:
     lines.append(
       f"  {row['policy']:<30}{row['max_over_mean']:>10.3f}{row['max_over_mean_p99']:>8.3f}"
       f"{row['dropped_fraction']:>9.2%}{row['moved_bytes'] / 1e6:>10.2f}"
       f"{row['decision_us']:>13.0f}{row['step_over_ideal']:>12.3f}"
+      f"  {row['train_with'] or '(modelled only)'}"
     )
   return "\n".join([*lines, f"  {verdict(rows)}", ""])
 
@@ -133,6 +153,7 @@ def _bandit_row(name, rows, seconds, ideal_U, window: int) -> dict:
   return {
     "workload": name,
     "policy": "bandit",
-    **{key: mean(key) for key in rows[0] if key not in ("workload", "policy", "step_over_ideal")},
+    **{key: mean(key) for key in rows[0] if key not in _NOT_AVERAGED},
     "step_over_ideal": float(spent_s / ideal_s),
+    "train_with": None,
   }

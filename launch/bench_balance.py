@@ -8,6 +8,9 @@ chip's peak and its four journeys between ranks; weights that balancing sends co
 ranks wait for the busiest, and nothing is hidden. The ideal is every rank serving as many tokens as
 any other.
 
+The last column has the flags with which launch.train carries a policy out; the price of a shadow
+among them is that of this deployment. The others are modelled here only.
+
 Made workloads are router scores; recorded ones are counts of a real training run, so the policies
 that change the routing (aux, bias, quantile) have no row there. Those three show what they do to
 the load, not to the loss. `--record` trains the deployment and writes such a recording; the one in
@@ -137,7 +140,8 @@ def _setting(settings: config_lib.Config, num_experts: int):
     horizon=_HORIZON.value,
     # A multiply-add is two; the backward pass has twice the forward's products.
     token_s=3 * 2 * weights / chip.flops_per_s(model.dtype) + row_bytes / chip.between_bytes_per_s,
-    shadow_bytes=weights * (item_bytes + 4),  # gradients go home in float32
+    # As moe.stolen sends them: an all-reduce there, and one of their gradients home.
+    shadow_bytes=4 * (mesh.expert - 1) / mesh.expert * weights * item_bytes,
     slot_bytes=weights * 12,  # master weights and two moments, float32
     link_bytes_per_s=chip.between_bytes_per_s,
   )

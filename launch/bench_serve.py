@@ -1,4 +1,4 @@
-"""Measures how a deployment answers under rising load: requests that come at random, of all lengths.
+"""Measures how a deployment answers under rising load: requests of all lengths, at random times.
 
   python -m launch.bench_serve --config=configs/bench.py --json=serve.json --plot=serve.png
 

@@ -8,9 +8,7 @@ import asyncio
 import functools
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 import prometheus_client
 from starlette.applications import Starlette
@@ -20,48 +18,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from launch import completion_body
-from launch.completion_body import Asked, Wrong
+from launch.answers import Answers, Piece, Served
+from launch.completion_body import Wrong
 from launch.serving_metrics import ServiceCollector
-from moe_jax.interop.tokenizer import Tokenizer
-from moe_jax.serve import requests as requests_lib
-from moe_jax.serve.requests import Event, Overloaded
-from moe_jax.serve.service import Service, Stopped
-from moe_jax.serve.stop_text import StopText
-from moe_jax.serve.text import TextStream
 
 MOST_BODY_BYTES = 4 * 2**20
 BODY_TIMEOUT_S = 30.0
 _RETRY_AFTER_S = 1
 _CLIENT_GONE = 499  # as nginx notes it; nobody is there to read it
-_BROKEN_OFF = {
-  requests_lib.DEADLINE: Wrong("the deadline passed", "deadline_s", 504, "deadline"),
-  requests_lib.CANCELLED: Wrong("the server is shutting down", None, 503, "stopped"),
-  requests_lib.FAILED: Wrong("the engine failed; the server's log says why", None, 500, "failed"),
-}
-
-
-class Served(NamedTuple):
-  """What the server answers with.
-
-  Attributes:
-    service: runs requests.
-    tokenizer: of the model.
-    model: its name.
-    deadline_s: of requests that name none.
-  """
-
-  service: Service
-  tokenizer: Tokenizer
-  model: str
-  deadline_s: float
-
-
-class Piece(NamedTuple):
-  """Text of a prompt's continuation as it comes; `finish` is empty before the last."""
-
-  index: int
-  text: str
-  finish: str
 
 
 def app(served: Served) -> Starlette:
@@ -102,7 +66,10 @@ def app(served: Served) -> Starlette:
 async def _completions(served: Served, request: Request) -> Response:
   try:
     body = await _body(request)
-    asked = completion_body.parse(body, served.tokenizer, served.model, served.deadline_s)
+    # On another thread: a long text takes the tokenizer a while, and others wait for their tokens.
+    asked = await asyncio.to_thread(
+      completion_body.parse, body, served.tokenizer, served.model, served.deadline_s
+    )
     answers = Answers(served, asked)
     answers.submit()
   except ClientDisconnect:
@@ -112,93 +79,6 @@ async def _completions(served: Served, request: Request) -> Response:
   if asked.stream:
     return _Stream(answers)
   return await _whole(request, answers)
-
-
-class Answers:
-  """The running requests of one HTTP request."""
-
-  def __init__(self, served: Served, asked: Asked):
-    """Submits nothing yet."""
-    self.asked = asked
-    self.head = {
-      "id": f"cmpl-{uuid.uuid4().hex}",
-      "object": "text_completion",
-      "created": int(time.time()),
-      "model": served.model,
-    }
-    self._service = served.service
-    self._texts = [_Text(served.tokenizer, asked) for _ in asked.requests]
-    self._ids: list[int] = []
-    self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    self._loop = asyncio.get_running_loop()
-
-  def submit(self) -> None:
-    """Gives all requests to the service, or none.
-
-    Raises:
-      Wrong: one could never be served, or the service takes none now.
-    """
-    try:
-      for i, request in enumerate(self.asked.requests):
-        self._ids.append(self._service.submit(request, functools.partial(self._hear, i)))
-    except (ValueError, Overloaded, Stopped) as error:
-      self.cancel()
-      status = {Overloaded: 429, Stopped: 503}.get(type(error), 400)
-      code = {429: "overloaded", 503: "stopped"}.get(status)
-      raise Wrong(str(error), None, status, code) from error
-
-  def cancel(self) -> None:
-    """Ends what has not ended."""
-    for request_id in self._ids:
-      self._service.cancel(request_id)
-
-  async def pieces(self) -> AsyncIterator[Piece]:
-    """Yields text as it comes, until the last prompt's end.
-
-    Raises:
-      Wrong: a request broke off.
-    """
-    left = set(range(len(self._texts)))
-    while left:
-      index, event = await self._events.get()
-      if index not in left:
-        continue  # its text ended at a stop string, and this token was under way
-      if event.ended in _BROKEN_OFF:
-        raise _BROKEN_OFF[event.ended]
-      text, finish = self._texts[index].add(event)
-      if finish:
-        left.remove(index)
-        if not event.ended:
-          self._service.cancel(self._ids[index])
-      if text or finish:
-        yield Piece(index, text, finish)
-
-  def usage(self) -> dict[str, int]:
-    """Returns how many tokens came and went so far."""
-    prompt = sum(len(request.prompt) for request in self.asked.requests)
-    new = sum(text.num_tokens for text in self._texts)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-  def _hear(self, index: int, event: Event) -> None:
-    self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-
-class _Text:
-  """The text of one prompt's continuation, ended by tokens or by stop strings."""
-
-  def __init__(self, tokenizer: Tokenizer, asked: Asked):
-    self._stream, self._stop = TextStream(tokenizer), StopText(asked.stops)
-    self.num_tokens = 0
-
-  def add(self, event: Event) -> tuple[str, str]:
-    """Returns new text, and why it is the last; a stop token has no text."""
-    self.num_tokens += len(event.tokens)
-    tokens = event.tokens[:-1] if event.ended == requests_lib.STOP else event.tokens
-    text = "".join(map(self._stream.add, tokens))
-    text = self._stop.add(text + self._stream.end() if event.ended else text)
-    if self._stop.is_stopped:
-      return text, requests_lib.STOP
-    return (text + self._stop.end() if event.ended else text), event.ended
 
 
 class _Stream(StreamingResponse):

@@ -19,7 +19,10 @@ from launch.flags import run
 _POD = flags.DEFINE_string(
   "pod", None, "CHIP:HOSTSxGPUS, such as h100:16x4; chips are a100, h100, h200, b200", required=True
 )
-_STEP = flags.DEFINE_enum("step", "train", ["train"], "What to compile.")
+_STEP = flags.DEFINE_enum(
+  "step", "train", ["train", "prefill", "decode"],
+  "What to compile; prefill and decode are sized by the config's section serve.",
+)  # fmt: skip
 _JSON = flags.DEFINE_string("json", None, "Also write the report here.")
 _PICTURE = flags.DEFINE_string(
   "picture",
@@ -42,8 +45,7 @@ def main(config) -> int:
 
   start = time.perf_counter()
   progress = lambda what: print(f"[{time.perf_counter() - start:5.1f} s] {what}", file=sys.stderr)
-  steps = {"train": report.train}
-  found, events, profile = steps[_STEP.value](config, pod.describe(_POD.value), progress)
+  found, events, profile = report.make(_STEP.value, config, pod.describe(_POD.value), progress)
   progress("done")
   print(text.render(found))
   if _JSON.value:

@@ -134,7 +134,7 @@ def _answer(listening: socket.socket, engine, tokenizer, name: str) -> int:
 
   import uvicorn
 
-  from launch import completions
+  from launch import answers, completions
   from moe_jax.serve.service import Service
 
   host, port = listening.getsockname()[:2]
@@ -150,7 +150,7 @@ def _answer(listening: socket.socket, engine, tokenizer, name: str) -> int:
     loop = asyncio.get_running_loop()
     stop = lambda: setattr(server, "should_exit", True)
     with Service(engine, on_failure=lambda: loop.call_soon_threadsafe(stop)) as service:
-      served = completions.Served(service, tokenizer, name, deadline_s)
+      served = answers.Served(service, tokenizer, name, deadline_s)
       server = Server(
         uvicorn.Config(
           completions.app(served), http="h11", ws="none", lifespan="off", log_level="warning",

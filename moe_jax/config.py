@@ -15,7 +15,7 @@ from collections.abc import Mapping
 # The keys of the tables that implement each choice; tests hold the two equal.
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 SAVE = ("inputs", "residuals", "everything")
-DISPATCH = ("capacity", "dropless", "ragged", "two_level", "dense", "gathered")
+DISPATCH = ("capacity", "dropless", "stealing", "ragged", "two_level", "dense", "gathered")
 EXCHANGE = ("hierarchical", "flat", "hierarchical_float8")
 TOKENIZERS = ("bytes", "bpe", "imported")
 DTYPES = ("float32", "bfloat16")
@@ -112,6 +112,8 @@ class Moe:
   spill: bool = False  # overflow goes to the token's next-ranked expert with room
   expert_ranks_per_host: int = 1  # consecutive ranks of mesh.expert that share a host
   hosts_per_token: int = 0  # the router chooses experts on at most so many hosts; 0: on any
+  shadows: int = 4  # stealing: experts whose weights a micro-batch sends to every rank, at most
+  shadow_tokens: float = 0.0  # stealing: tokens that a rank serves in the time of one shadow
   load_balance_weight: float = 0.01
   router_z_weight: float = 0.001
 
@@ -123,13 +125,20 @@ class Moe:
         f"moe.dispatch={self.dispatch} has an exchange of its own, got"
         f" moe.exchange={self.exchange}; choose exchange=hierarchical"
       )
-    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host")
+    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host", "shadows")
     if self.spill and self.dispatch != "capacity":
       raise ValueError(
         f"moe.spill=True needs moe.dispatch=capacity, got {self.dispatch}, which lets nothing"
         " overflow; choose spill=False or dispatch=capacity"
       )
-    _not_negative(self, "moe", "load_balance_weight", "router_z_weight", "hosts_per_token")
+    if self.shadow_tokens and self.dispatch != "stealing":
+      raise ValueError(
+        f"moe.shadow_tokens={self.shadow_tokens} needs moe.dispatch=stealing, got {self.dispatch},"
+        " which sends no weights; choose shadow_tokens=0 or dispatch=stealing"
+      )
+    _not_negative(
+      self, "moe", "load_balance_weight", "router_z_weight", "hosts_per_token", "shadow_tokens"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +235,11 @@ class Config:
       _divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
     _divides("model.experts", model.experts, "mesh.expert", mesh.expert)
     _check_hosts(self)
+    if self.moe.dispatch == "stealing" and self.moe.shadows > model.experts:
+      raise ValueError(
+        f"moe.shadows={self.moe.shadows} is more than model.experts={model.experts}; choose at most"
+        f" {model.experts}"
+      )
     _divides("model.vocab", model.vocab, "mesh.stage x mesh.tensor", mesh.stage * mesh.tensor)
     _divides(
       "model.layers", model.layers, "mesh.stage x pipeline.chunks", mesh.stage * pipeline.chunks

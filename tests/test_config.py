@@ -194,6 +194,15 @@ def test_an_unknown_name_is_refused(name):
     ({"train": {"seed": -1}}, "train.seed=-1 is negative; choose 0 or more"),
     ({"train": {"beta1": 1.5}}, "train.beta1=1.5 is not a fraction; choose from 0 to 1"),
     ({"train": {"beta2": 1}}, "train.beta2=1.0 never forgets a gradient; choose less than 1"),
+    (
+      {"moe": {"shadow_tokens": 8}},
+      "moe.shadow_tokens=8.0 needs moe.dispatch=stealing, got capacity",
+    ),
+    (
+      {"moe": {"dispatch": "stealing", "shadows": 17}},
+      "moe.shadows=17 is more than model.experts=16; choose at most 16",
+    ),
+    ({"moe": {"shadows": 0}}, "moe.shadows=0 is not positive; choose at least 1"),
     ({"moe": {"dispatch": "droples"}}, "moe.dispatch='droples' is not one of capacity, dropless"),
     ({"model": {"head_dim": 7}}, "model.head_dim=7 is odd"),
     ({"model": {"experts_per_token": 17}}, "model.experts_per_token=17 is more than"),

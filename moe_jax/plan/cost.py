@@ -19,6 +19,9 @@ PHASES = ("embed", "attention", "dispatch", "experts", "combine", "head")
 # A product Y = X W has two in its gradient, of equal size: dX = dY W^T and dW = X^T dY.
 BACKWARD_PER_FORWARD = 2
 
+# Dispatches that serve every assignment, and once.
+_EVERY_ASSIGNMENT = ("dropless", "stealing", "ragged", "two_level")
+
 
 @dataclasses.dataclass(frozen=True)
 class ByPhase:
@@ -105,14 +108,14 @@ def expert_rows(settings: Config) -> int:
   A device plans for itself: a micro-batch leaves it t = batch / (U x expert) x S / tensor tokens.
     capacity: every expert has C = ceil(capacity_factor x t K / E) rows (at most t) from each device
     dense: every expert takes every token
-    dropless: every assignment has its row; the rows that fill up blocks depend on the text, and are
-      not counted
+    those of _EVERY_ASSIGNMENT: each has its row; the rows that fill up blocks depend on the text,
+      and are not counted
   """
   model, mesh, train = settings.model, settings.mesh, settings.train
   step_tokens = train.batch * train.sequence
   sources = settings.pipeline.micro_batches * mesh.expert * mesh.tensor
   tokens = step_tokens // sources
-  if settings.moe.dispatch == "dropless":
+  if settings.moe.dispatch in _EVERY_ASSIGNMENT:
     return step_tokens * model.experts_per_token
   if settings.moe.dispatch == "dense":
     return step_tokens * model.experts

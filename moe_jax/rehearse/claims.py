@@ -11,7 +11,9 @@ from moe_jax import config
 from moe_jax.plan import cost
 from moe_jax.plan.hardware import CHIPS
 
-NOT_BUILT = "not built yet"
+NOT_BUILT, ELSEWHERE = "not built yet", "not in this report"
+UNKNOWN = "the program does not show it"
+_LONGEST = 10_240  # tokens of the plan's longest sequence
 _MEGA, _GIGA = 1e6, 1e9
 
 
@@ -21,7 +23,8 @@ class Claim(NamedTuple):
   Attributes:
     claim: what it is about.
     asked: the plan's figure.
-    found: ours; "not built yet" where nothing measures it.
+    found: ours, or why there is none: "not built yet", "not in this report" where another command
+      answers it, "the program does not show it".
     holds: None where nothing measures it, or nothing was asked.
     how: where the figure comes from.
   """
@@ -38,15 +41,17 @@ def rows(settings: config.Config, report: Mapping) -> list[Claim]:
 
   Args:
     settings: the deployment.
-    report: memory_bytes, collectives, exposure, prediction of the compiled chip, and `planned`:
-      exposure and prediction of the planned hardware.
+    report: workload, memory_bytes, collectives, exposure, prediction of the compiled chip, and
+      `planned`: exposure and prediction of the planned hardware.
   """
-  groups = (_sizes, _schedule, _memory, _communication, _speed, _traffic, _not_built)
-  return [row for group in groups for row in group(settings, report)]
+  every_step = (_sizes, _schedule, _memory, _communication, _speed, _latency)
+  training = (_timeline, _traffic, _not_built) if report["workload"]["step"] == "train" else ()
+  return [row for group in (*every_step, *training) for row in group(settings, report)]
 
 
 def _sizes(settings, report):
-  model, mesh, train = settings.model, settings.mesh, settings.train
+  model, mesh, work = settings.model, settings.mesh, report["workload"]
+  sequence = max(work["tokens_each"], work["cached_tokens"])
   planned, parameters = CHIPS["planned"], cost.num_parameters(settings.model).total
   by_config, by_table = "the config", "moe_jax/plan/hardware.py"
   yield Claim(
@@ -75,10 +80,11 @@ def _sizes(settings, report):
   )  # fmt: skip
   names = "layers, heads, head width, experts, expert hidden, token dimension"
   yield _equal(f"model: {names}", asked, found, by_config)
-  yield _equal("batch", 128, train.batch, by_config)
+  yield _equal("batch", 128, work["sequences"], by_config)
+  # What training takes is one of the plan's lengths; what serving holds, the longest of them.
+  is_length = 128 <= sequence <= _LONGEST if work["step"] == "train" else sequence >= _LONGEST
   yield Claim(
-    "sequence", "128 to 10,240 tokens", f"{train.sequence:,} tokens",
-    128 <= train.sequence <= 10_240, by_config,
+    "sequence", "128 to 10,240 tokens", f"{sequence:,} tokens", is_length, by_config
   )  # fmt: skip
   yield _equal(
     "experts: ranks, experts each", (8, 2), (mesh.expert, model.experts // mesh.expert), by_config
@@ -89,34 +95,39 @@ def _sizes(settings, report):
   )  # fmt: skip
   yield _equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, by_config)
   chip, gpus = CHIPS["h100"], mesh.num_devices
-  need = 100 * gpus * 1e3 * cost.forward_flops(model, [train.sequence]).total / train.sequence
+  need = 100 * gpus * 1e3 * cost.forward_flops(model, [sequence]).total / sequence
   yield Claim(
     "64 GPUs are needed for 6,400 tokens/ms", "64 GPUs",
     f"computation asks for {need / planned.flops_per_s('bfloat16'):.1f} planned GPUs,"
     f" {need / chip.flops_per_s('bfloat16'):.1f} H100",
     need / planned.flops_per_s("bfloat16") > 32,
-    f"model FLOPs of a forward pass at {train.sequence:,} tokens x 6,400 tokens/ms / peak",
+    f"model FLOPs of a forward pass at {sequence:,} tokens x 6,400 tokens/ms / peak",
   )  # fmt: skip
 
 
 def _schedule(settings, report):
   pipeline, mesh = settings.pipeline, settings.mesh
   layers = settings.model.layers // mesh.stage
-  yield _equal(
-    "pipeline: stages, layers each, micro-batches",
-    (2, 8, 16),
-    (mesh.stage, layers, pipeline.micro_batches),
-    "the config",
-  )
-  yield Claim(
-    "pipeline: schedule", "1F1B, activations recomputed",
-    f"{pipeline.schedule} with {pipeline.chunks} chunks, saves {pipeline.save}",
-    pipeline.save == "inputs" and pipeline.schedule != "gpipe",
-    "the config; plain 1F1B has a bubble of 5.9% here, its interleaved form 1.5%",
-  )  # fmt: skip
+  work = report["workload"]
+  if work["step"] == "decode":
+    yield _equal("pipeline: stages, layers each", (2, 8), (mesh.stage, layers), "the config")
+  else:
+    yield _equal(
+      "pipeline: stages, layers each, micro-batches",
+      (2, 8, 16),
+      (mesh.stage, layers, work["micro_batches"]),
+      "the config",
+    )
+  if work["step"] == "train":
+    yield Claim(
+      "pipeline: schedule", "1F1B, activations recomputed",
+      f"{pipeline.schedule} with {pipeline.chunks} chunks, saves {pipeline.save}",
+      pipeline.save == "inputs" and pipeline.schedule != "gpipe",
+      "the config; plain 1F1B has a bubble of 5.9% here, its interleaved form 1.5%",
+    )  # fmt: skip
   bubble = report["prediction"]["bubble_fraction"]
   yield Claim(
-    "bubble", "< 2% of the step", NOT_BUILT if bubble is None else f"{bubble:.2%}",
+    "bubble", "< 2% of the step", UNKNOWN if bubble is None else f"{bubble:.2%}",
     None if bubble is None else bubble < 0.02,
     "idle cells of the schedule table, at the units' simulated times in the compiled program",
   )  # fmt: skip
@@ -124,10 +135,22 @@ def _schedule(settings, report):
 
 def _memory(settings, report):
   found = report["memory_bytes"]
-  how = "memory_analysis() of the compiled program, training"
+  how = f"memory_analysis() of the compiled program, {report['workload']['step']}"
   yield Claim(
     "memory per GPU", "4.312 GB", f"{found['total'] / _GIGA:.3f} GB", found["total"] <= 4.312e9, how
   )
+  if report["workload"]["step"] != "train":
+    yield Claim(
+      "memory per GPU: parameters", "312 MB", f"{found['parameters'] / _MEGA:.0f} MB",
+      found["parameters"] <= 312e6, how + "; weights in the compute dtype, no master weights",
+    )  # fmt: skip
+    rest = found["cache"] + found["activations_and_buffers"]
+    yield Claim(
+      "memory per GPU: activations and buffers", "about 3 GB + 1 GB",
+      f"{rest / _GIGA:.3f} GB, {found['cache'] / _GIGA:.3f} GB of it key-value cache",
+      rest <= 4e9, how,
+    )  # fmt: skip
+    return
   yield Claim(
     "memory per GPU: parameters", "312 MB",
     f"{found['parameters'] / _MEGA:.0f} MB master weights, {found['compute_copies'] / _MEGA:.0f} MB"
@@ -183,7 +206,7 @@ def _speed(settings, report):
     ("planned", report["planned"]["prediction"]),
   ):
     rate = found["tokens_per_ms_per_gpu"]
-    how = f"training, {found['chip']}: simulated step"
+    how = f"{report['workload']['step']}, {found['chip']}: simulated step"
     yield Claim(f"tokens/ms/GPU ({name})", "100", f"{rate:.1f}", rate >= 100, how)
     yield Claim(
       f"tokens/ms in all ({name})",
@@ -192,9 +215,25 @@ def _speed(settings, report):
       rate * gpus >= 6300,
       how,
     )
+
+
+def _latency(settings, report):
+  work = report["workload"]
+  claim, asked = f"time to first token at {_LONGEST:,} tokens", "< 10 s, < 6 s claimed"
+  if work["step"] != "prefill":
+    yield Claim(claim, asked, ELSEWHERE, None, "python -m launch.rehearse --step=prefill")
+    return
+  found = [report["prediction"], report["planned"]["prediction"]]
+  shown = ", ".join(f"{each['ttft_s']:.3f} s on {each['chip']}" for each in found)
+  is_longest = work["tokens_each"] >= _LONGEST
   yield Claim(
-    "time to first token at 10,240 tokens", "< 10 s, < 6 s claimed", NOT_BUILT, None, "prefill"
-  )
+    claim, asked, shown + ("" if is_longest else f", of {work['tokens_each']:,} tokens"),
+    all(each["ttft_s"] < 6 for each in found) if is_longest else None,
+    f"simulated prefill of {work['sequences']} prompts at once, until the last one's first token",
+  )  # fmt: skip
+
+
+def _timeline(settings, report):
   phases = report["planned"]["prediction"]["compute_s_by_phase"]
   micro_batches = settings.pipeline.micro_batches
   asked = {"embed": 0.1, "dispatch": 1.0, "attention": 1.5, "experts": 2.0, "head": 0.1}
@@ -231,15 +270,21 @@ def _not_built(settings, report):
     ("double buffering", "95%"),
     ("expert prefetch", "3 layers ahead, 90% accuracy"),
     ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking"),
-    ("load across GPUs", "+-2%"),
-    ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers"),
-    ("work stealing", "< 5 ms"),
-    ("prediction of load", "85% accuracy; by history, token type, reinforcement learning"),
     ("kernels", "routing fused with computation, >= 75% occupancy"),
     ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered"),
     ("DAG", "stages, expert groups 0-3 and 4-7, tensor groups 0-3"),
   ):
     yield Claim(claim, asked, NOT_BUILT, None, NOT_BUILT)
+  for claim, asked in (
+    ("load across GPUs", "+-2%"),
+    ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers"),
+    ("work stealing", "< 5 ms"),
+    ("prediction of load", "85% accuracy; by history, token type, reinforcement learning"),
+  ):
+    yield Claim(
+      claim, asked, ELSEWHERE, None, "moe_jax/balance, which depends on the load while it runs:"
+      " python -m launch.bench_balance",
+    )  # fmt: skip
 
 
 def _equal(claim, asked, found, how) -> Claim:

@@ -7,10 +7,10 @@ import collections
 from collections.abc import Iterable
 
 from moe_jax import config
-from moe_jax.plan import cost
 from moe_jax.rehearse.exposure import Run, Simulator
 from moe_jax.rehearse.program import Collective, Compute
 from moe_jax.rehearse.timing import BETWEEN, INSIDE, flops_per_s, flops_seconds, memory_seconds
+from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 
 # A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
 # CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
@@ -79,19 +79,24 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
 
 
 def prediction(
-  settings: config.Config, simulator: Simulator, run: Run, rows: list[dict], bubble: float | None
+  settings: config.Config,
+  workload: Workload,
+  simulator: Simulator,
+  run: Run,
+  rows: list[dict],
+  bubble: float | None,
 ) -> dict:
   """Returns the step time, its roofline terms, and the limits in tokens/ms/GPU.
 
   The step takes as long as the compiled schedule on the chip, or as the launching of its kernels,
   which the host does meanwhile: the longer of the two. `launch_s` is what that takes at least.
+  `ttft_s`, of prefill, is until the last prompt's first token; `token_s`, of decode, between two
+  tokens of a sequence.
   """
-  train, chip, gpus = settings.train, simulator.chip, settings.mesh.num_devices
-  tokens = train.batch * train.sequence
+  chip, gpus = simulator.chip, settings.mesh.num_devices
   kernels = list(_of_kind(run, Compute))
   flops_s = sum(times * flops_seconds(unit, chip) for unit, times in kernels)
   memory_s = sum(times * memory_seconds(unit, chip) for unit, times in kernels)
-  model_flops = cost.train_flops(settings.model, [train.sequence] * train.batch).total
   num_kernels = sum(times for _, times in kernels)
   launch_s = num_kernels * _LAUNCH_S
   step_s = max(run.total_s, launch_s)
@@ -100,13 +105,15 @@ def prediction(
     INSIDE: _sum(rows, "bytes_per_gpu", link=INSIDE) / chip.inside_bytes_per_s,
     BETWEEN: _sum(rows, "bytes_per_gpu", link=BETWEEN) / chip.between_bytes_per_s,
   }
-  rate = lambda seconds: _ratio(tokens / gpus / 1e3, seconds)
+  rate = lambda seconds: _ratio(workload.tokens / gpus / 1e3, seconds)
+  model_flops = workload.model_flops
   peak = flops_per_s(chip, _HLO_DTYPES[settings.model.dtype])
   return {
     "chip": chip.name,
     "step_s": step_s,
     "tokens_per_ms_per_gpu": rate(step_s),
-    "ttft_s": None,
+    "ttft_s": step_s if workload.step == PREFILL else None,
+    "token_s": step_s / workload.tokens_each if workload.step == DECODE else None,
     "bubble_fraction": bubble,
     "model_flop_utilisation": model_flops / gpus / step_s / peak,
     "schedule_s": run.total_s,

@@ -1,14 +1,14 @@
-"""The exact train step, compiled for devices that need not exist.
+"""The exact train step, prefill and decode, compiled for devices that need not exist.
 
-Knows the step, its state and their shardings, as the launcher uses them; must not know pods, or how
-the compiled program is read.
+Knows the steps, what they hold and their shardings, as the launchers use them; must not know pods,
+or how the compiled program is read.
 """
 
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from moe_jax import config
 from moe_jax.model.transformer import Inputs
+from moe_jax.serve.programs import Programs
 from moe_jax.train import optimizer as optimizer_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -30,7 +31,8 @@ class Compiled(NamedTuple):
   Attributes:
     text: the scheduled HLO.
     memory: XLA's own account, as `Compiled.memory_analysis()` returns it.
-    state: the step's state, ShapeDtypeStructs with shardings.
+    held: the arguments that stay from step to step, by part of the memory: ShapeDtypeStructs with
+      shardings.
     lower_s: seconds that tracing took.
     compile_s: seconds that XLA took.
     lowered: what was compiled.
@@ -38,7 +40,7 @@ class Compiled(NamedTuple):
 
   text: str
   memory: object
-  state: state_lib.State
+  held: Mapping[str, Any]
   lower_s: float
   compile_s: float
   lowered: jax.stages.Lowered
@@ -57,16 +59,38 @@ def train(
   optimizer = optimizer_lib.make(settings.train)
   state = abstract_state(settings, mesh, optimizer)
   step = jax.jit(step_lib.train_step(settings, mesh, optimizer), donate_argnums=0)
-  progress("tracing the train step")
-  start = time.perf_counter()
-  lowered = step.lower(state, abstract_inputs(settings, mesh))
-  lower_s = time.perf_counter() - start
-  progress(f"traced in {lower_s:.1f} s; compiling for {mesh.devices.flat[0].device_kind}")
-  compiled, compile_s = _compile(lowered, {})
-  progress(f"compiled in {compile_s:.1f} s")
-  return Compiled(
-    compiled.as_text(), compiled.memory_analysis(), state, lower_s, compile_s, lowered
-  )
+  lower = lambda: step.lower(state, abstract_inputs(settings, mesh))
+  held = {"parameters": state.parameters, "optimizer": state.optimizer}
+  return _lower_and_compile("the train step", lower, held, mesh, progress)
+
+
+def prefill(
+  settings: config.Config, mesh: jax.sharding.Mesh, progress: Callable[[str], None] = lambda _: None
+) -> Compiled:
+  """Returns the engine's prefill of prompts that begin, its cache donated, compiled for `mesh`.
+
+  Args:
+    settings, mesh, progress: as `train` takes them.
+  """
+  programs = Programs(settings, mesh)
+  lower = lambda: programs.lower_prefill(0)
+  return _lower_and_compile("prefill", lower, programs.abstract._asdict(), mesh, progress)
+
+
+def decode(
+  settings: config.Config, mesh: jax.sharding.Mesh, progress: Callable[[str], None] = lambda _: None
+) -> Compiled:
+  """Returns the engine's decode of the longest sequences, its cache donated, compiled for `mesh`.
+
+  Args:
+    settings, mesh, progress: as `train` takes them.
+  """
+  programs = Programs(settings, mesh)
+  lower = lambda: programs.lower_decode(programs.widths()[-1])
+  return _lower_and_compile("decode", lower, programs.abstract._asdict(), mesh, progress)
+
+
+COMPILED = {"train": train, "prefill": prefill, "decode": decode}
 
 
 def schedule_again(before: Compiled, profile: str, progress: Callable[[str], None]) -> Compiled:
@@ -88,6 +112,19 @@ def schedule_again(before: Compiled, profile: str, progress: Callable[[str], Non
     memory=compiled.memory_analysis(),
     compile_s=before.compile_s + compile_s,
   )
+
+
+def _lower_and_compile(
+  name: str, lower: Callable, held: Mapping[str, Any], mesh: jax.sharding.Mesh, progress: Callable
+) -> Compiled:
+  progress(f"tracing {name}")
+  start = time.perf_counter()
+  lowered = lower()
+  lower_s = time.perf_counter() - start
+  progress(f"traced in {lower_s:.1f} s; compiling for {mesh.devices.flat[0].device_kind}")
+  compiled, compile_s = _compile(lowered, {})
+  progress(f"compiled in {compile_s:.1f} s")
+  return Compiled(compiled.as_text(), compiled.memory_analysis(), held, lower_s, compile_s, lowered)
 
 
 def _compile(lowered: jax.stages.Lowered, options: dict) -> tuple[jax.stages.Compiled, float]:

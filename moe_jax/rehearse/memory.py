@@ -1,6 +1,6 @@
 """Where the bytes of one GPU go, by XLA's own account of the compiled program.
 
-Knows the state's shardings and the compiled program's memory; must not know time.
+Knows what a step holds, its shardings and the compiled program's memory; must not know time.
 """
 
 import math
@@ -13,28 +13,31 @@ from moe_jax.rehearse.lowering import Compiled
 
 # In this order they add up to "total", which is XLA's own sum.
 PARTS = (
-  "parameters", "optimizer", "inputs", "gradients", "compute_copies", "activations_and_buffers",
-  "outputs", "code",
+  "parameters", "optimizer", "cache", "inputs", "gradients", "compute_copies",
+  "activations_and_buffers", "outputs", "code",
 )  # fmt: skip
 
 
 def by_part(settings: config.Config, mesh: jax.sharding.Mesh, compiled: Compiled) -> dict[str, int]:
-  """Returns the bytes on one GPU of each of PARTS, and "total".
+  """Returns the bytes on one GPU of each of PARTS, and "total"; 0 for what the step does not have.
 
   Arguments are told apart by their shardings. Gradients, summed over micro-batches, and
-  the parameters' copies in the compute dtype are temporaries whose size is known; the rest of the
-  temporaries are activations, buffers of collectives and scratch. Outputs are those that do not
-  take the place of an argument.
+  the parameters' copies in the compute dtype are temporaries of training whose size is known; the
+  rest of the temporaries are activations, buffers of collectives and scratch. Outputs are those
+  that do not take the place of an argument.
   """
-  memory, state = compiled.memory, compiled.state
-  parameters = _placed_bytes(state.parameters)
-  optimizer = _placed_bytes(state.optimizer)
-  gradients, copies = _region_bytes(settings, mesh)
+  memory = compiled.memory
+  held = {
+    part: _placed_bytes(compiled.held.get(part, ()))
+    for part in ("parameters", "optimizer", "cache")
+  }
+  # Serving takes the parameters in the compute dtype.
+  is_training = "optimizer" in compiled.held
+  gradients, copies = _region_bytes(settings, mesh) if is_training else (0, 0)
   temporaries = memory.temp_size_in_bytes
   found = {
-    "parameters": parameters,
-    "optimizer": optimizer,
-    "inputs": memory.argument_size_in_bytes - parameters - optimizer,
+    **held,
+    "inputs": memory.argument_size_in_bytes - sum(held.values()),
     "gradients": gradients,
     "compute_copies": copies,
     "activations_and_buffers": temporaries - gradients - copies,
@@ -46,8 +49,14 @@ def by_part(settings: config.Config, mesh: jax.sharding.Mesh, compiled: Compiled
 
 def advice(found: dict[str, int], settings: config.Config) -> str:
   """Returns what to change where the total does not fit, by the largest part that can shrink."""
+  if found["cache"] > found["total"] / 2:
+    return "choose fewer serve.slots, a smaller serve.max_tokens or serve.pages_fraction, or" + (
+      " serve.kv_dtype=int8: the key-value cache takes most"
+    )
   if found["activations_and_buffers"] < found["total"] / 2:
     return "choose a larger mesh.tensor or mesh.stage: parameters and optimizer take most"
+  if found["cache"]:
+    return "choose a shorter serve.prefill_chunk or fewer serve.slots: activations take most"
   if settings.pipeline.save != "inputs":
     return "choose pipeline.save=inputs, which keeps less between forward and backward"
   return "choose more pipeline.micro_batches or a shorter train.sequence: activations take most"

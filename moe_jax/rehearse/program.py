@@ -106,10 +106,15 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branch:
-  """Runs one of its branches; which, the program's data says."""
+  """Runs one of its branches; which, the program's data says.
+
+  Attributes:
+    op_name: of the conditional itself: the scopes that it stands in.
+  """
 
   name: str
   branches: tuple["Block", ...]
+  op_name: str = ""
 
   def scopes(self) -> frozenset[str]:
     """Returns the op_names of all that is in the branches."""
@@ -137,19 +142,27 @@ class Program:
   Attributes:
     entry: what runs.
     unknown: how often each construct stands in the text that could not be read.
+    assumed: how many loops turn as often as the caller said, by what was assumed.
   """
 
   entry: Block
   unknown: Mapping[str, int]
+  assumed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def read(text: str, mesh: Mapping[str, int], kernels: work.KernelFlops | None = None) -> Program:
+def read(
+  text: str,
+  mesh: Mapping[str, int],
+  kernels: work.KernelFlops | None = None,
+  turns: Mapping[str, int] | None = None,
+) -> Program:
   """Returns the schedule of a compiled program.
 
   Args:
     text: of `Compiled.as_text()`.
     mesh: size of each axis by name, outermost first.
     kernels: operations of hand-written kernels by name; others of them are counted as unknown.
+    turns: how often a loop turns whose data decides that, by the scope that it stands in.
 
   Raises:
     ValueError: the text is not HLO, or is not scheduled.
@@ -157,9 +170,9 @@ def read(text: str, mesh: Mapping[str, int], kernels: work.KernelFlops | None = 
   module = hlo.parse(text)
   if not module.is_scheduled:
     raise ValueError("the HLO text is not scheduled; give the text of a compiled program")
-  reader = _Reader(module, mesh, kernels or {})
+  reader = _Reader(module, mesh, kernels or {}, turns or {})
   entry = reader.block(module.entry)
-  return Program(entry, dict(reader.unknown))
+  return Program(entry, dict(reader.unknown), dict(reader.assumed))
 
 
 def phase_of(op_name: str) -> str:
@@ -186,9 +199,16 @@ def flat(block: Block, times: int = 1) -> Iterator[tuple[Any, int]]:
 class _Reader:
   """Turns computations into blocks, and counts what it cannot read."""
 
-  def __init__(self, module: Module, mesh: Mapping[str, int], kernels: work.KernelFlops):
-    self.module, self.mesh, self.kernels = module, mesh, kernels
+  def __init__(
+    self,
+    module: Module,
+    mesh: Mapping[str, int],
+    kernels: work.KernelFlops,
+    turns: Mapping[str, int],
+  ):
+    self.module, self.mesh, self.kernels, self.turns = module, mesh, kernels, turns
     self.unknown: collections.Counter[str] = collections.Counter()
+    self.assumed: collections.Counter[str] = collections.Counter()
 
   def block(self, computation: Computation) -> Block:
     units: list[Any] = []
@@ -205,7 +225,8 @@ class _Reader:
       return [Loop(each.name, self._trips(each), self.block(self.module.called(each, "body")))]
     if opcode == "conditional":
       names = each.called["branches"]
-      return [Branch(each.name, tuple(self.block(self.module.computations[n]) for n in names))]
+      branches = tuple(self.block(self.module.computations[n]) for n in names)
+      return [Branch(each.name, branches, each.op_name)]
     if opcode.endswith(("-done", "-update")):
       return self._done(each, started)
     where, collective = self._collective(computation, each)
@@ -261,9 +282,14 @@ class _Reader:
 
   def _trips(self, loop: Instruction) -> int:
     known = loop.backend_config.get("known_trip_count", {}).get("n")
-    if known is None:
-      self.unknown["while without known trip count, taken as 1"] += 1
-    return int(known or 1)
+    if known is not None:
+      return int(known)
+    for scope in loop.op_name.split("/"):
+      if scope in self.turns:
+        self.assumed[f"loop of {scope}: {self.turns[scope]} turns"] += 1
+        return self.turns[scope]
+    self.unknown["while without known trip count, taken as 1"] += 1
+    return 1
 
   def _op_names(self, computation: Computation) -> Iterator[str]:
     for each in computation.instructions:

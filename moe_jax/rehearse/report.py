@@ -1,7 +1,7 @@
 """The report of a rehearsal: one dict, which JSON takes, made from a compiled program.
 
-Knows the order of things: read, lay the schedule table over, simulate, count. Must not know flags,
-files, or how the report is shown.
+Knows the order of things: compile, read, lay the schedule table over, simulate, count. Must not
+know flags, files, or how the report is shown.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import config
+from moe_jax.moe import rounds
 from moe_jax.pipeline.table import Table
-from moe_jax.plan import cost
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import (
   bubble,
@@ -25,24 +25,40 @@ from moe_jax.rehearse import (
   program,
   ticks,
 )
+from moe_jax.rehearse import workload as workloads
 from moe_jax.rehearse.exposure import Event, Run, Simulator
 from moe_jax.rehearse.pod import Pod
-from moe_jax.train import step as step_lib
+from moe_jax.rehearse.workload import Workload
 
 _PLANNED = CHIPS["planned"]
+# The load is even: what is left for further rounds of a dispatch is nothing.
+_TURNS = {rounds.SCOPE: 0}
 
 
-def train(
-  settings: config.Config, pod: Pod, progress: Callable[[str], None] = lambda _: None
-) -> tuple[dict, list[Event], str]:
-  """Returns the report of the train step on a pod, the timeline of a steady tick on its chip, and
-  the profile by which it was scheduled.
+class Report(NamedTuple):
+  """What a rehearsal finds.
+
+  Attributes:
+    found: the report.
+    events: the timeline of a steady tick on the pod's chip.
+    profile: by which the program was scheduled; empty where XLA's own guess was better.
+  """
+
+  found: dict
+  events: list[Event]
+  profile: str
+
+
+def make(
+  step: str, settings: config.Config, pod: Pod, progress: Callable[[str], None] = lambda _: None
+) -> Report:
+  """Returns the report of a step on a pod.
 
   The program is compiled twice: what the first schedule's kernels and collectives take, by the cost
-  model, is the profile that XLA schedules the second by. The faster one is reported; the profile is
-  empty where that is the first.
+  model, is the profile that XLA schedules the second by. The faster one is reported.
 
   Args:
+    step: "train", "prefill" or "decode".
     settings: the deployment.
     pod: the described pod.
     progress: is told what is being done.
@@ -51,39 +67,29 @@ def train(
     ValueError: the mesh does not fit the pod.
   """
   mesh = pod.mesh(settings.mesh)
-  schedule = step_lib.table(settings)
-  first = lowering.train(settings, mesh, progress)
-  progress("reading the compiled schedule")
-  by_guess = _simulated(first, schedule, pod, mesh)
-  schedule_profile = profile.of(by_guess.simulator, by_guess.run)
-  compiled = lowering.schedule_again(first, schedule_profile, progress)
-  progress("reading the compiled schedule")
-  best = by_profile = _simulated(compiled, schedule, pod, mesh)
-  if by_guess.run.total_s <= by_profile.run.total_s:
-    best, compiled = by_guess, compiled._replace(text=first.text, memory=first.memory)
-    schedule_profile = ""
-  found, taken = best.program, best.taken
+  workload = workloads.WORKLOADS[step](settings)
+  best = _scheduled(step, settings, pod, mesh, workload.table, progress)
   parts = {}
   for name, chip in (("compiled", pod.chip), ("planned", _PLANNED)):
-    simulator = Simulator(chip, pod.gpus_per_host, taken.branch_of_turn)
-    run = simulator.run(found)
+    simulator = Simulator(chip, pod.gpus_per_host, best.taken.branch_of_turn)
+    parts[name] = _on_chip(settings, workload, best, simulator)
     if name == "compiled":
-      events = picture.steady_tick(found, simulator)
-    rows = figures.collectives(simulator, run)
-    waiting = bubble.fraction(found, schedule, taken, chip, pod.gpus_per_host)
-    parts[name] = {
-      "collectives": rows,
-      "exposure": figures.exposure(rows, run.compute_s),
-      "prediction": figures.prediction(settings, simulator, run, rows, waiting),
-    }
-  bytes_by_part = memory.by_part(settings, mesh, compiled)
-  executed = figures.executed_flops(run)
-  report = {
+      events = picture.steady_tick(best.program, simulator)
+  bytes_by_part = memory.by_part(settings, mesh, best.compiled)
+  executed = figures.executed_flops(best.run)
+  found = {
     "pod": {
       "name": pod.name,
       "topology": pod.topology,
       "gpus": len(pod.devices),
       "memory_bytes": pod.chip.memory_bytes,
+    },
+    "workload": {
+      "step": step,
+      "sequences": workload.sequences,
+      "tokens_each": workload.tokens_each,
+      "cached_tokens": workload.cached_tokens,
+      "micro_batches": workload.micro_batches,
     },
     "binding": figures.binding(parts["compiled"]["prediction"]),
     "fits": bytes_by_part["total"] <= pod.chip.memory_bytes,
@@ -93,19 +99,17 @@ def train(
     "flops": {
       "executed_by_phase": executed,
       "executed": sum(executed.values()),
-      "model": _model_flops(settings),
+      "model": workload.model_flops / settings.mesh.num_devices,
     },
-    "unknown": {**found.unknown, **taken.unknown},
-    "schedule_s": {
-      "by_guess": by_guess.run.total_s,
-      "by_profile": by_profile.run.total_s,
-    },
-    "seconds": {"lower": compiled.lower_s, "compile": compiled.compile_s},
+    "unknown": {**best.program.unknown, **best.taken.unknown},
+    "assumed": {**best.program.assumed, **best.taken.assumed},
+    "schedule_s": best.schedule_s,
+    "seconds": {"lower": best.compiled.lower_s, "compile": best.compiled.compile_s},
     "jax": jax.__version__,
     "config": config.as_dict(settings),
   }
-  report["claims"] = [row._asdict() for row in claims.rows(settings, report)]
-  return report, events, schedule_profile
+  found["claims"] = [row._asdict() for row in claims.rows(settings, found)]
+  return Report(found, events, best.profile)
 
 
 class _Simulated(NamedTuple):
@@ -117,15 +121,51 @@ class _Simulated(NamedTuple):
   run: Run
 
 
-def _simulated(compiled: lowering.Compiled, schedule: Table, pod: Pod, mesh) -> _Simulated:
-  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS)
-  taken = ticks.branches_taken(found, schedule)
+class _Scheduled(NamedTuple):
+  """The better one of two schedules of a program."""
+
+  compiled: lowering.Compiled
+  program: program.Program
+  taken: ticks.Taken
+  run: Run
+  profile: str
+  schedule_s: dict[str, float]
+
+
+def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress) -> _Scheduled:
+  first = lowering.COMPILED[step](settings, mesh, progress)
+  progress("reading the compiled schedule")
+  by_guess = _simulated(first, table, pod, mesh)
+  by = profile.of(by_guess.simulator, by_guess.program)
+  second = lowering.schedule_again(first, by, progress)
+  progress("reading the compiled schedule")
+  by_profile = _simulated(second, table, pod, mesh)
+  schedule_s = {"by_guess": by_guess.run.total_s, "by_profile": by_profile.run.total_s}
+  if by_guess.run.total_s <= by_profile.run.total_s:
+    compiled, best, by = second._replace(text=first.text, memory=first.memory), by_guess, ""
+  else:
+    compiled, best = second, by_profile
+  return _Scheduled(compiled, best.program, best.taken, best.run, by, schedule_s)
+
+
+def _simulated(compiled: lowering.Compiled, table: Table, pod: Pod, mesh) -> _Simulated:
+  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, _TURNS)
+  taken = ticks.branches_taken(found, table)
   simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
   return _Simulated(found, taken, simulator, simulator.run(found))
 
 
-def _model_flops(settings: config.Config) -> float:
-  """Returns the model FLOPs of one GPU's share of a step."""
-  train = settings.train
-  total = cost.train_flops(settings.model, [train.sequence] * train.batch).total
-  return total / settings.mesh.num_devices
+def _on_chip(
+  settings: config.Config, workload: Workload, best: _Scheduled, simulator: Simulator
+) -> dict:
+  """Returns what depends on the chip that the schedule runs on."""
+  run = simulator.run(best.program)
+  rows = figures.collectives(simulator, run)
+  waiting = bubble.fraction(
+    best.program, workload.table, best.taken, simulator.chip, simulator.gpus_per_host
+  )
+  return {
+    "collectives": rows,
+    "exposure": figures.exposure(rows, run.compute_s),
+    "prediction": figures.prediction(settings, workload, simulator, run, rows, waiting),
+  }

@@ -11,7 +11,7 @@ from moe_jax.rehearse.memory import PARTS
 def render(report: Mapping) -> str:
   """Returns the report as sections, what binds the step first."""
   sections = (
-    _heading, _memory, _communication, _exposure, _prediction, _claims, _unknown,
+    _heading, _memory, _communication, _exposure, _prediction, _claims, _assumed, _unknown,
   )  # fmt: skip
   return "\n\n".join("\n".join(section(report)) for section in sections if any(section(report)))
 
@@ -23,12 +23,18 @@ def _heading(report) -> Iterable[str]:
     f"pod {pod['name']}, {pod['gpus']} GPUs, compiled for topology {pod['topology']} by jax"
     f" {report['jax']} in {seconds['lower'] + seconds['compile']:.0f} s"
   )
+  work = report["workload"]
+  after = f" after {work['cached_tokens']:,} cached" if work["cached_tokens"] else ""
+  yield (
+    f"a step: {work['step']}, {work['sequences']} sequences x {work['tokens_each']:,} tokens"
+    f"{after}, {work['micro_batches']} micro-batches"
+  )
 
 
 def _memory(report) -> Iterable[str]:
   found, capacity = report["memory_bytes"], report["pod"]["memory_bytes"]
   yield "MEMORY PER GPU"
-  for part in (*PARTS, "total"):
+  for part in (part for part in (*PARTS, "total") if found[part]):
     yield f"  {part.replace('_', ' '):<26}{found[part] / 1e6:>12,.1f} MB"
   verdict = "fits" if report["fits"] else "DOES NOT FIT"
   yield f"  {verdict}: {found['total'] / capacity:.1%} of {capacity / 1e9:.0f} GB"
@@ -72,6 +78,9 @@ def _prediction(report) -> Iterable[str]:
   line = lambda name, shown: f"  {name:<42}" + "".join(f"{shown(found):>12}" for found in both)
   milliseconds = lambda key: lambda found: f"{found[key] * 1e3:.2f}"
   yield line("step, ms: longer of schedule and launches", milliseconds("step_s"))
+  for key, name in (("ttft_s", "time to first token, ms"), ("token_s", "each token, ms")):
+    if both[0][key] is not None:
+      yield line(name, milliseconds(key))
   yield line("schedule, ms", milliseconds("schedule_s"))
   yield line("  kernels by roofline, ms", milliseconds("compute_s"))
   yield line("    their matrix products, ms", milliseconds("flops_s"))
@@ -99,6 +108,13 @@ def _claims(report) -> Iterable[str]:
     yield f"  {mark[row['holds']]:<7}{row['claim']:<{claim}}{row['asked']:<{asked}}{row['found']}"
 
 
+def _assumed(report) -> Iterable[str]:
+  if report["assumed"]:
+    yield "ASSUMED of what requests and routing decide while the program runs"
+    for name, count in report["assumed"].items():
+      yield f"  {count} x {name}"
+
+
 def _unknown(report) -> Iterable[str]:
   if report["unknown"]:
     yield "NOT UNDERSTOOD in the compiled program: figures leave out what these do"
@@ -111,4 +127,4 @@ def _percent(fraction: float | None, digits: int = 1) -> str:
 
 
 def _number(value: float | None) -> str:
-  return "-" if value is None else f"{value:,.0f}"
+  return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

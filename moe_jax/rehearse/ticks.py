@@ -1,8 +1,8 @@
-"""Which branch a compiled train step takes in each tick: the schedule's table, laid over the
-program.
+"""Which branch a compiled step takes in each tick: the schedule's table, laid over the program.
 
-Head and embedding run in some ticks only, and the text of a program cannot say in which. Knows the
-table and how the executor cuts it into loops; must not know chips or time.
+Head and embedding run in some ticks only, and the text of a program cannot say in which. Training,
+prefill and decode cut their tables into loops in one way. Knows the table and those loops; must not
+know chips or time.
 """
 
 import collections
@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax.pipeline import columns
 from moe_jax.pipeline.table import Table
 from moe_jax.rehearse.program import Block, Branch, Loop, Program, phase_of
+from moe_jax.serve import sampling
 
 
 class Taken(NamedTuple):
@@ -22,10 +23,12 @@ class Taken(NamedTuple):
   Attributes:
     branch_of_turn: for each conditional by name, the branch of each turn of the loop round it.
     unknown: how many conditionals the table could not be laid over, by reason.
+    assumed: how many are decided by requests, and taken to do the most that can be asked.
   """
 
   branch_of_turn: Mapping[str, tuple[int, ...]]
   unknown: Mapping[str, int]
+  assumed: Mapping[str, int]
 
 
 def branches_taken(program: Program, table: Table) -> Taken:
@@ -36,6 +39,7 @@ def branches_taken(program: Program, table: Table) -> Taken:
   """
   found: dict[str, tuple[int, ...]] = {}
   unknown: collections.Counter[str] = collections.Counter()
+  assumed: collections.Counter[str] = collections.Counter()
   loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
   pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
   matched = [loop.trips for loop in loops] == [len(piece["head"]) for piece in pieces]
@@ -47,8 +51,12 @@ def branches_taken(program: Program, table: Table) -> Taken:
       else:
         unknown[f"conditional {branch.name}, taken in every turn"] += 1
   for branch in _branches(program.entry, outside_loops=True):
-    unknown[f"conditional {branch.name}, taken in every turn"] += 1
-  return Taken(found, dict(unknown))
+    if not _is_sampling(branch):
+      unknown[f"conditional {branch.name}, taken in every turn"] += 1
+  samplings = [b for b in _all_branches(program.entry) if _is_sampling(b)]
+  if samplings:
+    assumed["conditional of sampling: every request draws within top-k and top-p"] = len(samplings)
+  return Taken(found, dict(unknown), dict(assumed))
 
 
 def segments(table: Table) -> list[dict[str, np.ndarray]]:
@@ -65,6 +73,22 @@ def _branches(block: Block, outside_loops: bool = False):
       yield unit
     elif isinstance(unit, Loop) and not outside_loops:
       yield from _branches(unit.body)
+
+
+def _all_branches(block: Block):
+  """Yields every conditional, those inside others too."""
+  for unit in block.units:
+    if isinstance(unit, Branch):
+      yield unit
+      for inner in unit.branches:
+        yield from _all_branches(inner)
+    elif isinstance(unit, Loop):
+      yield from _all_branches(unit.body)
+
+
+def _is_sampling(branch: Branch) -> bool:
+  """Returns whether the requests' wishes decide it, and not the table."""
+  return sampling.SCOPE in branch.op_name.split("/")
 
 
 def kind_of(branch: Branch) -> str | None:

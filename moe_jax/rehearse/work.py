@@ -19,6 +19,7 @@ KernelFlops = Mapping[str, Callable[[tuple[Shape, ...], tuple[Shape, ...]], floa
 _GEMM_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 _KERNEL_TARGETS = ("__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu_v2")
 _NO_FLOPS_TARGETS = ("__cub$DeviceRadixSort", "__cub$DeviceRadixSortUnassignedScratchSize", "TopK")
+_INTEGER = re.compile(r"[su]\d+|pred")
 _PASS = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
 _SLICES = ("dynamic-slice", "slice", "gather")
 # What writes a part of its first operand, in place; the operand that holds the part.
@@ -107,12 +108,14 @@ def _custom_call_flops(
 
 
 def _call_dtype(computation: Computation, call: Instruction) -> str:
-  """Returns the dtype of the operands; of a hand-written kernel tf32 in place of float32.
+  """Returns the dtype of the operands, the first that is no index; of a hand-written kernel tf32 in
+  place of float32.
 
   Source: https://triton-lang.org/main/python-api/generated/triton.language.dot.html,
   input_precision, which Pallas leaves at its default.
   """
-  dtype = computation.operands_of(call)[0].shapes[0].dtype
+  dtypes = [s.dtype for operand in computation.operands_of(call) for s in operand.shapes]
+  dtype = next((d for d in dtypes if not _INTEGER.fullmatch(d)), dtypes[0])
   return "tf32" if dtype == "f32" and _target(call) in _KERNEL_TARGETS else dtype
 
 

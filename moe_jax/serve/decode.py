@@ -87,7 +87,7 @@ def decode_step(settings: config.Config, mesh: Mesh, num_tokens: int | None = No
   """
   num_micro_batches = settings.mesh.stage
   num_tokens = num_tokens or settings.serve.decode_tokens
-  schedule = _table(settings, num_micro_batches, num_tokens)
+  schedule = table_of(settings, num_tokens)
 
   def region(parameters: Parameters, cache: Cache, pages_UbW, slots: Slots):
     layers, shared = collectives.varying(parameters)
@@ -156,13 +156,13 @@ def _advance(slots: Slots, micro, tokens: Tokens, next_b):
   return slots, jnp.where(is_active_b, next_b, NO_TOKEN)
 
 
-def _table(settings: config.Config, num_micro_batches: int, num_tokens: int) -> Table:
+def table_of(settings: config.Config, num_tokens: int) -> Table:
   """Returns the schedule of a call: turn t is token t // U of micro-batch t % U.
 
   Raises:
     ValueError: a turn would begin before the head has made its token.
   """
-  pipeline = settings.pipeline
+  pipeline, num_micro_batches = settings.pipeline, settings.mesh.stage
   turns = num_micro_batches * num_tokens
   table = forward_only(SCHEDULES[pipeline.schedule](settings.mesh.stage, turns, pipeline.chunks))
   begins_U, is_made_U = table.forward_tick_UW[:, 0], table.head_tick_U

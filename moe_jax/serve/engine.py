@@ -55,7 +55,11 @@ class Load(NamedTuple):
 
 
 class Engine:
-  """Continues the prompts that are submitted, as many at once as there are slots and pages."""
+  """Continues the prompts that are submitted, as many at once as there are slots and pages.
+
+  Attributes:
+    queue: requests that may wait.
+  """
 
   def __init__(
     self,
@@ -86,7 +90,7 @@ class Engine:
         " would not make its calls; serve from one process"
       )
     self._settings, self._programs, self._parameters = settings, programs, parameters
-    self._queue, self._clock = queue, clock
+    self.queue, self._clock = queue, clock
     self._scheduler = Scheduler(settings)
     self._ids = itertools.count()
     self._timings: dict[int, Timing] = {}
@@ -113,7 +117,7 @@ class Engine:
     """
     requests.check(self._settings, request)
     with self._mutex:
-      if len(self._waiting) >= self._queue:
+      if len(self._waiting) >= self.queue:
         self._num_refused += 1
         raise Overloaded(
           f"{len(self._waiting)} requests wait already, which is the limit; try again later"

@@ -22,6 +22,7 @@ from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import forward
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
+from moe_jax.pipeline.table import Table
 from moe_jax.serve import sampling
 from moe_jax.serve.sampling import Wishes
 
@@ -98,7 +99,7 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
 
   def region(parameters: Parameters, cache: Cache, batch: Batch):
     layers, shared = collectives.varying(parameters)
-    table = _table(settings, batch.chunk.tokens_bS.shape[0])
+    table = table_of(settings, batch.chunk.tokens_bS.shape[0])
     found = forward.run(functions, table, layers, shared, batch, state=cache)
     size = batch.chunk.tokens_bS.shape[-1]
     padding = jnp.sum(size - batch.chunk.lengths_b, dtype=jnp.int32)
@@ -145,7 +146,8 @@ def abstract_wishes(shape: tuple[int, ...]) -> Wishes:
   return Wishes(struct(jnp.float32), struct(jnp.int32), struct(jnp.float32), struct(jnp.uint32))
 
 
-def _table(settings: config.Config, num_micro_batches: int):
+def table_of(settings: config.Config, num_micro_batches: int) -> Table:
+  """Returns the schedule of a call."""
   pipeline = settings.pipeline
   return forward_only(
     SCHEDULES[pipeline.schedule](settings.mesh.stage, num_micro_batches, pipeline.chunks)

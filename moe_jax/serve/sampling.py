@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 _BITS = 32
+# Names the branches in a compiled program that the requests' wishes decide.
+SCOPE = "sampling"
 
 
 class Wishes(NamedTuple):
@@ -31,6 +33,7 @@ class Wishes(NamedTuple):
   seed: jax.Array
 
 
+@jax.named_scope(SCOPE)
 def sample(logits_BV: jax.Array, wishes: Wishes, positions_B: jax.Array) -> jax.Array:
   """Returns the next token of each row, int32 [B].
 

@@ -42,6 +42,11 @@ class Service:
     self.failure: BaseException | None = None
 
   @property
+  def queue(self) -> int:
+    """How many requests may wait."""
+    return self._engine.queue
+
+  @property
   def is_open(self) -> bool:
     """Whether requests are taken."""
     return self._is_open

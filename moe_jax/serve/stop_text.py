@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 
 class StopText:
-  """What `add` and `end` return, joined, is the text up to the first of the stop strings.
+  """What `add` and `end` return, joined, is the text up to a stop string.
+
+  It is the one that is complete first; of those complete at the same character the longest.
 
   Attributes:
     is_stopped: whether one was found; nothing comes any more.
@@ -28,10 +30,11 @@ class StopText:
     if self.is_stopped:
       return ""
     text = self._held + text
-    found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+    found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
     if found:
+      end, minus_length = min(found)
       self.is_stopped, self._held = True, ""
-      return text[: min(found)]
+      return text[: end + minus_length]
     longest = max((_overlap(text, stop) for stop in self._stops), default=0)
     cut = len(text) - longest
     self._held = text[cut:]

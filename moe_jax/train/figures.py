@@ -20,8 +20,9 @@ def row(metrics: Metrics, order: np.ndarray, micro_batches: int) -> dict:
   Returns:
     `loss` (cross-entropy in nats per token), `grad_norm`, `load_max_over_mean` (one number for each
     layer in logical order; so `load_variation`, the coefficient of variation, and `load_p99`, the
-    99th percentile over the mean), `dropped_fraction`, `skipped_steps`, `load_balance_loss` and
-    `router_z_loss` (unweighted means over layers and micro-batches).
+    99th percentile over the mean), `dropped_fraction`, `stolen_fraction` (of assignments, served
+    by another rank than the expert's own), `skipped_steps`, `load_balance_loss` and `router_z_loss`
+    (unweighted means over layers and micro-batches).
   """
   report, counts_LE = metrics.losses.report, expert_tokens(metrics, order)
   mean = lambda loss_L: float(loss_L.mean()) / micro_batches
@@ -32,6 +33,7 @@ def row(metrics: Metrics, order: np.ndarray, micro_batches: int) -> dict:
     "load_variation": monitor.coefficient_of_variation(counts_LE),
     "load_p99": monitor.percentiles(counts_LE, (99,))[:, 0],
     "dropped_fraction": float(monitor.dropped_fraction(report.counts._asdict())),
+    "stolen_fraction": float(report.counts.stolen.sum() / max(report.counts.sent.sum(), 1)),
     "skipped_steps": int(metrics.skipped_steps),
     "load_balance_loss": mean(report.losses.load_balance),
     "router_z_loss": mean(report.losses.router_z),

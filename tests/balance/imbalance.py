@@ -140,14 +140,13 @@ def worker(args) -> int:
 
 def _programs(args):
   import jax
+  import jax.numpy as jnp
   import numpy as np
   from jax.sharding import NamedSharding
   from jax.sharding import PartitionSpec as P
 
   from moe_jax import config
-  from moe_jax.moe import dropless, rounds, stolen
-  from moe_jax.moe import plan as plans
-  from moe_jax.moe.exchange import EXCHANGE
+  from moe_jax.moe import layer
   from moe_jax.moe.experts import Weights
   from moe_jax.moe.router import Routing
   from moe_jax.parallel import mesh as mesh_lib
@@ -157,30 +156,17 @@ def _programs(args):
   weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
   every = P((EXPERT, TENSOR))
 
-  def one_round(setting, given, plan, round_id):
-    x_tD, weights_TK, weights = given
-    arrived = dropless.send(setting, x_tD, plan, round_id)
-    return dropless.back(setting, dropless.compute(weights, arrived), weights_TK, plan, round_id)
-
-  def region(is_stealing, x_tD, experts_tK, weights_tK, weights):
-    setting = plans.Setting(*experts_tK.shape, NUM_EXPERTS, 1.25, False, EXCHANGE["hierarchical"])
-    routing = Routing(experts_tK, jax.lax.stop_gradient(weights_tK))
-    if is_stealing:
-      plan, shadow_H = stolen.plan(setting, routing, None, NUM_SHADOWS)
-      weights = stolen.with_shadows(weights, shadow_H)
-      setting = stolen.places(setting, NUM_SHADOWS)
-    else:
-      plan = dropless.plan(setting, routing, None)
-    given = (x_tD, weights_tK, weights)
-    y_tD = rounds.run(
-      functools.partial(one_round, setting), given, plan, dropless.most_rounds(setting)
-    )
-    rows_X = jax.lax.all_gather(plan.places.arriving_Se.sum(), EXPERT)
+  def region(dispatch, x_tD, experts_tK, weights_tK, weights):
+    moe_config = config.Moe(dispatch=dispatch, shadows=NUM_SHADOWS)
+    logits_tE = jnp.zeros((x_tD.shape[0], NUM_EXPERTS))  # ranks what was not chosen: nobody asks
+    y_tD, plan = layer.serve(weights, moe_config, Routing(experts_tK, weights_tK), logits_tE, x_tD)
+    places = {"dropless": lambda of: of, "stealing": lambda of: of.of_rows}[dispatch](plan.places)
+    rows_X = jax.lax.all_gather(places.arriving_Se.sum(), EXPERT)
     return y_tD, rows_X[None]
 
-  def program(is_stealing):
+  def program(dispatch):
     sharded = jax.shard_map(
-      functools.partial(region, is_stealing),
+      functools.partial(region, dispatch),
       mesh=mesh, in_specs=(every, every, every, weights_spec), out_specs=(every, every),
     )  # fmt: skip
 
@@ -209,7 +195,7 @@ def _programs(args):
   # Popular experts first, so the first rank is the busy one.
   zipf_TK = np.argsort(-(noise_TE - EXPONENT * np.log1p(np.arange(E))), 1)[:, :NUM_CHOICES]
   even_TK, zipf_TK = (put(each.astype(np.int32), every) for each in (even_TK, zipf_TK))
-  plain, stealing = program(False), program(True)
+  plain, stealing = program("dropless"), program("stealing")
   bound = lambda call, experts_TK: lambda: call(x_TD, experts_TK, half_TK, weights)
   return {
     "even": bound(plain, even_TK),

@@ -1,4 +1,4 @@
-"""Stealing carried out: values and every gradient as without it, and even ranks."""
+"""Stealing carried out: values and every gradient as without it, even ranks, declared messages."""
 
 import functools
 
@@ -6,44 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
 from moe_jax.balance import stealing
-from moe_jax.moe import plan as plans
-from moe_jax.moe import rounds, stolen
+from moe_jax.moe import dropless, layer
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.router import Routing
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import EXPERT, TENSOR
+from tests.contracts import program as contracts
 from tests.moe import served
 
 NUM_TOKENS, NUM_SHADOWS = 256, 3
 
 
-def one_round(setting, given, plan, round_id):
-  x_tD, weights_TK, weights = given
-  rows = stolen.compute(weights, stolen.send(setting, x_tD, plan, round_id))
-  return stolen.back(setting, rows, weights_TK, plan, round_id)
-
-
 @functools.cache
-def program(mesh, price=None):
+def program(mesh, shadow_tokens=0.0):
   """Returns the jitted function of a Case's fields to y, gradients, rows of each rank, shadows."""
   sizes = config.Mesh(expert=mesh[0], tensor=mesh[1])
+  moe_config = config.Moe(dispatch="stealing", shadows=NUM_SHADOWS, shadow_tokens=shadow_tokens)
 
   def region(x_tD, experts_tK, weights_tK, logits_tE, weights):
-    setting = plans.Setting(
-      *experts_tK.shape, served.NUM_EXPERTS, 1.25, False, EXCHANGE["hierarchical"]
-    )
-    routing = Routing(experts_tK, weights_tK)
-    plan, shadow_H = stolen.plan(
-      setting, *jax.lax.stop_gradient((routing, logits_tE)), NUM_SHADOWS, price
-    )
-    weights = stolen.with_shadows(weights, shadow_H)
-    inner = stolen.places(setting, NUM_SHADOWS)
-    one = functools.partial(one_round, inner)
-    y_tD = rounds.run(one, (x_tD, weights_tK, weights), plan, stolen.most_rounds(inner))
-    rows = plan.places.arriving_Se.sum()[None]
-    return y_tD, (rows, shadow_H[None], jax.tree.map(lambda count: count[None], plan.counts))
+    y_tD, plan = layer.serve(weights, moe_config, Routing(experts_tK, weights_tK), logits_tE, x_tD)
+    rows = plan.places.of_rows.arriving_Se.sum()[None]
+    counts = jax.tree.map(lambda count: count[None], plan.counts)
+    return y_tD, (rows, plan.places.shadow_H[None], counts)
 
   every = served.EVERY
   sharded = jax.shard_map(
@@ -61,6 +49,12 @@ def program(mesh, price=None):
   return jax.jit(run)
 
 
+def decided(case, num_ranks, price):
+  counts_E = jnp.bincount(case.experts_TK.ravel(), length=served.NUM_EXPERTS).astype(jnp.int32)
+  holds_EX = stealing.held_once(served.NUM_EXPERTS, num_ranks)
+  return stealing.decide(counts_E, holds_EX, NUM_SHADOWS, price)
+
+
 @pytest.mark.parametrize("mesh", [(4, 2), (8, 1)])
 @pytest.mark.parametrize("load", ["even", "zipf_1", "zipf_2", "one_hot", "all_to_one_device"])
 def test_values_and_gradients_are_those_of_a_loop_over_experts(mesh, load):
@@ -74,17 +68,72 @@ def test_values_and_gradients_are_those_of_a_loop_over_experts(mesh, load):
   assert rows_X.sum() == NUM_TOKENS * served.NUM_CHOICES
   # Quotas are met to a token for each source and expert that is split.
   slack = mesh[0] * mesh[1] * NUM_SHADOWS
-  counts_E = jnp.bincount(case.experts_TK.ravel(), length=served.NUM_EXPERTS).astype(jnp.int32)
-  holds_EX = stealing.held_once(served.NUM_EXPERTS, mesh[0])
-  expected = stealing.decide(counts_E, holds_EX, NUM_SHADOWS)
+  expected = decided(case, mesh[0], stealing.Price(0.0, 1.0))
   assert abs(rows_X.max() - int(expected.peak)) <= slack
+  home_EX = stealing.held_once(served.NUM_EXPERTS, mesh[0])
+  quota_EX = np.asarray(expected.quota_EX)
+  assert abs(int(counts.stolen.sum()) - quota_EX[~home_EX].sum()) <= slack
   if load in ("zipf_2", "one_hot", "all_to_one_device"):
     assert int(expected.peak_before) >= 1.5 * rows_X.max()
+    assert counts.stolen.sum() > 0
+  if load == "even":
+    assert counts.stolen.sum() == 0
 
 
 def test_a_shadow_that_costs_more_than_it_saves_is_not_sent():
   case = served.case("zipf_2", NUM_TOKENS, num_ranks=4)
-  price = stealing.Price(shadow_s=1.0, token_s=1e-6)
-  y_TD, gradients, (_, shadow_H, _) = program((4, 2), price)(*case)
+  y_TD, gradients, (_, shadow_H, counts) = program((4, 2), 1e6)(*case)
   assert (np.asarray(shadow_H) == served.NUM_EXPERTS).all()
+  assert counts.stolen.sum() == 0
   served.check((y_TD, gradients), served.loop(*case))
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (8, 1)])
+def test_messages_are_those_declared_and_weights_travel_once_a_micro_batch(mesh):
+  """Forward: dropless' own, one sum of counts, and the shadows where there are any; the backward
+  pass sums their gradients once, outside the further rounds.
+  """
+  sizes = config.Mesh(expert=mesh[0], tensor=mesh[1])
+  on = mesh_lib.make(sizes, jax.devices()[: sizes.num_devices])
+  moe_config = config.Moe(dispatch="stealing", shadows=NUM_SHADOWS, capacity_factor=1.0)
+  X, tensor, E, D, F = *mesh, served.NUM_EXPERTS, served.WIDTH, served.NUM_HIDDEN
+  given = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), served.case("even", NUM_TOKENS)
+  )
+
+  def call(x_tD, experts_tK, weights_tK, logits_tE, weights):
+    return layer.serve(weights, moe_config, Routing(experts_tK, weights_tK), logits_tE, x_tD)[0]
+
+  every = P((EXPERT, TENSOR))
+  sharded = jax.shard_map(
+    call, mesh=on, in_specs=(*[every] * 4, served._WEIGHTS_SPEC), out_specs=every
+  )
+
+  def both(x_TD, experts_TK, weights_TK, logits_TE, weights):
+    forward = lambda weights: sharded(x_TD, experts_TK, weights_TK, logits_TE, weights)
+    y_TD, vjp = jax.vjp(forward, weights)
+    return vjp(y_TD)
+
+  found = contracts.collectives(sharded, *given[:5], mesh=on)
+  declared = lambda way, **s: [
+    each for each in contracts.declared(way, X=X, tensor=tensor, **s) if each[2]
+  ]
+  hierarchical, n = EXCHANGE["hierarchical"], X * tensor
+  rows = dropless.rows_per_rank(NUM_TOKENS // n, served.NUM_CHOICES, X, 1.0)
+  sizes_sent = declared(hierarchical.to_experts, E=X, C=1, D=E // X + NUM_SHADOWS)
+  there = declared(hierarchical.to_experts, E=X, C=rows, D=D)
+  back = declared(hierarchical.to_tokens, E=X, C=rows, D=D)
+  both_axes, around = f"{EXPERT}+{TENSOR}", 2 * (n - 1) / n
+  counts = [("all-reduce", both_axes, around * E), ("all-reduce", both_axes, around)]
+  # Of gate, up and down; one of the branches runs.
+  numbers = range(1, NUM_SHADOWS + 1)
+  sent = [("all-reduce", EXPERT, 2 * (X - 1) / X * each * D * F // tensor) for each in numbers]
+  once = contracts.summary([c for c in found if not c.num_loops])
+  assert once == sorted([*sizes_sent, *there, *back, *counts, *sent * 3])
+  again = contracts.summary([c for c in found if c.num_loops])
+  assert again == sorted([*there, *back])  # each further round
+
+  there_and_back = contracts.collectives(both, *given[:5], mesh=on)
+  of_shadows = [c for c in there_and_back if c.kind == "all-reduce" and len(c.shape) == 3]
+  assert [c.shape[0] for c in of_shadows] == [each for each in numbers for _ in range(3)] * 2
+  assert not any(c.num_loops for c in of_shadows)

@@ -80,6 +80,20 @@ def test_the_bandit_is_near_the_best_fixed_policy_and_not_worse_than_none(finish
     assert found <= 1.005 * fixed["none"]
 
 
+def test_the_flags_it_names_are_those_of_a_deployment(finished):
+  rows, shown, _ = finished
+  named = {row["policy"]: row["train_with"] for row in rows if row["train_with"]}
+  assert {"none", "stealing", "stealing if it pays"} <= set(named) < set(POLICIES)
+  for words in named.values():
+    assert words in shown
+    pairs = [word.removeprefix("--config.").partition("=") for word in words.split()]
+    fields = {name.partition(".")[2]: value or "True" for name, _, value in pairs}
+    types = {name: config.field_types()[f"moe.{name}"] for name in fields}
+    parsed = {name: types[name](value) for name, value in fields.items()}
+    assert config.from_mapping({"moe": parsed}).moe.dispatch == fields["dispatch"]
+  assert "shadow_tokens" in named["stealing if it pays"]
+
+
 def test_it_says_how_well_recorded_windows_are_foreseen(finished):
   assert "recorded: next window foreseen: last 9" in finished[1]
 

@@ -21,7 +21,8 @@ from moe_jax.serve.generate import Generator
 from moe_jax.train import loop
 from tests import runs
 
-WINDOW = 512
+WINDOW = 128  # in pages one width of programs: most of this file's time is compiling
+LAYERS = 32  # a long request takes long enough to be caught in the middle
 SLOTS, QUEUE = 2, 3
 PROMPT = "def "
 FLAGS = (f"--slots={SLOTS}", f"--queue={QUEUE}", "--prefill_chunk=16", "--pages_fraction=0.6")
@@ -32,7 +33,7 @@ def trained(tmp_path_factory):
   """The folder of a run of one step, and what its model says greedily after PROMPT."""
   folder = tmp_path_factory.mktemp("runs") / "tiny"
   settings = runs.settings(
-    model={"layers": 2},
+    model={"layers": LAYERS},
     mesh={"expert": 1, "tensor": 1, "stage": 1},
     pipeline={"micro_batches": 1},
     train={"batch": 1, "sequence": WINDOW, "steps": 1, "warmup_steps": 0, "eval_every": 1},
@@ -65,7 +66,14 @@ def server(folder, *flags):
 
 @pytest.fixture(scope="module")
 def port(trained):
-  with server(trained[0]) as (_, port):
+  with server(trained[0]) as (process, port):
+    connection = begin_long(port)
+    assert b" 200 OK" in connection.recv(1000)
+    process.kill()
+    process.wait()
+    connection.close()
+  with server(trained[0], f"--port={port}") as (_, again):
+    assert again == port
     yield port
 
 
@@ -126,7 +134,7 @@ def wait_until(holds, timeout_s=60.0):
 
 
 def begin_long(port, stream=True) -> socket.socket:
-  """Returns a connection on which a completion of several hundred tokens was asked for."""
+  """Returns a connection on which a completion of over a hundred tokens was asked for."""
   fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": WINDOW - 4, "stream": stream}
   body = json.dumps({**fields, "temperature": 0}).encode()
   found = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -263,8 +271,9 @@ def test_a_deadline_ends_a_request(port, idle):
     ({"prompt": [True]}, 400, "is no list of token ids"),
     ({"prompt": [256]}, 400, "prompt has token 256; tokens are 0 to 255"),
     ({"prompt": ["x", ""]}, 400, "the prompt has 0 tokens"),
-    ({"prompt": "x" * 600}, 400, "the prompt has 600 tokens and 16 are to be made"),
-    ({"prompt": "x", "max_tokens": 512}, 400, "the prompt has 1 tokens and 512 are to be made"),
+    ({"prompt": ["x"] * 4}, 400, "4 prompts in one request; send at most 3"),
+    ({"prompt": "x" * 127}, 400, "the prompt has 127 tokens and 16 are to be made"),
+    ({"prompt": "x", "max_tokens": 128}, 400, "the prompt has 1 tokens and 128 are to be made"),
     ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens=0 is not a whole number from 1"),
     ({"prompt": "x", "max_tokens": "9"}, 400, 'max_tokens="9" is not a whole number'),
     ({"prompt": "x", "max_tokens": 10**400}, 400, "are to be made"),
@@ -323,28 +332,50 @@ def test_metrics_count_and_time(port, idle):
     assert 0 < found[0] <= found[1] <= found[2] < 600
 
 
-def test_killed_and_restarted_it_serves_again_and_sigterm_lets_requests_finish(trained):
+def test_killed_in_the_middle_it_serves_again(port, trained):
+  # Every test here asks a server that took the port of one that was killed while it answered.
+  assert ask(port, {"prompt": PROMPT, "max_tokens": 5})[1]["choices"][0]["text"] == text_of(
+    trained[1][:5]
+  )
+
+
+def test_sigterm_lets_requests_finish(trained):
   folder, ids = trained
-  with server(folder, "--mesh=2x2x2", "--virtual_devices=8", "--slots=1") as (process, port):
-    assert ask(port, {"prompt": PROMPT, "max_tokens": 9})[1]["choices"][0]["text"] == text_of(
-      ids[:9]
-    )
-    connection = begin_long(port)
-    assert connection.recv(1000)
-    process.kill()
-    process.wait()
-    connection.close()
-  with server(folder, f"--port={port}") as (process, again):
-    assert again == port
+  with server(folder) as (process, port):
     answers = []
-    fields = {"prompt": PROMPT, "max_tokens": 200}
+    fields = {"prompt": PROMPT, "max_tokens": WINDOW - 4}
     thread = threading.Thread(target=lambda: answers.append(ask(port, fields)))
     thread.start()
     wait_until(lambda: held(port)[0] == 1)
     process.send_signal(signal.SIGTERM)
     thread.join()
-    assert answers[0][0] == 200 and answers[0][1]["choices"][0]["text"].startswith(
-      text_of(ids[:30])
-    )
+    assert answers[0][0] == 200
+    assert answers[0][1]["choices"][0]["text"].startswith(text_of(ids[:30]))
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--port=70000",), "--port=70000"),
+    (("--max_tokens=129",), "--max_tokens=129 is past the window of 128 tokens"),
+    (("--max_tokens=1",), "--max_tokens=1 has no room for a prompt and a token"),
+    (("--mesh=2x2",), "--mesh=2x2 is not expert x tensor x stage"),
+    (("--queue=0",), "--queue=0"),
+    (("--slot=1",), "did you mean --slots?"),
+    (("--host=nowhere.invalid",), "--host=nowhere.invalid --port=8000"),
+  ],
+)
+def test_a_mistyped_flag_takes_one_line(trained, flags, message):
+  command = [sys.executable, "-W", "error", "-m", "launch.serve", f"--workdir={trained[0]}"]
+  found = subprocess.run([*command, *flags], cwd=runs.ROOT, capture_output=True, text=True)
+  assert found.returncode == 2
+  assert message in found.stderr and len(found.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_named(trained, port):
+  command = [sys.executable, "-m", "launch.serve", f"--workdir={trained[0]}", f"--port={port}"]
+  found = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+  assert found.returncode == 2
+  assert f"--port={port}: Address already in use; choose another" in found.stderr

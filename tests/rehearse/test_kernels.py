@@ -11,6 +11,7 @@ from moe_jax import config
 from moe_jax.model import attention_core, flash
 from moe_jax.parallel import collectives
 from moe_jax.rehearse import kernels, pod, program
+from moe_jax.rehearse.hlo import Shape
 from tests.rehearse import golden
 
 # As XLA prints a Triton kernel: MLIR's attributes, the kernel's bytecode among them.
@@ -34,6 +35,24 @@ def test_a_triton_kernel_is_read_by_its_name():
   assert kernel.work.flops == {"bf16": 3 * 64 * 64 * 2 * 2 * 32 * 8}
   assert kernel.work.num_bytes == (3 + 1) * 2 * 128 * 4 * 32 * 2 + 2 * 4 * 128 * 4
   assert kernel.phase == "attention"
+
+
+def test_grouped_kernels_count_every_block():
+  N, D, F = 640, 128, 256  # rows; 2 experts
+  index = (Shape("s32", (10,)), Shape("s32", (1,)))
+  array = lambda *dims: Shape("bf16", dims)
+  narrow, wide = array(N, D), array(N, F)
+  up, down = array(2, D, F), array(2, F, D)
+  operands = {
+    "grouped_hidden": ((narrow, up, up), 2),
+    "grouped_output": ((wide, wide, down), 1),
+    "grouped_d_hidden": ((narrow, wide, wide, down), 1),
+    "grouped_d_rows": ((wide, wide, up, up), 2),
+    "grouped_d_weights": ((narrow, wide), 1),
+  }
+  assert {*operands, *flash.PRODUCTS} == set(kernels.FLOPS)
+  for name, (arrays, products) in operands.items():
+    assert kernels.FLOPS[name]((*index, *arrays), ()) == products * 2 * N * D * F
 
 
 @pytest.mark.skipif(

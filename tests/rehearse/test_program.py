@@ -50,6 +50,18 @@ def test_what_is_not_known_is_counted(text):
   }
 
 
+def test_a_loop_turns_as_often_as_is_assumed_of_its_scope(text):
+  text = text.replace('"known_trip_count":{"n":"3"}', '"other":1').replace(
+    'op_name="jit(step)/while"', 'op_name="jit(step)/further_rounds/while"'
+  )
+  found = program.read(text, golden.MESH, turns={"further_rounds": 0, "another": 5})
+  assert [loop.trips for loop in found.entry.units] == [0]
+  assert found.unknown == {} and found.assumed == {"loop of further_rounds: 0 turns": 1}
+  assert program.read(text, golden.MESH, turns={"rounds": 0}).unknown == {
+    "while without known trip count, taken as 1": 1
+  }
+
+
 def test_a_kernel_counts_by_its_declared_formula():
   call = (
     '%call.1 = bf16[4]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton",'

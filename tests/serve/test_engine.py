@@ -46,12 +46,12 @@ def engine_on(mesh, *, queue=NUM_REQUESTS, clock=None, **serve):
   return engine, lambda prompt, new, **more: made(parameters, [prompt], new_tokens=new, **more)[0]
 
 
-def random_requests(count: int, seed: int) -> list[Request]:
+def random_requests(count: int, longest: int, seed: int) -> list[Request]:
   random = np.random.default_rng(seed)
   found = []
   for _ in range(count):
     # Mostly short, now and then one that a narrow program cannot hold.
-    length = int(random.integers(1, 140 if random.random() < 0.1 else 40))
+    length = int(random.integers(1, longest if random.random() < 0.1 else 40))
     prompt = random.integers(0, 256, length).tolist()
     found.append(Request(prompt, int(random.integers(1, 21))))
   return found
@@ -107,10 +107,12 @@ def arrive_and_cancel(engine, given, seed):
 
 @pytest.mark.parametrize(("mesh", "count"), [((1, 1, 1), NUM_REQUESTS), ((2, 2, 2), 16)], ids=str)
 def test_every_request_gets_the_tokens_it_would_get_alone(mesh, count, compilations):
-  engine, alone = engine_on(mesh)
-  given = random_requests(count, seed=1)
+  # On eight devices of one width only: there compiling is most of the test.
+  max_tokens = 160 if mesh == (1, 1, 1) else 100
+  engine, alone = engine_on(mesh, max_tokens=max_tokens)
+  given = random_requests(count, longest=max_tokens - 21, seed=1)
   num_programs, num_compiled = engine._programs.num_compiled, len(compilations)
-  assert num_compiled >= num_programs >= 5  # two widths of decode, three of prefill
+  assert num_compiled >= num_programs == (5 if mesh == (1, 1, 1) else 3)
   told, cancelled, bound = arrive_and_cancel(engine, given, seed=2)
   assert (engine._programs.num_compiled, len(compilations)) == (num_programs, num_compiled)
   assert_nothing_is_held(engine)
@@ -241,7 +243,7 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk():
 
 def test_requests_come_from_many_threads():
   engine, alone = engine_on((1, 1, 1))
-  given = random_requests(24, seed=3)
+  given = random_requests(24, longest=40, seed=3)
   ids = {}
 
   def submit(numbers):
