@@ -6,7 +6,7 @@ Knows tokenizers; must not know where ids come from or where text goes.
 from moe_jax.interop.tokenizer import Tokenizer
 
 _UNKNOWN = "\ufffd"
-_LONGEST = 4  # bytes of a character in UTF-8
+_LONGEST_BEGINNING = 3  # bytes of a character in UTF-8 that is not whole yet
 
 
 class TextStream:
@@ -16,23 +16,23 @@ class TextStream:
     """Begins with no ids."""
     self._tokenizer = tokenizer
     self._ids: list[int] = []
-    self._text = ""  # returned so far
-    self._num_waiting = 0
+    self._num_returned = 0  # characters
 
   def add(self, token: int) -> str:
     """Returns the text that a token completes; empty where it ends within a character."""
     self._ids.append(token)
-    self._num_waiting += 1
     text = self._tokenizer.decode(self._ids)
-    # After four bytes it is not an unfinished character but one that no text has.
-    if text.endswith(_UNKNOWN) and self._num_waiting < _LONGEST:
-      return ""
-    return self._advance(text)
+    # What ends in unknown characters may be the beginning of one; more of them than one has bytes
+    # are none.
+    whole = len(text.rstrip(_UNKNOWN))
+    return self._return(text, max(whole, len(text) - _LONGEST_BEGINNING))
 
   def end(self) -> str:
     """Returns what was held back."""
-    return self._advance(self._tokenizer.decode(self._ids))
+    text = self._tokenizer.decode(self._ids)
+    return self._return(text, len(text))
 
-  def _advance(self, text: str) -> str:
-    new, self._text, self._num_waiting = text[len(self._text) :], text, 0
+  def _return(self, text: str, end: int) -> str:
+    new = text[self._num_returned : end]
+    self._num_returned = max(end, self._num_returned)
     return new

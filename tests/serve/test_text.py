@@ -16,7 +16,10 @@ def test_a_character_comes_whole():
   assert found == ["a", "", "é", "", "", "€", "", "", "", "𝄞"] and end == ""
 
 
-@pytest.mark.parametrize("content", [b"a\xff\xffb", b"\xe2\x82", b"\xff" * 9, b"", b"ok\xc3"])
+@pytest.mark.parametrize(
+  "content",
+  [b"a\xff\xffb", bytes([249, 146, 225, 128, 146, 0]), b"\xe2\x82", b"\xff" * 9, b"", b"ok\xc3"],
+)
 def test_what_is_not_a_character_is_shown_as_such(content):
   found, end = pieces(content)
   assert "".join(found) + end == content.decode(errors="replace")
