@@ -17,7 +17,7 @@ def draw(found: dict, path: pathlib.Path) -> None:
   """Writes the picture; the file's ending says its kind.
 
   Args:
-    found: of `bench_serve.measure`.
+    found: of `load_figures.measure`.
     path: where.
   """
   rows = sorted(found["loads"], key=lambda row: row["offered_per_s"])

@@ -18,7 +18,7 @@ def requests(mix, vocab: int) -> list[Request]:
   """Returns random greedy requests; lengths lie evenly on a logarithmic scale.
 
   Args:
-    mix: a `bench_serve.Mix`.
+    mix: a `load_figures.Mix`.
     vocab: prompts are of its tokens.
   """
   random = np.random.default_rng(mix.seed)

@@ -4,9 +4,9 @@ Peaks are without sparsity; link rates are in one direction, half of what NVLink
 What a program reaches of them is somebody else's to say, but for the hardware that the reference
 plan assumes, which comes with its own fractions. Knows numbers; must not know jax, models, meshes.
 
-The figures were looked up again in copies of the vendors' tables: peaks, memory and NVLink of
-A100, H100, H200 and B200 (200 Gb/s ConnectX-6 and 400 Gb/s ConnectX-7 adapters, one for each GPU of
-a DGX), and the latencies in NCCL's src/graph/tuning.cc as of its Blackwell table.
+NCCL's latencies stand in its src/graph/tuning.cc as of its Blackwell table, where they were read.
+Chips' figures are those of the vendors' tables as other pages quote them; for A100's ConnectX-6
+adapters, B200's network and the time of a kernel's launch no page was found.
 """
 
 import dataclasses

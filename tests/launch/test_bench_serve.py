@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from launch import bench_serve, load_curve, offered_load
+from launch import load_curve, load_figures, offered_load
 from tests import runs
 
 SMALL = [
@@ -17,7 +17,7 @@ SMALL = [
 ]  # fmt: skip
 MESH = ["--config.mesh.expert=1", "--config.mesh.tensor=1", "--config.mesh.stage=1"]
 MIX = ["--prompt_tokens=2,40", "--new_tokens=1,12", "--requests=30", "--queue=6"]
-MIX_ = bench_serve.Mix((2, 40), (1, 12), 400, 0)
+MIX_ = load_figures.Mix((2, 40), (1, 12), 400, 0)
 
 
 def launch(*arguments):
@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 
 def test_the_figures_agree_with_each_other(finished):
   found = finished[0]
-  given = offered_load.requests(bench_serve.Mix((2, 40), (1, 12), 30, 0), 256)
+  given = offered_load.requests(load_figures.Mix((2, 40), (1, 12), 30, 0), 256)
   capacity, (light, heavy) = found["capacity"], found["loads"]
   assert capacity["requests_per_s"] == pytest.approx(30 / capacity["seconds"])
   for row in (capacity, light, heavy):
@@ -62,7 +62,7 @@ def test_overload_refuses_and_makes_wait(finished):
 
 def test_table_and_picture_are_of_the_same_figures(finished):
   found, shown, picture = finished
-  assert shown == bench_serve.to_text(found) + "\n"
+  assert shown == load_figures.to_text(found) + "\n"
   assert "at once" in shown and "2000%" in shown
   assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch import environment
 from moe_jax.pipeline.saving import SAVE
 from tests.pipeline import baseline, toy
 from tests.pipeline.toy import Case
@@ -19,7 +20,10 @@ def compiled(case: Case, **sizes):
   arrays = toy.make(case.layers, case.micro_batches, **sizes)
   structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays)
   lowered = jax.jit(toy.pipelined(mesh, table, case.save, has_outputs=False)).lower(*structs)
-  return lowered, lowered.compile()
+  # As the launchers do; without it XLA:CPU copies stashes that are read and written in place.
+  name = "xla_cpu_copy_insertion_use_region_analysis"
+  options = {name: environment.XLA_FLAGS["cpu"][name] == "true"}
+  return lowered, lowered.compile(compiler_options=options)
 
 
 @functools.cache

@@ -54,8 +54,14 @@ def as_report(found):
     parts[name] = {"exposure": exposure, "prediction": prediction}
   names = ("parameters", "optimizer", "compute_copies", "activations_and_buffers", "total")
   memory_bytes = {name: getattr(found.memory, name) for name in names}
+  train = found.settings.train
+  workload = {
+    "step": "train", "sequences": train.batch, "tokens_each": train.sequence, "cached_tokens": 0,
+    "micro_batches": found.settings.pipeline.micro_batches,
+  }  # fmt: skip
   return {
-    "memory_bytes": memory_bytes, "collectives": [], "planned": parts["planned"],
+    "workload": workload, "memory_bytes": memory_bytes, "collectives": [],
+    "planned": parts["planned"],
     **parts["on the chip"],
   }  # fmt: skip
 
