@@ -34,7 +34,7 @@ def shipped(name):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   file = tmp_path_factory.mktemp("bench") / "new folder" / "bench.json"
-  done = launch(*SMALL, *MESH, "--virtual_devices=2", "--repeats=2", f"--json={file}")
+  done = launch(*SMALL, *MESH, "--virtual_devices=2", "--repeats=12", f"--json={file}")
   assert done.returncode == 0, done.stderr
   return json.loads(file.read_text()), done.stdout
 
