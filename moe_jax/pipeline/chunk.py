@@ -4,8 +4,8 @@ Where a tick has a forward and a backward unit, they belong to different micro-b
 nothing of each other. Layer by layer, the steps of the one run beside those of the other, the
 backward's from the last to the first: so while one exchanges tokens the other multiplies matrices.
 A barrier after each slot of steps says so to XLA, whose scheduler does not find it by itself; it
-holds the chain of activations and the chain of cotangents, not the weights' gradients, which fill
-what room is left.
+holds the chain of activations and the chain of cotangents. Weights' gradients may come a slot
+later than what they are made from, and fill what room is left there.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.pipeline import buffers
 from moe_jax.pipeline.saving import SavedLayer
 
 Tree = Any
@@ -25,12 +26,12 @@ class Totals(NamedTuple):
   """What layers add to, or write into.
 
   Attributes:
-    stash: [slots, layers of a chunk, ...] what layers saved; None if forward-only. A slot holds the
-      layers first to last, or last to first.
+    stash: [slots, layers of a chunk, ...] what layers saved. A slot holds the layers first to last,
+      or last to first.
     auxiliary_loss: float32.
     reports: [layers of this stage, ...].
-    g_layers: [layers of this stage, ...]; None if forward-only.
-    g_shared: None if forward-only.
+    g_layers: [layers of this stage, ...].
+    g_shared: of the parameters outside the layers.
   """
 
   stash: Tree
@@ -85,8 +86,7 @@ class Chunk(NamedTuple):
   """What every chunk of this stage shares.
 
   Attributes:
-    layer: as in `Functions`.
-    steps: of the layer, with what they save; None if forward-only.
+    steps: of a layer, with what they save.
     slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
     layers: weights, [layers of this stage, ...].
     shared: parameters outside the layers.
@@ -94,8 +94,7 @@ class Chunk(NamedTuple):
     adds: whether gradients add to those of other units; else they are written.
   """
 
-  layer: Callable
-  steps: SavedLayer | None
+  steps: SavedLayer
   slots: tuple[tuple[int, int], ...]
   layers: Tree
   shared: Tree
@@ -144,14 +143,11 @@ class _ForwardLayer:
 
   def __init__(self, chunk: Chunk, unit: Forward, l: jax.Array, x: Tree):
     self.chunk, self.unit, self.l, self.carry = chunk, unit, l, x
-    self.weights = _at(chunk.layers, unit.first + l)
+    self.weights = buffers.at(chunk.layers, unit.first + l)
     self.kept: list[list[jax.Array]] = []
 
   def run(self, num_steps: int) -> None:
     given = (self.weights, self.chunk.shared)
-    if self.chunk.steps is None:
-      self.carry = self.chunk.layer(*given, self.carry, self.unit.inputs)
-      return
     for step in self.chunk.steps.forward[len(self.kept) :][:num_steps]:
       self.carry, kept = step(*given, self.carry, self.unit.inputs)
       self.kept.append(kept)
@@ -160,19 +156,17 @@ class _ForwardLayer:
     y, auxiliary_loss, report = self.carry
     keep = self._keep
     number = self.unit.first + self.l
-    if self.chunk.steps is not None:
-      place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
-      stash = jax.tree.map(
-        lambda leaf, new: leaf.at[place].set(keep(new, lambda: leaf[place])),
-        totals.stash, tuple(self.kept),
-      )  # fmt: skip
-      totals = totals._replace(stash=stash)
+    place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
+    stash = jax.tree.map(
+      lambda leaf, new: leaf.at[place].set(keep(new, lambda: leaf[place])),
+      totals.stash, tuple(self.kept),
+    )  # fmt: skip
     or_nothing = lambda new: keep(new, lambda: jnp.zeros_like(new))
     reports = jax.tree.map(
       lambda total, new: total.at[number].add(or_nothing(new)), totals.reports, report
     )
     total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
-    return totals._replace(auxiliary_loss=total_loss, reports=reports), y
+    return totals._replace(stash=stash, auxiliary_loss=total_loss, reports=reports), y
 
   def _keep(self, new: jax.Array, old: Callable[[], jax.Array]) -> jax.Array:
     return new if self.unit.runs is None else jnp.where(self.unit.runs, new, old())
@@ -192,7 +186,7 @@ class _BackwardLayer:
 
   def __init__(self, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, saved: Tree):
     self.chunk, self.unit, self.number = chunk, unit, unit.first + l
-    self.weights = _at(chunk.layers, self.number)
+    self.weights = buffers.at(chunk.layers, self.number)
     self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
     self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
@@ -227,8 +221,3 @@ class _BackwardLayer:
 def _place(l: jax.Array, is_reversed: jax.Array, num_layers: int) -> jax.Array:
   """Returns where a layer's part lies in its slot."""
   return jnp.where(is_reversed, num_layers - 1 - l, l)
-
-
-def _at(tree, index):
-  """Returns entry `index` of every leaf."""
-  return jax.tree.map(lambda leaf: leaf[index], tree)

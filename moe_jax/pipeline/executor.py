@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import columns
+from moe_jax.pipeline import buffers, columns, forward
 from moe_jax.pipeline.chunk import Backward, Chunk, Forward, Totals
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.functions import Functions
@@ -90,7 +90,27 @@ def run(
   of a cotangent backwards; per micro-batch an all-reduce of an activation for the head and one of a
   cotangent for each of head and embedding gradient. And what the functions do.
   """
+  if table.is_forward_only:
+    return _evaluate(functions, table, layers, shared, inputs)
   return _Executor(functions, table, layers, shared, inputs, save, gradient_dtype).run()
+
+
+def _evaluate(functions: Functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
+  """Returns the result of the forward units alone: losses add up in what `forward` hands on."""
+
+  def layer(layers, index, shared, x, inputs, loss, auxiliary_loss, runs):
+    y, more, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
+    return y, auxiliary_loss + jnp.where(runs, more, jnp.zeros_like(more)), report
+
+  def head(shared, y, inputs, loss):
+    more, outputs = functions.head(shared, y, inputs)
+    return loss + more, outputs
+
+  embed = lambda shared, inputs, loss: functions.embed(shared, inputs)
+  zero = jnp.zeros((), jnp.float32)
+  of_forward = forward.Functions(embed, layer, head)
+  found = forward.run(of_forward, table, layers, shared, inputs, carry=zero, state=zero)
+  return Result(found.carry, found.state, found.reports, found.outputs, None, found.ticks)
 
 
 class _Executor:
@@ -100,18 +120,16 @@ class _Executor:
     self.functions, self.table = functions, table
     self.shared, self.inputs = shared, inputs
     self.gradient_dtype = gradient_dtype
-    self.has_backward = not table.is_forward_only
     self.stage = jax.lax.axis_index(STAGE)
-    x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, _at(inputs, 0))))
-    of_layer = lambda: (_at(layers, 0), shared, collectives.varying(_at(inputs, 0)))
+    x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
+    of_layer = lambda: (buffers.at(layers, 0), shared, collectives.varying(buffers.at(inputs, 0)))
     example = jax.eval_shape(of_layer)
     whole = (*example[:2], x, example[2])
-    steps = cut(functions.layer, whole) if self.has_backward else ()
+    steps = cut(functions.layer, whole)
     costs = [[cost(step, is_backward) for step in steps] for is_backward in (False, True)]
     self.chunk = Chunk(
-      functions.layer,
-      SAVE[save](steps, whole) if self.has_backward else None,
-      slots(costs[0], costs[1][::-1]) if self.has_backward else ((1, 0),),
+      SAVE[save](steps, whole),
+      slots(costs[0], costs[1][::-1]),
       layers,
       shared,
       num_layers=jax.tree.leaves(layers)[0].shape[0] // table.num_chunks,
@@ -120,7 +138,7 @@ class _Executor:
     )
     self.x = x
     self.report = jax.eval_shape(functions.layer, *whole)[2]
-    self.output = jax.eval_shape(functions.head, shared, x, _at(inputs, 0))[1]
+    self.output = jax.eval_shape(functions.head, shared, x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
@@ -133,35 +151,30 @@ class _Executor:
       body = lambda state, row: (self._tick(state, row), None)
       state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], rows))
     totals = state.totals
-    gradients = (totals.g_layers, totals.g_shared) if self.has_backward else None
+    gradients = (totals.g_layers, totals.g_shared)
     return Result(
       state.loss, totals.auxiliary_loss, totals.reports, state.outputs, gradients, state.ticks
     )
 
   def _start(self) -> _State:
     table, chunk, zeros = self.table, self.chunk, collectives.zeros_like
-    stacked = lambda tree, *sizes: jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct((*sizes, *leaf.shape), leaf.dtype), tree
-    )
+    stacked = buffers.stacked
     gradient = lambda tree: jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.gradient_dtype), tree
     )
     scalar = lambda: zeros(jax.ShapeDtypeStruct((), jnp.float32))
-    if_backward = lambda make: zeros(make()) if self.has_backward else None
     return _State(
       sent=zeros(self.x),
       inbox=zeros(stacked(self.x, table.num_inbox_slots)),
-      cotangent_inbox=if_backward(lambda: stacked(self.x, table.num_cotangent_slots)),
+      cotangent_inbox=zeros(stacked(self.x, table.num_cotangent_slots)),
       loss=scalar(),
       outputs=zeros(stacked(self.output, table.num_micro_batches)),
       totals=Totals(
-        stash=if_backward(
-          lambda: stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)
-        ),
+        stash=zeros(stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)),
         auxiliary_loss=scalar(),
         reports=zeros(stacked(self.report, table.num_chunks * chunk.num_layers)),
-        g_layers=if_backward(lambda: gradient(chunk.layers)),
-        g_shared=if_backward(lambda: gradient(self.shared)),
+        g_layers=zeros(gradient(chunk.layers)),
+        g_shared=zeros(gradient(self.shared)),
       ),
       ticks=jnp.zeros((), jnp.int32),
     )
@@ -170,12 +183,14 @@ class _Executor:
     has_forward, has_backward = (self.units[kind] != "never" for kind in ("forward", "backward"))
     # An output that has just been made is read where it was made: were the head to wait for it on
     # stage 0, it would wait for the transfer.
-    y = _select(
-      row.head_is_fresh > 0, state.sent, _at(state.inbox, jnp.maximum(row.head_inbox_slot, 0))
+    y = buffers.select(
+      row.head_is_fresh > 0,
+      state.sent,
+      buffers.at(state.inbox, jnp.maximum(row.head_inbox_slot, 0)),
     )
     if self.units["arrival"] != "never":
       arrived = collectives.shift(state.sent, STAGE, +1)
-      state = state._replace(inbox=_write(state.inbox, row.arrival_slot, arrived))
+      state = state._replace(inbox=buffers.write(state.inbox, row.arrival_slot, arrived))
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
     state, gy = self._branch("head", head, row.head_micro, state, y)
@@ -192,7 +207,7 @@ class _Executor:
       state = state._replace(sent=sent)
     if has_backward:
       arrived = collectives.shift(gx, STAGE, -1)
-      inbox = _write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
+      inbox = buffers.write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
       state = state._replace(cotangent_inbox=inbox)
       unit = self._embed_gradient
       state, _ = self._branch("embed_gradient", unit, row.embed_gradient_micro, state, gx)
@@ -220,29 +235,23 @@ class _Executor:
     return _with(state, sums), result
 
   def _head(self, owner, micro, state: _State, y):
-    """Loss of the micro-batch whose `y` stage `owner` holds, and (with backward units) its
-    cotangent.
-    """
-    inputs = _at(self.inputs, micro)
+    """Loss of the micro-batch whose `y` stage `owner` holds, and its cotangent."""
+    inputs = buffers.at(self.inputs, micro)
     g_shared = state.totals.g_shared
     with jax.named_scope("head"):
       y = collectives.broadcast_from(y, STAGE, owner)
-      if self.has_backward:
-        head = lambda shared, y: self.functions.head(shared, y, inputs)
-        loss, vjp, outputs = jax.vjp(head, self.shared, y, has_aux=True)
-        g_here, gy = vjp(collectives.varying(jnp.ones((), loss.dtype)))
-        g_shared = _add(g_shared, g_here)
-      else:
-        loss, outputs = self.functions.head(self.shared, y, inputs)
-        gy = y
-    outputs = _write(state.outputs, micro, collectives.varying(outputs))
+      head = lambda shared, y: self.functions.head(shared, y, inputs)
+      loss, vjp, outputs = jax.vjp(head, self.shared, y, has_aux=True)
+      g_here, gy = vjp(collectives.varying(jnp.ones((), loss.dtype)))
+      g_shared = _add(g_shared, g_here)
+    outputs = buffers.write(state.outputs, micro, collectives.varying(outputs))
     return _with(state, (state.loss + loss, outputs, g_shared)), collectives.varying(gy)
 
   def _embed_gradient(self, micro, state: _State, gx):
     """The embedding's gradient, from what the backward of the first layer left on stage 0."""
     with jax.named_scope("embed"):
       gx = collectives.broadcast_from(gx, STAGE, 0)
-      embed = lambda shared: self.functions.embed(shared, _at(self.inputs, micro))
+      embed = lambda shared: self.functions.embed(shared, buffers.at(self.inputs, micro))
       _, vjp = jax.vjp(embed, self.shared)
       g_shared = _add(state.totals.g_shared, vjp(gx)[0])
     sums = (state.loss, state.outputs, g_shared)
@@ -250,7 +259,7 @@ class _Executor:
 
   def _embed(self, micro, state: None, x: None):
     with jax.named_scope("embed"):
-      x = self.functions.embed(self.shared, _at(self.inputs, micro))
+      x = self.functions.embed(self.shared, buffers.at(self.inputs, micro))
     return state, collectives.varying(x)
 
   def _backward(self, state: _State, row: Row, gy_head) -> Backward:
@@ -259,7 +268,9 @@ class _Executor:
     last = (self.stage == self.table.num_stages - 1) & (
       row.backward_chunk == self.table.num_chunks - 1
     )
-    gy = _select(last, gy_head, _at(state.cotangent_inbox, jnp.maximum(row.backward_inbox_slot, 0)))
+    gy = buffers.select(
+      last, gy_head, buffers.at(state.cotangent_inbox, jnp.maximum(row.backward_inbox_slot, 0))
+    )
     # A zero cotangent gives zero gradients, so an idle cell adds nothing and needs no further mask.
     return Backward(
       gy=jax.tree.map(lambda leaf: jnp.where(runs, leaf, jnp.zeros((), leaf.dtype)), gy),
@@ -272,10 +283,10 @@ class _Executor:
 
   def _forward(self, state: _State, row: Row, x_embedded) -> Forward:
     """The forward unit of this stage: its chunk of layers, saving what the backward unit needs."""
-    from_inbox = _at(state.inbox, jnp.maximum(row.forward_inbox_slot, 0))
+    from_inbox = buffers.at(state.inbox, jnp.maximum(row.forward_inbox_slot, 0))
     all_run = self.units["full"] == "always"
     return Forward(
-      x=_select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
+      x=buffers.select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
       inputs=self._inputs_of(row.forward_micro),
       first=jnp.maximum(row.forward_chunk, 0) * self.chunk.num_layers,
       slot=jnp.maximum(row.forward_slot, 0),
@@ -285,7 +296,7 @@ class _Executor:
 
   def _inputs_of(self, micro: jax.Array) -> Tree:
     """Returns what the layers of a micro-batch take, which differs from stage to stage."""
-    return collectives.varying(_at(self.inputs, jnp.maximum(micro, 0)))
+    return collectives.varying(buffers.at(self.inputs, jnp.maximum(micro, 0)))
 
 
 def _with(state: _State, sums: tuple) -> _State:
@@ -293,23 +304,6 @@ def _with(state: _State, sums: tuple) -> _State:
   loss, outputs, g_shared = sums
   totals = state.totals._replace(g_shared=g_shared)
   return state._replace(loss=loss, outputs=outputs, totals=totals)
-
-
-def _at(tree, index):
-  """Returns entry `index` of every leaf."""
-  return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _write(tree, slot, entry):
-  """Returns `tree` with `entry` at `slot`; a slot of -1 writes nothing."""
-  place = jnp.maximum(slot, 0)
-  return jax.tree.map(
-    lambda leaf, new: leaf.at[place].set(jnp.where(slot >= 0, new, leaf[place])), tree, entry
-  )
-
-
-def _select(condition, on_true, on_false):
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
 def _add(total, more):

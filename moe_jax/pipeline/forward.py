@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import columns
+from moe_jax.pipeline import buffers, columns
 from moe_jax.pipeline.table import Table
 
 Tree = Any
@@ -124,7 +124,7 @@ class _Forward:
 
   def _start(self, carry, state) -> _Run:
     zeros = collectives.zeros_like
-    inputs = _at(self.inputs, 0)
+    inputs = buffers.at(self.inputs, 0)
     embed, head = self.functions.embed, self.functions.head
     self.x = jax.eval_shape(lambda: collectives.varying(embed(self.shared, inputs, carry)))
     output = jax.eval_shape(lambda x: head(self.shared, x, inputs, carry), self.x)[1]
@@ -138,20 +138,22 @@ class _Forward:
     result = Result(
       carry=carry,
       state=state,
-      reports=zeros(_stacked(report, num_layers)),
-      outputs=zeros(_stacked(output, self.table.num_micro_batches)),
+      reports=zeros(buffers.stacked(report, num_layers)),
+      outputs=zeros(buffers.stacked(output, self.table.num_micro_batches)),
       ticks=jnp.zeros((), jnp.int32),
     )
-    return _Run(zeros(self.x), zeros(_stacked(self.x, self.table.num_inbox_slots)), result)
+    return _Run(zeros(self.x), zeros(buffers.stacked(self.x, self.table.num_inbox_slots)), result)
 
   def _tick(self, run: _Run, row: columns.Row) -> _Run:
     # Read before what has just been made is on its way, so that head and transfer do not wait for
     # each other.
     is_fresh = row.head_is_fresh > 0
-    y = _select(is_fresh, run.sent, _at(run.inbox, jnp.maximum(row.head_inbox_slot, 0)))
+    y = buffers.select(
+      is_fresh, run.sent, buffers.at(run.inbox, jnp.maximum(row.head_inbox_slot, 0))
+    )
     inbox = run.inbox
     if self.units["arrival"] != "never":
-      inbox = _write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
+      inbox = buffers.write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
     owner = jnp.where(is_fresh, self.table.num_stages - 1, 0)
     result = self._head(run.result, row.head_micro, owner, y)
     run = run._replace(inbox=inbox, result=result._replace(ticks=result.ticks + 1))
@@ -163,7 +165,7 @@ class _Forward:
     def head(carry, outputs):
       with jax.named_scope("head"):
         whole = collectives.broadcast_from(y, STAGE, owner)
-        carry, out = self.functions.head(self.shared, whole, _at(self.inputs, micro), carry)
+        carry, out = self.functions.head(self.shared, whole, buffers.at(self.inputs, micro), carry)
         carry, out = collectives.varying((carry, out))
         return carry, jax.tree.map(lambda all, one: all.at[micro].set(one), outputs, out)
 
@@ -174,7 +176,7 @@ class _Forward:
   def _embed(self, micro, carry):
     def embed(carry):
       with jax.named_scope("embed"):
-        inputs = _at(self.inputs, micro)
+        inputs = buffers.at(self.inputs, micro)
         return collectives.varying(self.functions.embed(self.shared, inputs, carry))
 
     return self._where(
@@ -193,10 +195,10 @@ class _Forward:
     """The forward unit of this stage: its chunk of layers."""
     result = run.result
     runs = row.forward_micro >= 0
-    inputs = _at(self.inputs, jnp.maximum(row.forward_micro, 0))
-    from_inbox = _at(run.inbox, jnp.maximum(row.forward_inbox_slot, 0))
+    inputs = buffers.at(self.inputs, jnp.maximum(row.forward_micro, 0))
+    from_inbox = buffers.at(run.inbox, jnp.maximum(row.forward_inbox_slot, 0))
     embedded = self._embed(row.embed_micro, result.carry)
-    x = _select(row.forward_inbox_slot >= 0, from_inbox, embedded)
+    x = buffers.select(row.forward_inbox_slot >= 0, from_inbox, embedded)
     first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
 
     def layer(carry, l):
@@ -210,23 +212,3 @@ class _Forward:
     index = jnp.arange(self.num_layers, dtype=jnp.int32)
     (y, state, reports), _ = jax.lax.scan(layer, (x, result.state, result.reports), index)
     return run._replace(sent=y, result=result._replace(state=state, reports=reports))
-
-
-def _stacked(tree, size):
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), tree)
-
-
-def _at(tree, index):
-  """Returns entry `index` of every leaf."""
-  return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _write(tree, slot, entry):
-  """Returns `tree` with `entry` at `slot`; a slot of -1 writes nothing."""
-  place = jnp.maximum(slot, 0)
-  keep = lambda leaf, new: leaf.at[place].set(jnp.where(slot >= 0, new, leaf[place]))
-  return jax.tree.map(keep, tree, entry)
-
-
-def _select(condition, on_true, on_false):
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
