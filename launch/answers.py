@@ -76,11 +76,10 @@ class Answers:
     count, most = len(self.asked.requests), self._service.queue
     if count > most:
       raise Wrong(f"{count} prompts in one request; send at most {most}", "prompt")
+    listeners = [functools.partial(self._hear, i) for i in range(count)]
     try:
-      for i, request in enumerate(self.asked.requests):
-        self._ids.append(self._service.submit(request, functools.partial(self._hear, i)))
+      self._ids = self._service.submit_all(self.asked.requests, listeners)
     except (ValueError, Overloaded, Stopped) as error:
-      self.cancel()
       status = {Overloaded: 429, Stopped: 503}.get(type(error), 400)
       code = {429: "overloaded", 503: "stopped"}.get(status)
       raise Wrong(str(error), None, status, code) from error

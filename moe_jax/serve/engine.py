@@ -105,27 +105,34 @@ class Engine:
     self._cache = programs.empty_cache()
 
   def submit(self, request: Request, arrived_s: float | None = None) -> int:
-    """Returns the id by which `step` will speak of a request.
+    """Returns the id by which `step` will speak of a request; otherwise as `submit_all`."""
+    return self.submit_all([request], arrived_s)[0]
+
+  def submit_all(self, asked: Sequence[Request], arrived_s: float | None = None) -> list[int]:
+    """Returns the ids of requests that are all taken, or none of them.
 
     Args:
-      request: what to continue.
+      asked: what to continue.
       arrived_s: by the engine's clock, default now.
 
     Raises:
-      ValueError: it could never be served.
-      Overloaded: the queue is full.
+      ValueError: one could never be served.
+      Overloaded: the queue has no room for all.
     """
-    requests.check(self._settings, request)
+    for request in asked:
+      requests.check(self._settings, request)
     with self._mutex:
-      if len(self._waiting) >= self.queue:
-        self._num_refused += 1
+      if len(self._waiting) + len(asked) > self.queue:
+        self._num_refused += len(asked)
         raise Overloaded(
-          f"{len(self._waiting)} requests wait already, which is the limit; try again later"
+          f"{len(self._waiting)} requests wait already, and the limit is {self.queue};"
+          " try again later"
         )
-      request_id = next(self._ids)
-      self._waiting[request_id] = request
-      self._timings[request_id] = Timing(self._clock() if arrived_s is None else arrived_s)
-      return request_id
+      ids = [next(self._ids) for _ in asked]
+      timing = Timing(self._clock() if arrived_s is None else arrived_s)
+      self._waiting.update(zip(ids, asked, strict=True))
+      self._timings.update(dict.fromkeys(ids, timing))
+      return ids
 
   def cancel(self, request_id: int) -> None:
     """Ends a request at the next step; does nothing to one that has ended."""

@@ -4,7 +4,7 @@ Knows the engine and threads; must not know HTTP or text.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moe_jax.serve import requests
 from moe_jax.serve.engine import Engine, Load
@@ -63,24 +63,28 @@ class Service:
     self._thread.join()
 
   def submit(self, request: Request, listener: Listener) -> int:
-    """Returns the request's id.
+    """Returns the request's id; otherwise as `submit_all`."""
+    return self.submit_all([request], [listener])[0]
+
+  def submit_all(self, asked: Sequence[Request], listeners: Sequence[Listener]) -> list[int]:
+    """Returns the ids of requests that are all taken, or none of them.
 
     Args:
-      request: what to continue.
-      listener: hears the events, on the service's thread; it must be quick, and not raise.
+      asked: what to continue.
+      listeners: of each, hears its events on the service's thread; it must be quick, and not raise.
 
     Raises:
-      ValueError: it could never be served.
-      Overloaded: the queue is full.
+      ValueError: one could never be served.
+      Overloaded: the queue has no room for all.
       Stopped: the service has ended.
     """
     with self._change:
       if not self._is_open:
         raise Stopped("the server is shutting down; ask another one, or this one later")
-      request_id = self._engine.submit(request)
-      self._listeners[request_id] = listener
+      ids = self._engine.submit_all(asked)
+      self._listeners.update(zip(ids, listeners, strict=True))
       self._change.notify()
-      return request_id
+      return ids
 
   def cancel(self, request_id: int) -> None:
     """Ends a request soon; does nothing to one that has ended."""

@@ -300,7 +300,7 @@ def test_bad_input_gets_a_clear_4xx(port, body, status, message):
   error = json.loads(answer)["error"]
   assert (found, error["type"]) == (status, "invalid_request_error")
   assert message in error["message"] and "\n" not in error["message"]
-  wait_until(lambda: sum(held(port)) == 0)
+  assert sum(held(port)) == 0
 
 
 def test_what_asks_for_nothing_is_taken(port, idle):

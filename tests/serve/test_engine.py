@@ -169,7 +169,7 @@ def test_overload_refuses_and_recovers():
   for _ in range(3):
     engine.submit(request)
   for _ in range(2):
-    with pytest.raises(Overloaded, match="3 requests wait already, which is the limit"):
+    with pytest.raises(Overloaded, match="3 requests wait already, and the limit is 3"):
       engine.submit(request)
   assert engine.load().num_refused == 2
   run(engine, told)
@@ -177,6 +177,21 @@ def test_overload_refuses_and_recovers():
   run(engine, told)
   assert sorted(told) == list(range(5))
   assert all(tokens == alone([1, 2, 3], 6) for tokens, _ in told.values())
+  assert_nothing_is_held(engine)
+
+
+def test_requests_that_come_together_are_all_taken_or_none():
+  engine, alone = engine_on((1, 1, 1), queue=3)
+  good, bad = Request([1, 2, 3], 6), Request([], 6)
+  with pytest.raises(ValueError, match="0 tokens"):
+    engine.submit_all([good, bad])
+  assert_nothing_is_held(engine)
+  with pytest.raises(Overloaded, match="0 requests wait already, and the limit is 3"):
+    engine.submit_all([good] * 4)
+  assert_nothing_is_held(engine)
+  assert engine.load().num_refused == 4
+  assert engine.submit_all([good] * 3) == [0, 1, 2]
+  assert all(tokens == alone([1, 2, 3], 6) for tokens, _ in run(engine).values())
   assert_nothing_is_held(engine)
 
 
