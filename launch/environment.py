@@ -31,13 +31,15 @@ XLA_FLAGS = {
 
 # XLA:CPU takes its temporaries anew for every step, and glibc would hand gigabytes back to the
 # kernel after each and fault them in again, page by page: a fifth of a step's time at 1 GB of
-# temporaries. An arena of its own for each thread would do so whatever the threshold.
-MALLOC = {
-  "MALLOC_ARENA_MAX": "1",
+# temporaries.
+_MALLOC = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**40),
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+# An arena for each thread gives back what it holds whatever the threshold. One for all does not,
+# but the threads of eight devices wait for each other there: a third of a step of laptop.py.
+_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
 
@@ -101,13 +103,22 @@ def virtual_devices(count: int) -> None:
   _set_xla_flags({**XLA_FLAGS["cpu"], _DEVICE_COUNT: str(count)}, replace=(_DEVICE_COUNT,))
 
 
-def keep_freed_memory() -> None:
-  """Restarts this program, once, with a malloc that keeps what is freed, in huge pages.
+def malloc(num_devices: int) -> dict[str, str]:
+  """Returns the variables under which glibc keeps what is freed, in huge pages.
 
-  The variables work only at a process's start. Those that the user set stay; where another C
-  library than glibc ignores them, nothing changes.
+  Args:
+    num_devices: virtual devices that the process computes on.
   """
-  missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
+  return _MALLOC | (_ONE_ARENA if num_devices == 1 else {})
+
+
+def keep_freed_memory(num_devices: int) -> None:
+  """Restarts this program, once, with the variables of `malloc`.
+
+  They work only at a process's start. Those that the user set stay; where another C library than
+  glibc ignores them, nothing changes.
+  """
+  missing = {k: v for k, v in malloc(num_devices).items() if k not in os.environ}
   if missing and sys.platform == "linux":
     os.environ.update(missing)
     sys.stdout.flush()

@@ -73,7 +73,7 @@ def run(
     # absl.app.run would do this and much else; it makes --verbosity and --log_dir work.
     logging.use_absl_handler()
     if devices and FLAGS.virtual_devices:
-      environment.keep_freed_memory()
+      environment.keep_freed_memory(FLAGS.virtual_devices)
       environment.virtual_devices(FLAGS.virtual_devices)
     elif devices:
       environment.live_devices(FLAGS.scheduling_profile)

@@ -105,5 +105,5 @@ def main():
 
 
 if __name__ == "__main__":
-  environment.keep_freed_memory()
+  environment.keep_freed_memory(8)
   main()

@@ -103,9 +103,10 @@ class Worker:
     command = [sys.executable, "-m", module, f"--worker={name}"]
     self.process = subprocess.Popen(
       [*command, f"--config={config}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-      env={**os.environ, **environment.MALLOC},  # which serves both
+      env={**os.environ, **environment.malloc(1)},  # which serves both
     )  # fmt: skip
-    self.name, self.versions = name, self._read()
+    self.name = name
+    self.versions = self._read()
 
   def ask(self, what: str):
     """Returns the worker's answer to one line."""
@@ -151,7 +152,7 @@ def run_theirs(settings: config_lib.Config) -> None:
   from launch import stopwatch
   from tests import mixtral
 
-  torch.setnum_threads(num_threads())
+  torch.set_num_threads(num_threads())
   inputs = stopwatch.random_inputs(settings)
   rows = lambda leaf: torch.from_numpy(leaf.reshape(-1, leaf.shape[-1]).astype("int64"))
   batch = {"input_ids": rows(inputs.tokens_bS), "labels": rows(inputs.targets_bS)}

@@ -22,7 +22,7 @@ from launch import environment
 
 if __name__ == "__main__":  # before jax is imported
   environment.virtual_devices(8)
-  environment.keep_freed_memory()
+  environment.keep_freed_memory(8)
 
 import jax
 import jax.numpy as jnp
