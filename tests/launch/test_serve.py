@@ -233,7 +233,7 @@ def test_overload_is_refused_and_passes(port, idle):
   )
   assert (status, json.loads(answer)["error"]["code"]) == (429, "overloaded")
   assert int(headers["retry-after"]) > 0
-  assert metrics(port)["moe_jax_requests_refused_total"] == before + 2
+  assert metrics(port)["moe_jax_requests_refused_total"] == before + 3  # each prompt is one
   for connection in connections:
     connection.close()
 
