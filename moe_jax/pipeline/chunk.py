@@ -4,12 +4,13 @@ Where a tick has a forward and a backward unit, they belong to different micro-b
 nothing of each other. Layer by layer, the steps of the one run beside those of the other, the
 backward's from the last to the first: so while one exchanges tokens the other multiplies matrices.
 A barrier after each slot of steps says so to XLA, whose scheduler does not find it by itself; it
-holds the chain of activations and the chain of cotangents. Weights' gradients may come a slot
-later than what they are made from, and fill what room is left there.
+holds the chain of activations and the chain of cotangents. Weights' gradients and what is saved may
+come a slot later than what they are made from, and fill what room is left there.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,33 +110,57 @@ class Chunk(NamedTuple):
 
     Communication: that of the layer.
     """
+    layer = functools.partial(self._layer, forward, backward)
+    last = self.num_layers - 1
 
     def body(carry, l):
-      totals, x, gy = carry
-      back = None
-      ahead = forward and _ForwardLayer(self, forward, l, x)
-      if backward:
-        back, stash = _BackwardLayer.read(self, backward, self.num_layers - 1 - l, gy, totals.stash)
-        totals = totals._replace(stash=stash)
-      num_done = 0  # steps whose weights' gradients must be there at the end of the slot
-      for num_ahead, num_back in self.slots:
-        if ahead:
-          ahead.run(num_ahead)
-        if back:
-          back.run(num_back)
-        if ahead and back:
-          tied = (ahead.carry, back.gradients, back.of_parameters[:num_done])
-          tied = jax.lax.optimization_barrier(tied)
-          ahead.carry, back.gradients, back.of_parameters[:num_done] = tied
-          num_done = len(back.of_parameters)
-      if back:
-        totals, gy = back.finish(totals)
-      if ahead:
-        totals, x = ahead.finish(totals)
-      return (totals, x, gy), None
+      totals, x, gy, saved = carry
+      # Read now, so that the next layer does not wait for what this one writes.
+      coming, totals = self._read(backward, last - 1 - l, totals)
+      totals, x, gy = layer(l, totals, x, gy, saved)
+      return (totals, x, gy, coming), None
 
-    start = (totals, forward and forward.x, backward and backward.gy)
-    return jax.lax.scan(body, start, jnp.arange(self.num_layers))[0]
+    saved, totals = self._read(backward, last, totals)
+    carry = (totals, forward and forward.x, backward and backward.gy, saved)
+    if last:
+      carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
+    # Out of the loop the last layer has beside it what comes before and after, transfers too.
+    return layer(last, *carry)
+
+  def _layer(self, forward, backward, l, totals: Totals, x, gy, saved):
+    """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied."""
+    ahead = forward and _ForwardLayer(self, forward, l, x)
+    back = backward and _BackwardLayer(self, backward, self.num_layers - 1 - l, gy, saved)
+    num_done = 0  # steps whose weights' gradients must be there at the end of the slot
+    for num_ahead, num_back in self.slots:
+      if ahead:
+        totals = totals._replace(stash=ahead.write(totals.stash))
+        ahead.run(num_ahead)
+      if back:
+        back.run(num_back)
+      if ahead and back:
+        x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
+        tied = (x, totals.stash, back.gradients, back.of_parameters[:num_done])
+        tied = jax.lax.optimization_barrier(tied)
+        x, stash, back.gradients, back.of_parameters[:num_done] = tied
+        ahead.carry = (x, *others) if ahead.is_done else x
+        totals = totals._replace(stash=stash)
+        num_done = len(back.of_parameters)
+    if back:
+      totals, gy = back.finish(totals)
+    if ahead:
+      totals, x = ahead.finish(totals)
+    return totals, x, gy
+
+  def _read(self, backward, l, totals: Totals) -> tuple[Tree, Totals]:
+    """Returns what a layer saved, and the totals, whose stash is to be written only now."""
+    if backward is None:
+      return None, totals
+    place = (backward.slot, _place(l, backward.is_reversed, self.num_layers))
+    saved = buffers.at(totals.stash, place)
+    # XLA does not order a read before a write that does not need it, and would copy the stash.
+    saved, stash = jax.lax.optimization_barrier((saved, totals.stash))
+    return saved, totals._replace(stash=stash)
 
 
 class _ForwardLayer:
@@ -145,6 +170,7 @@ class _ForwardLayer:
     self.chunk, self.unit, self.l, self.carry = chunk, unit, l, x
     self.weights = buffers.at(chunk.layers, unit.first + l)
     self.kept: list[list[jax.Array]] = []
+    self.num_written = 0
 
   def run(self, num_steps: int) -> None:
     given = (self.weights, self.chunk.shared)
@@ -152,16 +178,26 @@ class _ForwardLayer:
       self.carry, kept = step(*given, self.carry, self.unit.inputs)
       self.kept.append(kept)
 
+  @property
+  def is_done(self) -> bool:
+    """Whether all steps ran, so that the carry is (y, auxiliary_loss, report)."""
+    return len(self.kept) == len(self.chunk.steps.forward)
+
+  def write(self, stash: Tree) -> Tree:
+    """Returns the stash with what the steps that ran since the last call keep."""
+    place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
+    put = lambda leaf, new: leaf.at[place].set(self._keep(new, lambda: leaf[place]))
+    stash = list(stash)
+    for i in range(self.num_written, len(self.kept)):
+      stash[i] = jax.tree.map(put, stash[i], self.kept[i])
+    self.num_written = len(self.kept)
+    return tuple(stash)
+
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     y, auxiliary_loss, report = self.carry
-    keep = self._keep
     number = self.unit.first + self.l
-    place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
-    stash = jax.tree.map(
-      lambda leaf, new: leaf.at[place].set(keep(new, lambda: leaf[place])),
-      totals.stash, tuple(self.kept),
-    )  # fmt: skip
-    or_nothing = lambda new: keep(new, lambda: jnp.zeros_like(new))
+    stash = self.write(totals.stash)
+    or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
     reports = jax.tree.map(
       lambda total, new: total.at[number].add(or_nothing(new)), totals.reports, report
     )
@@ -174,15 +210,6 @@ class _ForwardLayer:
 
 class _BackwardLayer:
   """One layer on its way backwards."""
-
-  @classmethod
-  def read(cls, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, stash: Tree):
-    """Returns the layer with what it saved, and the stash, to be written only now."""
-    place = (unit.slot, _place(l, unit.is_reversed, chunk.num_layers))
-    saved = jax.tree.map(lambda leaf: leaf[place], stash)
-    # XLA does not order a read before a write that does not need it, and would copy the stash.
-    saved, stash = jax.lax.optimization_barrier((saved, stash))
-    return cls(chunk, unit, l, gy, saved), stash
 
   def __init__(self, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, saved: Tree):
     self.chunk, self.unit, self.number = chunk, unit, unit.first + l

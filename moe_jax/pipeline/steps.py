@@ -17,6 +17,7 @@ import jax.extend.core as jex
 from moe_jax.parallel.axes import TENSOR
 
 _COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum_invariant", "reduce_scatter")
+_CALLS = ("closed_call", "custom_vjp_call", "jit", "remat2")
 _SMALL_COLLECTIVE = 0.05  # of the bytes of the largest
 _SMALL_PRODUCT = 0.03  # of the FLOPs of all
 
@@ -152,12 +153,25 @@ def _bytes_of(eqns) -> float:
   return float(sum(aval.size * aval.dtype.itemsize for aval in made))
 
 
-def _sent_bytes(eqn) -> float:
-  """Returns what this device sends in a collective of the top level, as rings and direct exchanges
-  move it.
+def _collectives(eqn) -> list:
+  """Returns the collectives of an equation: itself, or those of the function that it calls.
+
+  A loop is no call: how often it turns is not known, as of a dispatch's further rounds.
   """
-  if eqn.primitive.name not in _COLLECTIVES:
-    return 0.0
+  if eqn.primitive.name in _COLLECTIVES:
+    return [eqn]
+  if eqn.primitive.name not in _CALLS:
+    return []
+  inner = [e for jaxpr in jex.jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+  return [collective for e in inner for collective in _collectives(e)]
+
+
+def _sent_bytes(eqn) -> float:
+  """Returns what this device sends in an equation, as rings and direct exchanges move it."""
+  return sum(map(_sent_by_collective, _collectives(eqn)))
+
+
+def _sent_by_collective(eqn) -> float:
   size = math.prod(jax.lax.axis_size(name) for name in _axes(eqn))
   if size == 1:
     return 0.0
@@ -174,7 +188,7 @@ def _sent_bytes(eqn) -> float:
 
 
 def _is_inside(eqn) -> bool:
-  return eqn.primitive.name in _COLLECTIVES and tuple(_axes(eqn)) == (TENSOR,)
+  return all(_axes(collective) == (TENSOR,) for collective in _collectives(eqn))
 
 
 def _axes(eqn) -> tuple[str, ...]:

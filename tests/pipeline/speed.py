@@ -6,15 +6,13 @@ prints the figures and exits with 1 where a bar is missed. It is a command and n
 difference of 2% needs a machine that does nothing else: a test of it would fail by chance.
 """
 
-import os
 import sys
 import time
 
-if __name__ == "__main__":  # before jax is imported, as tests/conftest.py does for the tests
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  )
+from launch import environment
+
+if __name__ == "__main__":  # before jax is imported
+  environment.virtual_devices(8)
 
 import jax
 import numpy as np

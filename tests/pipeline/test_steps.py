@@ -88,3 +88,34 @@ def test_a_layer_that_sends_nothing_is_one_step(sizes):
 
   run(sizes, keep)
   assert len(found) == 1 and found[0].uses == (0, 1, 2, 3)
+
+
+@jax.custom_vjp
+def rounded(x_bd):
+  return collectives.exchange(x_bd.astype(jnp.bfloat16), EXPERT).astype(x_bd.dtype)
+
+
+rounded.defvjp(lambda x_bd: (rounded(x_bd), None), lambda _, g_bd: (g_bd,))
+
+
+def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
+  found = []
+
+  def calling(weights, shared, x_bd, inputs):
+    h_bf = jax.jit(lambda x_bd: collectives.gather(x_bd, TENSOR, 1))(x_bd) @ weights["left"]
+    y_bd = collectives.reduce_scatter(h_bf @ weights["back"], TENSOR, 1)
+    y_bd = jax.checkpoint(rounded)(y_bd)
+    again = lambda y_bd, _: (collectives.exchange(y_bd, EXPERT), None)
+    y_bd, _ = jax.lax.scan(again, y_bd, None, length=3)
+    return y_bd, jnp.sum(y_bd), {}
+
+  def keep(*arguments):
+    found.extend(steps.cut(calling, arguments))
+    return collectives.varying(jnp.zeros(()))
+
+  run(config.Mesh(expert=2, tensor=2), keep)
+  b, d = ROWS // 2, WIDTH // 2
+  gather, _, _, scatter, exchange = found
+  assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
+  assert (scatter.inside_bytes, scatter.between_bytes) == (b * WIDTH * 4 / 2, 0)
+  assert (exchange.inside_bytes, exchange.between_bytes) == (0, b * d * 2 / 2)
