@@ -61,12 +61,15 @@ def train_flags(setting: policies.Setting) -> dict[str, str]:
   """
   dispatch = "--config.moe.dispatch="
   stealing = f"{dispatch}stealing --config.moe.shadows={setting.num_shadows}"
+  biased = "--config.model.router_bias --config.moe.router_balance="
   shadow_tokens = setting.shadow_bytes / setting.link_bytes_per_s / setting.token_s
   return {
     "none": f"{dispatch}dropless",
     "capacity": f"{dispatch}capacity",
     "spill": f"{dispatch}capacity --config.moe.spill",
     "aux": f"{dispatch}dropless --config.moe.load_balance_weight=0.01",
+    "bias": f"{dispatch}dropless {biased}bias",
+    "quantile": f"{dispatch}dropless {biased}quantile",
     "stealing": stealing,
     "stealing if it pays": f"{stealing} --config.moe.shadow_tokens={shadow_tokens:.0f}",
   }

@@ -26,7 +26,7 @@ from absl import flags
 from launch import recording as recording_lib
 from launch.flags import run
 from moe_jax import config as config_lib
-from moe_jax.balance import workloads
+from moe_jax.balance import price, workloads
 from moe_jax.plan import hardware
 
 _JSON = flags.DEFINE_string("json", None, "Also write the rows here.")
@@ -120,15 +120,12 @@ def _setting(settings: config_lib.Config, num_experts: int):
   from moe_jax.balance import policies
 
   model, mesh, chip = settings.model, settings.mesh, hardware.CHIPS[_CHIP.value]
+  weights = price.weights(settings)
   if num_experts % mesh.expert:
     raise ValueError(
       f"a workload of {num_experts} experts is not divisible by mesh.expert={mesh.expert}; choose"
       " --config.mesh.expert from its divisors"
     )
-  weights = 3 * model.d_model * model.expert_hidden // mesh.tensor
-  item_bytes = {"bfloat16": 2, "float32": 4}[model.dtype]
-  # There and back, forward and backward; each tensor rank sends its share of a token's width.
-  row_bytes = 4 * item_bytes * model.d_model / mesh.tensor
   return policies.Setting(
     num_experts=num_experts,
     num_ranks=mesh.expert,
@@ -138,12 +135,11 @@ def _setting(settings: config_lib.Config, num_experts: int):
     num_shadows=_SHADOWS.value,
     window=_WINDOW.value,
     horizon=_HORIZON.value,
-    # A multiply-add is two; the backward pass has twice the forward's products.
-    token_s=3 * 2 * weights / chip.flops_per_s(model.dtype) + row_bytes / chip.between_bytes_per_s,
+    token_s=price.token_seconds(settings, chip),
     # As moe.stolen sends them: an all-reduce there, and one of their gradients home.
-    shadow_bytes=4 * (mesh.expert - 1) / mesh.expert * weights * item_bytes,
+    shadow_bytes=4 * (mesh.expert - 1) / mesh.expert * weights * price.ITEM_BYTES[model.dtype],
     slot_bytes=weights * 12,  # master weights and two moments, float32
-    link_bytes_per_s=chip.between_bytes_per_s,
+    link_bytes_per_s=price.link_bytes_per_s(settings, chip),
   )
 
 

@@ -1,10 +1,13 @@
 """Draws which experts a run's tokens went to, over time, from the run's folder.
 
   python -m launch.show_load --workdir=runs/laptop --out=load.png
+  python -m launch.show_load --workdir=runs/laptop --phase=experts
 
 Above, how uneven each layer is; below, for each layer, its experts' share of the tokens over steps,
 as a multiple of the even share. Reads load.jsonl, which training writes, and prints a table of the
-last steps: busiest expert, coefficient of variation, percentiles. Needs no device.
+last steps: busiest expert, coefficient of variation, percentiles. With `--phase` instead how long
+each device ran that phase each time, by the trace of `launch.train --profile_steps`: percentiles
+and a histogram. Needs no device.
 """
 
 import pathlib
@@ -16,9 +19,16 @@ from launch.flags import run
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Draw it here, .png; by default load.png in the folder.")
 _LAST = flags.DEFINE_integer("last", 20, "Steps that the table sums up.", lower_bound=1)
+_PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device, from profile/.")
 
 
 def main() -> None:
+  if _PHASE.value is not None:
+    # jax takes seconds to import, which a mistyped flag need not wait for.
+    from launch import phase_text
+
+    print(phase_text.to_text(pathlib.Path(_WORKDIR.value), _PHASE.value))
+    return
   # matplotlib takes a second to import, which a mistyped flag need not wait for.
   from launch import load_picture
 

@@ -20,7 +20,9 @@ EXCHANGE = ("hierarchical", "flat", "hierarchical_float8")
 TOKENIZERS = ("bytes", "bpe", "imported")
 DTYPES = ("float32", "bfloat16")
 QK_NORM = ("none", "head", "projection")
+ROUTER_BALANCE = ("auxiliary", "bias", "quantile", "none")
 KV_DTYPES = ("float32", "bfloat16", "int8", "float8")
+CHIPS = ("a100", "h100", "h200", "b200", "planned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Model:
   qk_norm: str = "none"  # of queries and keys before they turn; projection: over all heads together
   clip_qkv: float = 0.0  # queries, keys and values to within +- this; 0 does not clip
   normalize_choices: bool = True  # a token's expert weights sum to 1
+  router_bias: bool = False  # of each expert, which its choice sees and its weight does not
 
   def __post_init__(self):
     _positive(
@@ -61,6 +64,11 @@ class Model:
       raise ValueError(
         f"model.experts_per_token={self.experts_per_token} is more than"
         f" model.experts={self.experts}; choose at most {self.experts}"
+      )
+    if self.router_bias and self.experts_per_token == self.experts:
+      raise ValueError(
+        f"model.router_bias=True chooses nothing where every token takes all {self.experts} experts"
+        " (model.experts_per_token); choose router_bias=False or fewer experts_per_token"
       )
 
 
@@ -114,18 +122,21 @@ class Moe:
   hosts_per_token: int = 0  # the router chooses experts on at most so many hosts; 0: on any
   shadows: int = 4  # stealing: experts whose weights a micro-batch sends to every rank, at most
   shadow_tokens: float = 0.0  # stealing: tokens that a rank serves in the time of one shadow
-  load_balance_weight: float = 0.01
+  router_balance: str = "auxiliary"  # what evens the experts: a loss, or the bias moved each step
+  load_balance_weight: float = 0.01  # of the loss of router_balance=auxiliary
+  bias_speed: float = 0.01  # router_balance=bias: of each expert's bias a step, in logits
   router_z_weight: float = 0.001
 
   def __post_init__(self):
     _one_of(self, "moe", "dispatch", DISPATCH)
+    _one_of(self, "moe", "router_balance", ROUTER_BALANCE)
     _one_of(self, "moe", "exchange", EXCHANGE)
     if self.dispatch in ("ragged", "two_level") and self.exchange != "hierarchical":
       raise ValueError(
         f"moe.dispatch={self.dispatch} has an exchange of its own, got"
         f" moe.exchange={self.exchange}; choose exchange=hierarchical"
       )
-    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host", "shadows")
+    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host", "shadows", "bias_speed")
     if self.spill and self.dispatch != "capacity":
       raise ValueError(
         f"moe.spill=True needs moe.dispatch=capacity, got {self.dispatch}, which lets nothing"
@@ -139,6 +150,19 @@ class Moe:
     _not_negative(
       self, "moe", "load_balance_weight", "router_z_weight", "hosts_per_token", "shadow_tokens"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+  """When experts move between ranks, so that busy ones share a rank with idle ones."""
+
+  every: int = 0  # steps between looks at the loads; 0: experts stay where they are
+  most_moved: int = 0  # experts that one look may move, over all layers; 0: any number
+  chip: str = "h100"  # by whose table a move has to pay for itself until the next look
+
+  def __post_init__(self):
+    _not_negative(self, "balance", "every", "most_moved")
+    _one_of(self, "balance", "chip", CHIPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +249,7 @@ class Config:
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)
   moe: Moe = dataclasses.field(default_factory=Moe)
+  balance: Balance = dataclasses.field(default_factory=Balance)
   train: Train = dataclasses.field(default_factory=Train)
   data: Data = dataclasses.field(default_factory=Data)
   serve: Serve = dataclasses.field(default_factory=Serve)
@@ -235,6 +260,11 @@ class Config:
       _divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
     _divides("model.experts", model.experts, "mesh.expert", mesh.expert)
     _check_hosts(self)
+    if self.moe.router_balance in ("bias", "quantile") and not model.router_bias:
+      raise ValueError(
+        f"moe.router_balance={self.moe.router_balance} moves a bias that the model lacks, got"
+        " model.router_bias=False; choose model.router_bias=True"
+      )
     if self.moe.dispatch == "stealing" and self.moe.shadows > model.experts:
       raise ValueError(
         f"moe.shadows={self.moe.shadows} is more than model.experts={model.experts}; choose at most"

@@ -58,6 +58,8 @@ def init_params(key, model: Model) -> dict:
   }
   if not model.tied_embeddings:
     params["head"] = {"kernel": normal((D, V), D**-0.5)}
+  if model.router_bias:
+    params["layers"]["router"]["bias"] = normal((L, E), 0.5)
   # Of queries and keys: one scale for each element of a head, or of all heads together.
   shapes = {"none": None, "head": ((L, H), (L, H)), "projection": ((L, N, H), (L, G, H))}
   if shapes[model.qk_norm]:
@@ -274,7 +276,10 @@ def _moe(params, model, x_TD):
   E, K = model.experts, model.experts_per_token
   logit_TE = jnp.einsum("TD,DE->TE", x_TD, params["router"]["kernel"])
   probability_TE = jax.nn.softmax(logit_TE, axis=-1)
-  weight_TK, expert_TK = jax.lax.top_k(probability_TE, K)
+  # Which experts serve a token goes by the biased logit, how much each counts by the probability.
+  choice_TE = logit_TE + params["router"]["bias"][None] if model.router_bias else logit_TE
+  _, expert_TK = jax.lax.top_k(choice_TE, K)
+  weight_TK = jnp.take_along_axis(probability_TE, expert_TK, axis=1)
   if model.normalize_choices:
     weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
   y_TD = jnp.zeros_like(x_TD)
@@ -289,7 +294,7 @@ def _moe(params, model, x_TD):
     counts.append(jnp.sum(is_chosen_TK, dtype=jnp.int32))
   counts_E = jnp.stack(counts)
   fraction_E = counts_E.astype(x_TD.dtype) / expert_TK.size
-  largest_first_TE = jnp.flip(jnp.sort(logit_TE, axis=-1), axis=-1)
+  largest_first_TE = jnp.flip(jnp.sort(choice_TE, axis=-1), axis=-1)
   return y_TD, {
     "load_balance": E * jnp.sum(fraction_E * jnp.mean(probability_TE, axis=0)),
     "router_z": jnp.mean(jax.nn.logsumexp(logit_TE, axis=-1) ** 2),

@@ -167,6 +167,25 @@ def test_an_unknown_name_is_refused(name):
   ("mapping", "message"),
   [
     (
+      {"moe": {"router_balance": "bias"}},
+      "moe.router_balance=bias moves a bias that the model lacks, got model.router_bias=False;"
+      " choose model.router_bias=True",
+    ),
+    (
+      {"moe": {"router_balance": "quantiles"}},
+      "moe.router_balance='quantiles' is not one of auxiliary, bias, quantile, none; did you mean"
+      " quantile?",
+    ),
+    (
+      {"model": {"router_bias": True, "experts": 4, "experts_per_token": 4}},
+      "model.router_bias=True chooses nothing where every token takes all 4 experts"
+      " (model.experts_per_token); choose router_bias=False or fewer experts_per_token",
+    ),
+    (
+      {"moe": {"bias_speed": 0.0}},
+      "moe.bias_speed=0.0 is not positive; choose a number above 0",
+    ),
+    (
       {"model": {"heads": 12, "kv_heads": 12}, "mesh": {"tensor": 8}},
       "model.heads=12 is not divisible by mesh.tensor=8;"
       " choose mesh.tensor from 1, 2, 3, 4, 6, 12 or model.heads=16",

@@ -8,16 +8,22 @@ second would hold nothing that the first does not. Knows loads; must not know wh
 Letters: X ranks, S slots of a rank, P = X * S.
 """
 
+from collections.abc import Callable
+
 import numpy as np
+
+from moe_jax.balance import filling
 
 _SWEEPS = 2
 _CLOSE = 5e-4  # of the mean: what is this even is left alone
 _LESS = 1 - 1e-9  # a gain below rounding is none
 _LIGHT = 2**16 - 1  # sorts as a load of 0; the heaviest as 0
-# How much of a mean rank a replica of a hot expert may fill. The smallest peak of a replica is not
-# always the best: two of 0.6 do not fit on a rank that one of 0.95 would fill.
-# Beside it the mean over the busiest rank that is good enough not to try.
-_FILLS = ((0.95, 0.99), (1.0, 0.98), (0.8, 0.97), (0.6, 0.97))
+# How much of a mean rank a replica of a hot expert may fill, infinite for no bound. The smallest
+# peak of a replica is not always the best: two of 0.6 do not fit on a rank that one of 0.95 would
+# fill. Beside it the mean over the busiest rank that is good enough not to try.
+_FILLS = ((0.95, 0.99), (np.inf, 0.99), (1.0, 0.98), (0.8, 0.97), (0.6, 0.97))
+_LARGE = 0.5  # of a mean rank: a replica above it leaves no room for its like
+_FEW = 4  # slots of a rank: with fewer there is little to even out what one row leaves
 _SPLIT = 0.4  # of a mean rank: what is above is not split further for its own sake
 
 
@@ -42,20 +48,23 @@ def plan(
     num_ranks: X.
     num_hosts: of X / num_hosts ranks each.
     num_groups: of E / num_groups neighbouring experts each.
-    sweeps: of exchanges between ranks (`swap`) after the greedy packing; with 0 it is that alone,
-      with one choice of replicas: the source's result where no rank would hold an expert twice.
+    sweeps: of exchanges between ranks (`swap`) after a first packing; with 0 that is the greedy
+      one, of one choice of replicas: the source's result where no rank would hold an expert twice.
 
   Raises:
     ValueError: the sizes do not divide, or there are more slots than distinct replicas.
 
   Source: DeepSeek-V3 (arXiv:2412.19437), section 3.4, and the README of deepseek-ai/EPLB, whose
-  packing this is; parting replicas, exchanges and other numbers of replicas are added here.
+  packing this is; parting replicas, exchanges, other numbers of replicas, and rows of experts of
+  like load where none is hot, are added here.
   """
   load_LE = np.asarray(load_LE, np.float64)
   num_layers, num_experts = load_LE.shape
   _check(num_experts, num_slots, num_ranks, num_hosts, num_groups)
   group_load_LG = load_LE.reshape(num_layers, num_groups, -1).sum(-1)
-  group_LG = _pack(group_load_LG, np.ones_like(group_load_LG, int), num_hosts, sweeps)
+  group_LG = _pack(
+    group_load_LG, np.ones_like(group_load_LG, int), num_hosts, sweeps, filling.heaviest_first
+  )
   size = num_experts // num_groups
   expert_LE = (group_LG[..., None] * size + np.arange(size)).reshape(num_layers * num_hosts, -1)
   layer = np.repeat(np.arange(num_layers), num_hosts)[:, None]
@@ -203,34 +212,56 @@ def _spread(load_LE, replicas_LE, num_slots: int, num_ranks: int, split) -> np.n
 
 def _best(load_LE, num_slots: int, num_ranks: int, sweeps: int) -> np.ndarray:
   """Returns the packed items of the most even of several choices of replicas, for each layer."""
-  replicas_LE = replicate(load_LE, num_slots, num_ranks)
-  packed_LP = _pack(load_LE / replicas_LE, replicas_LE, num_ranks, sweeps)
   if not sweeps:
-    return packed_LP
+    replicas_LE = replicate(load_LE, num_slots, num_ranks)
+    return _pack(load_LE / replicas_LE, replicas_LE, num_ranks, sweeps, filling.heaviest_first)
   mean_L = load_LE.sum(1) / num_ranks
-  peak_L = rank_loads(packed_LP, load_LE, num_ranks).max(1)
-  # Where no replica is large, another number of them changes little.
-  is_coarse_L = (load_LE / replicas_LE).max(1) > _SPLIT * mean_L
+  packed_LP = np.empty((len(load_LE), num_slots), np.int64)
+  # Where no replica need be large, another number of them changes little.
+  is_small_L = _least_replicas(load_LE, _LARGE, num_ranks).sum(1) <= num_slots
+  peak_L = np.full(len(load_LE), np.inf)
+  if is_small_L.any():
+    load_iE = load_LE[is_small_L]
+    replicas_iE = replicate(load_iE, num_slots, num_ranks)
+    each_iE = load_iE / replicas_iE
+    if num_slots >= _FEW * num_ranks:
+      # Rows begin less even, and a sweep costs less than the steps that they save.
+      packed_iP = _pack(each_iE, replicas_iE, num_ranks, 2 * sweeps, filling.row_by_row)
+      peak_L[is_small_L] = 0  # even enough
+    else:
+      packed_iP = _pack(each_iE, replicas_iE, num_ranks, sweeps, filling.heaviest_first)
+      peak_L[is_small_L] = rank_loads(packed_iP, load_iE, num_ranks).max(1)
+    packed_LP[is_small_L] = packed_iP
   for fill, good in _FILLS:
-    poor = np.flatnonzero(is_coarse_L & (peak_L * good > mean_L))
-    wanted_iE = np.ceil(load_LE[poor] / (fill * mean_L[poor, None]))
-    wanted_iE = np.clip(wanted_iE, 1, num_ranks).astype(np.int64)
-    fits = wanted_iE.sum(1) <= num_slots
-    poor, wanted_iE = poor[fits], wanted_iE[fits]
-    if not len(poor):
+    least_LE = _least_replicas(load_LE, fill, num_ranks)
+    tried = np.flatnonzero((peak_L * good > mean_L) & (least_LE.sum(1) <= num_slots))
+    if not len(tried):
       continue
-    load_iE = load_LE[poor]
-    replicas_iE = _spread(load_iE, wanted_iE, num_slots, num_ranks, _SPLIT * mean_L[poor, None])
-    packed_iP = _pack(load_iE / replicas_iE, replicas_iE, num_ranks, sweeps)
+    load_iE, split_i1 = load_LE[tried], _SPLIT * mean_L[tried, None]
+    split_i1 = split_i1 if np.isfinite(fill) else np.inf
+    replicas_iE = _spread(load_iE, least_LE[tried], num_slots, num_ranks, split_i1)
+    packed_iP = _pack(load_iE / replicas_iE, replicas_iE, num_ranks, sweeps, filling.heaviest_first)
     peak_i = rank_loads(packed_iP, load_iE, num_ranks).max(1)
-    better = peak_i < peak_L[poor]
-    packed_LP[poor[better]], peak_L[poor[better]] = packed_iP[better], peak_i[better]
+    better = peak_i < peak_L[tried]
+    packed_LP[tried[better]], peak_L[tried[better]] = packed_iP[better], peak_i[better]
   return packed_LP
 
 
-def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int) -> np.ndarray:
-  """Returns item_LP, of E items, rank by rank; item e lies in replicas_LE of them."""
-  item_LP = _items(replicas_LE)
+def _least_replicas(load_LE, fill: float, num_ranks: int) -> np.ndarray:
+  """Returns replicas_LE, the fewest of which none exceeds `fill` of a mean rank, while there are
+  ranks for them.
+  """
+  most_L1 = fill * np.maximum(load_LE.sum(1, keepdims=True) / num_ranks, 1e-300)
+  return np.clip(np.ceil(load_LE / most_L1), 1, num_ranks).astype(np.int64)
+
+
+def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int, begin: Callable) -> np.ndarray:
+  """Returns item_LP, of E items, rank by rank; item e lies in replicas_LE of them.
+
+  Args:
+    begin: the first packing, before exchanges: `filling.heaviest_first` or `filling.row_by_row`.
+  """
+  item_LP = filling.items(replicas_LE)
   if item_LP.shape[1] == num_ranks:
     return item_LP
   load_LP = np.take_along_axis(each_LE, item_LP, 1)
@@ -239,89 +270,12 @@ def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int) -> np.ndarray:
   order_LP = np.argsort((_LIGHT * (1 - load_LP / heaviest_L1)).astype(np.uint16), 1, kind="stable")
   item_LP = np.take_along_axis(item_LP, order_LP, 1)
   last = np.flatnonzero((np.take_along_axis(replicas_LE, item_LP, 1) > 1).any(0))
-  packed_LP = _heaviest_first(
+  packed_LP = begin(
     item_LP, np.take_along_axis(load_LP, order_LP, 1), num_ranks, last[-1] + 1 if len(last) else 0
   )
-  _part(packed_LP, each_LE, num_ranks)
+  filling.part(packed_LP, each_LE, num_ranks)
   load_LP = np.take_along_axis(each_LE, packed_LP, 1)
   return swap(packed_LP, load_LP, num_ranks, sweeps)[0]
-
-
-def _items(replicas_LE):
-  """Returns item_LP: every item once, in order, then the further replicas."""
-  num_layers, num_items = replicas_LE.shape
-  first_LE = np.broadcast_to(np.arange(num_items), replicas_LE.shape)
-  further = np.repeat(first_LE.ravel(), replicas_LE.ravel() - 1).reshape(num_layers, -1)
-  return np.concatenate([first_LE, further], 1)
-
-
-def _heaviest_first(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.ndarray:
-  """Returns the items rank by rank: one after the other goes to the idlest rank with room that does
-  not hold it yet; where all with room do, to the idlest of those.
-
-  Args:
-    item_LP, load_LP: items and their loads, the heaviest first.
-    num_replicated: from this place on there are no items with replicas.
-  """
-  num_layers, num_places = item_LP.shape
-  num_slots, layer_L = num_places // num_ranks, np.arange(num_layers)
-  # Everything of a step is a row of its own, and ranks are numbered through all layers: a step is a
-  # handful of numpy calls, whose overhead is all that it costs.
-  item_PL, load_PL = np.ascontiguousarray(item_LP.T), np.ascontiguousarray(load_LP.T)
-  rank_PL, first_L = np.empty_like(item_PL), layer_L * num_ranks
-  load_LX = np.zeros((num_layers, num_ranks))
-  load, room = load_LX.reshape(-1), np.full(num_layers * num_ranks, num_slots)
-  if_full = np.array([np.inf, *[0.0] * num_slots])
-  is_there_LEX = np.zeros((num_layers, item_LP.max() + 1, num_ranks), bool)
-  twice = 2 * load_LP.sum() + 1  # more than any rank can have, and less than being full
-  first = 0
-  if load_PL[:num_ranks].min() > 0:
-    # The heaviest find the ranks idle, and go to one after the other.
-    first, rank_X1 = num_ranks, np.arange(num_ranks)[:, None]
-    is_there_LEX[layer_L, item_PL[:first], rank_X1] = True
-    rank_PL[:first] = rank_X1 + first_L
-    load_LX[:] = load_PL[:first].T
-    room -= 1
-  for i in range(first, num_places):
-    rank_L = rank_PL[i]
-    if i < num_replicated:
-      there_LX = is_there_LEX[layer_L, item_PL[i]]
-      rank_L[:] = (load_LX + twice * there_LX).argmin(1)
-      is_there_LEX[layer_L, item_PL[i], rank_L] = True
-    else:
-      load_LX.argmin(1, out=rank_L)
-    rank_L += first_L
-    room_L = room[rank_L] - 1
-    room[rank_L] = room_L
-    load[rank_L] += load_PL[i] + if_full[room_L]
-  # A stable sort by rank leaves each rank's items in the order in which they came; numpy's is ten
-  # times faster on 16 bits.
-  rank_LP = (rank_PL - first_L).astype(np.min_scalar_type(num_ranks)).T
-  order_LP = np.argsort(rank_LP, axis=1, kind="stable")
-  return np.take_along_axis(item_LP, order_LP, 1)
-
-
-def _part(packed_LP, each_LE, num_ranks: int) -> None:
-  """Exchanges slots, in place, until no rank holds an item twice; such are few."""
-  packed_LXS = packed_LP.reshape(len(packed_LP), num_ranks, -1)
-  sorted_LXS = np.sort(packed_LXS, -1)
-  for layer in np.flatnonzero((sorted_LXS[..., 1:] == sorted_LXS[..., :-1]).any((1, 2))):
-    held_XS, each_E = packed_LXS[layer], each_LE[layer]
-    while True:
-      again = [
-        (x, s)
-        for x, row in enumerate(held_XS.tolist())
-        for s, item in enumerate(row)
-        if item in row[:s]
-      ]
-      if not again:
-        break
-      x, s = again[0]
-      legal_XS = ~(held_XS == held_XS[x, s]).any(1, keepdims=True)
-      legal_XS = legal_XS & ~np.isin(held_XS, held_XS[x])
-      off_XS = np.where(legal_XS, np.abs(each_E[held_XS] - each_E[held_XS[x, s]]), np.inf)
-      there = np.unravel_index(off_XS.argmin(), off_XS.shape)
-      held_XS[x, s], held_XS[there] = held_XS[there], held_XS[x, s]
 
 
 def _check(num_experts, num_slots, num_ranks, num_hosts, num_groups):

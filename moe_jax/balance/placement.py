@@ -142,15 +142,20 @@ def rebalance(
   )
 
 
-def pays(change: Change, num_ranks: int, cost: Cost) -> bool:
+def pays(change: Change, num_ranks: int, cost: Cost, num_rounds: int | None = None) -> bool:
   """Returns whether the change earns more until the horizon than it costs.
 
   It earns the time that the busiest rank of each layer gets shorter, in every micro-batch; it costs
   the time until the rank that receives most has received all, as if nothing hid it.
+
+  Args:
+    num_rounds: how many slots' time the exchange takes; by default those of that rank, as if none
+      had to wait for others.
   """
   gain_s = change.gain_tokens * cost.token_s * cost.horizon
-  received_bytes = busiest_moved(change.moved_LP, num_ranks) * cost.slot_bytes
-  return gain_s > received_bytes / cost.link_bytes_per_s
+  if num_rounds is None:
+    num_rounds = busiest_moved(change.moved_LP, num_ranks)
+  return gain_s > num_rounds * cost.slot_bytes / cost.link_bytes_per_s
 
 
 def _choose(gain_NL, moves_NL, most_moved):

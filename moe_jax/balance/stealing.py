@@ -70,9 +70,25 @@ def decide(
     price: shadows are left out where they cost more than they save; None takes them whenever they
       make the ranks more even.
   """
-  num_experts, num_ranks = holds_EX.shape
   quota_EX = _shared(counts_E, holds_EX)
   load_X = quota_EX.sum(0, dtype=jnp.int32)
+  mean, peak = _mean(load_X), load_X.max()
+  # No shadows save more than all that the busiest rank has above the mean, and one is the fewest.
+  may_pay = peak > _even(mean)
+  if price is not None:
+    may_pay &= (peak - mean).astype(jnp.float32) * price.token_s > price.shadow_s
+  # Plus nothing, but of the counts' type: on a mesh both branches differ along the same axes.
+  nothing_H = jnp.full(num_shadows, holds_EX.shape[0], jnp.int32) + 0 * peak
+  return jax.lax.cond(
+    may_pay,
+    lambda: _with_shadows(quota_EX, load_X, num_shadows, price),
+    lambda: Decision(quota_EX, nothing_H, peak, peak),
+  )
+
+
+def _with_shadows(quota_EX, load_X, num_shadows: int, price: Price | None) -> Decision:
+  """Returns the decision where shadows may pay."""
+  num_experts, num_ranks = quota_EX.shape
   shadow_H = _shadows(quota_EX, num_shadows, price)
   # Row E stands for no expert.
   tokens_HX = jnp.concatenate([quota_EX, jnp.zeros((1, num_ranks), jnp.int32)])[shadow_H]
@@ -174,13 +190,23 @@ def _shared(counts_E, holds_EX):
   return jnp.diff(end_EX, axis=1, prepend=0)
 
 
+def _mean(load_X):
+  """Returns the mean rank's tokens, rounded up."""
+  return (load_X.sum(dtype=jnp.int32) + load_X.size - 1) // load_X.size
+
+
+def _even(mean):
+  """Returns how many tokens a rank may have without being relieved."""
+  return mean + mean // _EVEN
+
+
 def _shadows(quota_EX, num_shadows: int, price: Price | None):
   """Returns shadow_H: again and again the hottest expert of the rank that is then the busiest,
   until no rank has more than the mean, or one more costs more than it saves.
   """
-  num_experts, num_ranks = quota_EX.shape
-  mean = (quota_EX.sum(dtype=jnp.int32) + num_ranks - 1) // num_ranks
-  even = mean + mean // _EVEN
+  num_experts = quota_EX.shape[0]
+  mean = _mean(quota_EX.sum(0, dtype=jnp.int32))
+  even = _even(mean)
 
   def take(state, _):
     fixed_EX, load_X = state

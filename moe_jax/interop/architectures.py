@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     },
     _DEFAULTS,
     {**_REQUIRED, "sliding_window": None, "router_jitter_noise": 0.0},
-    {"qk_norm": "none", "normalize_choices": True, "clip_qkv": None},
+    {"qk_norm": "none", "normalize_choices": True, "clip_qkv": None, "router_bias": False},
     (
       "block_sparse_moe.gate",
       *(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2")),
@@ -98,7 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
       "decoder_sparse_step": 1,
       "mlp_only_layers": [],
     },
-    {"qk_norm": "head", "clip_qkv": None},
+    {"qk_norm": "head", "clip_qkv": None, "router_bias": False},
     _MLP,
   ),
   "olmoe": Architecture(
@@ -112,7 +112,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     },
     {**_DEFAULTS, "norm_topk_prob": False, "clip_qkv": None, "num_key_value_heads": None},
     {**_REQUIRED, "attention_bias": False},
-    {"qk_norm": "projection"},
+    {"qk_norm": "projection", "router_bias": False},
     _MLP,
   ),
 }

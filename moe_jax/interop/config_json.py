@@ -108,7 +108,8 @@ def kind_of(model: config.Model) -> str:
   raise ValueError(
     f"no architecture of Hugging Face's computes this model: {', '.join(reasons)}; it has"
     f" model.qk_norm={model.qk_norm}, normalize_choices={model.normalize_choices},"
-    f" clip_qkv={model.clip_qkv}, heads x head_dim={model.heads} x {model.head_dim}"
+    f" clip_qkv={model.clip_qkv}, router_bias={model.router_bias},"
+    f" heads x head_dim={model.heads} x {model.head_dim}"
   )
 
 

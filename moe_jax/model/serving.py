@@ -194,6 +194,7 @@ def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, 
     routing, logits_tE = router.route(
       weights.router.kernel[...], h_tD, model.experts_per_token, model.normalize_choices,
       router.limit_to_hosts(settings.moe.expert_ranks_per_host, settings.moe.hosts_per_token),
+      weights.router.choice_bias(),
     )  # fmt: skip
     is_real_t1 = is_real_bs.reshape(-1, 1)
     routing = routing._replace(experts_TK=jnp.where(is_real_t1, routing.experts_TK, num_experts))

@@ -105,20 +105,29 @@ def _grouped_swiglu(weights, rows_RD, groups):
   return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
 
 
-def _forward(weights, rows_RD, groups):
-  given = (weights, rows_RD, groups)
-  y_RD, gate_NJf, up_NJf = jax.lax.platform_dependent(
-    *given, cuda=_kernels_forward, default=_blocks_forward
+def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
+  """Returns (`rows_RD`, gate_NJf, up_NJf): the sums, and of the blocks what `backward` takes."""
+  return jax.lax.platform_dependent(
+    weights, rows_RD, groups, cuda=_kernels_forward, default=_blocks_forward
   )
-  return y_RD, (*given, residual(gate_NJf), residual(up_NJf))
+
+
+def backward(weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD):
+  """Returns the gradients of weights and rows; arguments as of `forward` and as it returned."""
+  dweights, dx_RD = jax.lax.platform_dependent(
+    weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD,
+    cuda=_kernels_backward, default=_blocks_backward,
+  )  # fmt: skip
+  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), dx_RD
+
+
+def _forward(weights, rows_RD, groups):
+  y_RD, gate_NJf, up_NJf = forward(weights, rows_RD, groups)
+  return y_RD, (weights, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
 
 
 def _backward(saved, gradient_RD):
-  dweights, dx_RD = jax.lax.platform_dependent(
-    *saved, gradient_RD, cuda=_kernels_backward, default=_blocks_backward
-  )
-  dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0])
-  return dweights, dx_RD, no_gradient(saved[2])
+  return *backward(*saved, gradient_RD), no_gradient(saved[2])
 
 
 _grouped_swiglu.defvjp(_forward, _backward)

@@ -5,13 +5,14 @@ must not know how a dispatch works, attention, layers before or after, or the pi
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
+from moe_jax.balance.rules import RULES
 from moe_jax.moe import plan as plans
 from moe_jax.moe import rounds, router
 from moe_jax.moe.dispatch import DISPATCH, Dispatch
@@ -20,7 +21,7 @@ from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, TENSOR
-from moe_jax.parallel.parameters import parameter
+from moe_jax.parallel.parameters import offset, parameter
 from moe_jax.pipeline.saving import residual
 
 
@@ -35,13 +36,21 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-  """Parameters of the router: kernel [D, E], float32 also in the computation."""
+  """Parameters of the router, float32 also in the computation: kernel [D, E], and where the model
+  has one the bias [E], which the choice of experts alone sees and no gradient reaches.
+  """
 
   def __init__(self, model: config.Model, rngs: nnx.Rngs):
     self.kernel = parameter(
       rngs, (model.d_model, model.experts), ("model", "all_experts"), fan_in=model.d_model,
       keep_float32=True,
     )  # fmt: skip
+    if model.router_bias:
+      self.bias = offset((model.experts,), ("all_experts",))
+
+  def choice_bias(self) -> jax.Array | None:
+    """Returns the bias [E], or None where the model has none."""
+    return self.bias[...] if hasattr(self, "bias") else None
 
 
 class Report(NamedTuple):
@@ -52,11 +61,13 @@ class Report(NamedTuple):
     counts: of this device, but for `rounds`: those the first device alone counts, so that the sum
       over devices is their number.
     losses: this device's share of each auxiliary loss, unweighted, float32.
+    measured: what the run's way to even the router asks of this device's tokens (balance.rules).
   """
 
   assigned_E: jax.Array
   counts: plans.Counts
   losses: router.Losses
+  measured: Any
 
 
 def moe(
@@ -72,23 +83,28 @@ def moe(
   Communication: all-to-all over `expert` of (X - 1) * E integers, over `tensor` of
   (tensor - 1) * E, and the dispatch's, both ways.
   """
+  rule = RULES[moe_config.router_balance]
   with jax.named_scope("dispatch"):
     limit = router.limit_to_hosts(moe_config.expert_ranks_per_host, moe_config.hosts_per_token)
+    bias_E = kernel.choice_bias()
     routing, logits_tE = router.route(
-      kernel.kernel[...], x_tD, num_choices, normalize_choices, limit
+      kernel.kernel[...], x_tD, num_choices, normalize_choices, limit, bias_E
     )
+    ranking_tE = router.ranking(logits_tE, num_choices, limit, bias_E)
+  weights = Weights(experts.gate[...], experts.up[...], experts.down[...])
+  y_tD, plan = serve(weights, moe_config, routing, ranking_tE, x_tD)
+  # Statistics come last: no token waits for them.
+  with jax.named_scope("dispatch"):
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
     everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
     losses = router.auxiliary_losses(logits_tE, everywhere_E, num_choices)
-  weights = Weights(experts.gate[...], experts.up[...], experts.down[...])
-  y_tD, plan = serve(weights, moe_config, routing, logits_tE, x_tD)
-  auxiliary_loss = (
-    moe_config.load_balance_weight * losses.load_balance
-    + moe_config.router_z_weight * losses.router_z
-  )
+    measured = rule.measure(*jax.lax.stop_gradient((bias_E, logits_tE)), num_choices)
+  auxiliary_loss = moe_config.router_z_weight * losses.router_z
+  if rule.uses_loss:
+    auxiliary_loss += moe_config.load_balance_weight * losses.load_balance
   is_first = jax.lax.axis_index((EXPERT, TENSOR)) == 0
   counts = plan.counts._replace(rounds=jnp.where(is_first, plan.counts.rounds, 0))
-  report = Report(assigned_E, counts, jax.tree.map(jax.lax.stop_gradient, losses))
+  report = Report(assigned_E, counts, jax.lax.stop_gradient(losses), measured)
   return y_tD, auxiliary_loss.astype(jnp.float32), report
 
 
@@ -96,7 +112,7 @@ def serve(
   weights: Weights,
   moe_config: config.Moe,
   routing: router.Routing,
-  logits_tE: jax.Array,
+  ranking_tE: jax.Array,
   x_tD: jax.Array,
 ) -> tuple[jax.Array, Plan]:
   """Returns `y_tD`, what the experts make of tokens that are routed already, and the plan.
@@ -104,14 +120,14 @@ def serve(
   Args:
     weights: of this device's experts.
     routing: differentiated by its weights.
-    logits_tE: by which experts that were not chosen are ranked; not differentiated.
+    ranking_tE: by which experts that were not chosen are ranked; not differentiated.
 
   Communication: the dispatch's, both ways, in each round.
   """
   entry = DISPATCH[moe_config.dispatch]
   setting = plans.Setting(
     *routing.experts_TK.shape,
-    logits_tE.shape[1],
+    ranking_tE.shape[1],
     moe_config.capacity_factor,
     moe_config.spill,
     EXCHANGE[moe_config.exchange],
@@ -121,7 +137,7 @@ def serve(
     shadow_tokens=moe_config.shadow_tokens,
   )
   with jax.named_scope("dispatch"):
-    plan = entry.plan(setting, *jax.lax.stop_gradient((routing, logits_tE)))
+    plan = entry.plan(setting, *jax.lax.stop_gradient((routing, ranking_tE)))
     plan = jax.tree.map(residual, plan)
     weights = entry.hold(weights, plan)
   one_round = functools.partial(_one_round, entry, setting)

@@ -46,6 +46,7 @@ def route(
   num_choices: int,
   normalize_choices: bool = True,
   limit: Limit | None = None,
+  bias_E: jax.Array | None = None,
 ) -> tuple[Routing, jax.Array]:
   """Returns the routing of tokens and the router's logits `logits_tE`.
 
@@ -53,18 +54,35 @@ def route(
 
   Args:
     normalize_choices: whether they are renormalised, so that a token's weights sum to 1.
-    limit: on the groups that a token's experts come from; the logits returned are those before it.
+    limit: on the groups that a token's experts come from.
+    bias_E: added to the logits for the choice alone: weights come from the logits without it, and
+      no gradient reaches it.
+
+  Returns:
+    Chosen experts by falling biased logit, and the logits before limit and bias.
 
   Source: Mixtral (arXiv:2401.04088), section 2.1; renormalising a softmax over all experts equals
-  the softmax over the chosen logits that it states.
+  the softmax over the chosen logits that it states. The bias: DeepSeek-V3 (arXiv:2412.19437),
+  section 2.1.2, there on sigmoid scores; on logits it reaches rare experts as well as popular ones.
   """
   logits_tE = jnp.einsum(
     "td,de->te", x_tD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
   )
-  allowed_tE = logits_tE if limit is None else limited(logits_tE, num_choices, limit)
-  chosen_tK, experts_tK = jax.lax.top_k(allowed_tE, num_choices)
+  ranking_tE = ranking(logits_tE, num_choices, limit, bias_E)
+  chosen_tK, experts_tK = jax.lax.top_k(ranking_tE, num_choices)
+  if bias_E is not None:
+    chosen_tK = jnp.take_along_axis(logits_tE, experts_tK, 1)
   weights_tK = _WEIGHTS[normalize_choices](chosen_tK, logits_tE)
   return Routing(experts_tK.astype(jnp.int32), weights_tK), logits_tE
+
+
+def ranking(
+  logits_tE: jax.Array, num_choices: int, limit: Limit | None, bias_E: jax.Array | None
+) -> jax.Array:
+  """Returns `scores_tE` of which a token chooses the largest; arguments as of `route`."""
+  if bias_E is not None:
+    logits_tE = logits_tE + jax.lax.stop_gradient(bias_E)[None]
+  return logits_tE if limit is None else limited(logits_tE, num_choices, limit)
 
 
 def limit_to_hosts(ranks_per_host: int, hosts_per_token: int) -> Limit | None:

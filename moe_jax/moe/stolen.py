@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.balance import stealing
-from moe_jax.moe import dropless
+from moe_jax.moe import dropless, grouped
 from moe_jax.moe.experts import Weights
-from moe_jax.moe.plan import Plan, Setting
+from moe_jax.moe.plan import Plan, Setting, no_gradient
 from moe_jax.moe.router import Routing, assignments_per_expert
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.saving import residual
 
-most_rounds, compute = dropless.most_rounds, dropless.compute
+most_rounds = dropless.most_rounds
 
 
 class Places(NamedTuple):
@@ -56,11 +56,18 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
     num_shadows,
     stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
   )
-  sends_EX = stealing.even_sends(decision.quota_EX, assigned_E)
-  rank_A = stealing.destinations(sends_EX, expert_A, _place_among_equals(expert_A, assigned_E))
-  shadow_A = (expert_A[:, None] == decision.shadow_H[None]).argmax(1).astype(jnp.int32)
-  is_home_A = rank_A == expert_A // num_local
-  place_A = jnp.where(is_home_A, expert_A % num_local, num_local + shadow_A)
+  home_A = expert_A // num_local
+
+  def shared():
+    sends_EX = stealing.even_sends(decision.quota_EX, assigned_E)
+    rank_A = stealing.destinations(sends_EX, expert_A, _place_among_equals(expert_A, assigned_E))
+    shadow_A = (expert_A[:, None] == decision.shadow_H[None]).argmax(1).astype(jnp.int32)
+    return rank_A, jnp.where(rank_A == home_A, expert_A % num_local, num_local + shadow_A)
+
+  # Where nothing is stolen, which is most of an even run, nothing is sorted for it either.
+  is_stealing = (decision.shadow_H < num_experts).any()
+  rank_A, place_A = jax.lax.cond(is_stealing, shared, lambda: (home_A, expert_A % num_local))
+  is_home_A = rank_A == home_A
   place_TK = (rank_A * (num_local + num_shadows) + place_A).reshape(routing.experts_TK.shape)
   # To dropless every place of every rank is an expert.
   of_places = setting._replace(num_experts=num_ranks * (num_local + num_shadows))
@@ -73,15 +80,57 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   )
 
 
-def hold(weights: Weights, plan: Plan) -> Weights:
-  """Returns the weights of e + H places: this device's experts, then the shadows, zeros where there
-  is none.
+class Held(NamedTuple):
+  """The weights of e + H places: this device's experts, and the shadows, zeros where there is
+  none.
+  """
+
+  home: Weights
+  shadows: Weights
+
+
+def hold(weights: Weights, plan: Plan) -> Held:
+  """Returns the weights that the plan asks for.
 
   Communication: all-reduce over `expert` of the weights of as many experts as there are shadows;
   backward the same of their gradients.
   """
-  shadow_H, num_local = plan.places.shadow_H, weights.gate_eDf.shape[0]
-  num_experts = num_local * jax.lax.axis_size(EXPERT)
+  held = _held(weights, plan.places.shadow_H)
+  return held._replace(shadows=jax.tree.map(residual, held.shadows))
+
+
+@jax.custom_vjp
+def _held(weights, shadow_H):
+  return Held(weights, _sent(weights, shadow_H))
+
+
+def _held_forward(weights, shadow_H):
+  return _held(weights, shadow_H), shadow_H
+
+
+def _held_backward(shadow_H, gradient: Held):
+  """Returns the gradient of this device's experts; where nothing was sent, as it came."""
+
+  def with_shadows():
+    send = functools.partial(_sent, shadow_H=shadow_H)
+    (sent_home,) = jax.linear_transpose(send, gradient.home)(gradient.shadows)
+    return jax.tree.map(jnp.add, gradient.home, sent_home)
+
+  is_any = _num_shadows(gradient.home, shadow_H) > 0
+  return jax.lax.cond(is_any, with_shadows, lambda: gradient.home), no_gradient(shadow_H)
+
+
+_held.defvjp(_held_forward, _held_backward)
+
+
+def _num_shadows(weights, shadow_H) -> jax.Array:
+  num_experts = weights.gate_eDf.shape[0] * jax.lax.axis_size(EXPERT)
+  return jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
+
+
+def _sent(weights, shadow_H) -> Weights:
+  """Returns the weights of the shadows on every rank."""
+  num_local = weights.gate_eDf.shape[0]
   is_mine_H = shadow_H // num_local == jax.lax.axis_index(EXPERT)
   local_H = jnp.where(is_mine_H, shadow_H % num_local, 0)
 
@@ -99,9 +148,70 @@ def hold(weights: Weights, plan: Plan) -> Weights:
     functools.partial(jax.tree.map, functools.partial(first, number))
     for number in range(shadow_H.size + 1)
   ]
-  num_shadows = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
-  shadows = jax.lax.switch(num_shadows, branches, weights)
-  return jax.tree.map(lambda w, s: jnp.concatenate([w, residual(s)]), weights, shadows)
+  return jax.lax.switch(_num_shadows(weights, shadow_H), branches, weights)
+
+
+def compute(held: Held, arrived: dropless.Arrived) -> jax.Array:
+  """Returns this tensor rank's partial sums `rows_RD`.
+
+  On a device that no shadow's rows reach, the shadows' weights are not touched: a stack of all
+  places would be copied in every micro-batch, and its gradient taken apart.
+  """
+  held = varying_like(held, arrived.rows_RD)
+  return _compute(held, arrived.rows_RD, arrived.groups)
+
+
+@jax.custom_vjp
+def _compute(held, rows_RD, groups):
+  return _forward(held, rows_RD, groups)[0]
+
+
+def _forward(held, rows_RD, groups):
+  y_RD, gate_NJf, up_NJf = jax.lax.cond(
+    _has_shadow_rows(held, groups),
+    lambda: grouped.forward(_joined(held), rows_RD, groups),
+    lambda: grouped.forward(held.home, rows_RD, _at_home(held, groups)),
+  )
+  return y_RD, (held, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
+
+
+def _backward(saved, gradient_RD):
+  held, rows_RD, groups, *hidden = saved
+  num_local = held.home.gate_eDf.shape[0]
+
+  def of_all():
+    dweights, dx_RD = grouped.backward(_joined(held), rows_RD, groups, *hidden, gradient_RD)
+    parts = (
+      jax.tree.map(lambda d: d[:num_local], dweights),
+      jax.tree.map(lambda d: d[num_local:], dweights),
+    )
+    return Held(*parts), dx_RD
+
+  def of_home():
+    at_home = _at_home(held, groups)
+    dhome, dx_RD = grouped.backward(held.home, rows_RD, at_home, *hidden, gradient_RD)
+    nothing = jax.tree.map(lambda s: varying_like(jnp.zeros(s.shape, s.dtype), s), held.shadows)
+    return Held(dhome, nothing), dx_RD
+
+  dheld, dx_RD = jax.lax.cond(_has_shadow_rows(held, groups), of_all, of_home)
+  return dheld, dx_RD, no_gradient(groups)
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _has_shadow_rows(held: Held, groups) -> jax.Array:
+  return groups.blocks_e[held.home.gate_eDf.shape[0] :].sum() > 0
+
+
+def _joined(held: Held) -> Weights:
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *held)
+
+
+def _at_home(held: Held, groups):
+  """Returns the groups of this device's own experts; those of shadows are the last."""
+  num_local = held.home.gate_eDf.shape[0]
+  return groups._replace(first_e=groups.first_e[:num_local], blocks_e=groups.blocks_e[:num_local])
 
 
 def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int):

@@ -35,6 +35,11 @@ def scale(shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> nnx.Param:
   return nnx.Param(jnp.ones(shape, jnp.float32), axes=logical_axes, keep_float32=True)
 
 
+def offset(shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> nnx.Param:
+  """Returns what is added and begins as nothing: zeros, float32 also in the computation."""
+  return nnx.Param(jnp.zeros(shape, jnp.float32), axes=logical_axes, keep_float32=True)
+
+
 def specs(state: nnx.State, *leading_axes: str) -> nnx.State:
   """Returns the PartitionSpec of every parameter in `state`.
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from moe_jax import config
 from moe_jax.model.transformer import Parameters
-from moe_jax.serve import decode, packing, requests
+from moe_jax.serve import decode, packing, prefill, requests
+from moe_jax.serve.expert_load import ExpertCounts, ExpertLoad
 from moe_jax.serve.latency import Latencies
 from moe_jax.serve.programs import Programs
 from moe_jax.serve.requests import Event, Overloaded, Request, Timing
@@ -38,6 +39,7 @@ class Load(NamedTuple):
     prompt_tokens: prefilled so far.
     new_tokens: made so far.
     padding_tokens: positions of prefill calls so far that held no token.
+    experts: whom the tokens went to.
     latency_s: percentiles, see `latency.summary`.
   """
 
@@ -51,6 +53,7 @@ class Load(NamedTuple):
   prompt_tokens: int
   new_tokens: int
   padding_tokens: int
+  experts: ExpertLoad
   latency_s: dict[str, dict[str, float]]
 
 
@@ -95,6 +98,7 @@ class Engine:
     self._ids = itertools.count()
     self._timings: dict[int, Timing] = {}
     self._latencies = Latencies()
+    self._experts = ExpertCounts(settings.model, prefill.table_of(settings, 1))
     self._num_refused = self._prompt_tokens = self._new_tokens = self._padding_tokens = 0
     self._num_ended = dict.fromkeys(requests.ENDS, 0)
     # Guards what other threads touch: the queue, the ids to cancel, and what `load` reads.
@@ -167,6 +171,7 @@ class Engine:
         prompt_tokens=self._prompt_tokens,
         new_tokens=self._new_tokens,
         padding_tokens=self._padding_tokens,
+        experts=self._experts.load(),
         latency_s=self._latencies.summary(),
       )
 
@@ -204,6 +209,7 @@ class Engine:
     batch, places = packing.pack(self._settings, pieces, width)
     self._cache, found = self._programs.prefill(self._parameters, self._cache, batch)
     tokens_UB = np.asarray(found.tokens_UB)
+    self._count(found)
     self._padding_tokens += int(np.asarray(found.padding_tokens))
     self._prompt_tokens += sum(len(piece.tokens) for piece in pieces)
     # Of a prompt's pieces the last one's token counts.
@@ -226,6 +232,7 @@ class Engine:
       self._parameters, self._cache, scheduler.page_table(width), scheduler.slots
     )
     tokens_TUB = np.asarray(found.tokens_TUB)
+    self._count(found)
     events = []
     for one in active:
       tokens_T = tokens_TUB[:, *one.slot].tolist()
@@ -235,6 +242,10 @@ class Engine:
       scheduler.advance(one, made)
       events.append(self._made(one, made))
     return events
+
+  def _count(self, found: prefill.Result | decode.Result) -> None:
+    with self._mutex:
+      self._experts.add(found.assigned_LE, found.dropped_L)
 
   def _made(self, one: Running, tokens: Sequence[int]) -> Event:
     """Returns the event of new tokens, up to a stop token; the last ends the request."""

@@ -5,31 +5,40 @@ Knows reports and counts; must not know where the numbers go.
 
 import numpy as np
 
+from moe_jax import config
 from moe_jax.balance import monitor
 from moe_jax.train.step import Metrics
 
 
-def row(metrics: Metrics, order: np.ndarray, micro_batches: int) -> dict:
+def row(
+  metrics: Metrics, order: np.ndarray, expert_LP: np.ndarray, settings: config.Config
+) -> dict:
   """Returns the figures of one step.
 
   Args:
     metrics: of the step, as numpy arrays; layers in the pipeline's placement.
     order: logical layer at each place, [L].
-    micro_batches: of the step.
+    expert_LP: the expert at each slot, layers in logical order.
+    settings: of the run.
 
   Returns:
     `loss` (cross-entropy in nats per token), `grad_norm`, `load_max_over_mean` (one number for each
     layer in logical order; so `load_variation`, the coefficient of variation, and `load_p99`, the
-    99th percentile over the mean), `dropped_fraction`, `stolen_fraction` (of assignments, served
+    99th percentile over the mean; `rank_load_max_over_mean` is of ranks of `expert`, as routed),
+    `dropped_fraction`, `stolen_fraction` (of assignments, served
     by another rank than the expert's own), `skipped_steps`, `load_balance_loss` and `router_z_loss`
     (unweighted means over layers and micro-batches).
   """
-  report, counts_LE = metrics.losses.report, expert_tokens(metrics, order)
-  mean = lambda loss_L: float(loss_L.mean()) / micro_batches
+  report, counts_LE = metrics.losses.report, expert_tokens(metrics, order, expert_LP)
+  mean = lambda loss_L: float(loss_L.mean()) / settings.pipeline.micro_batches
+  counts_LP = np.take_along_axis(counts_LE, expert_LP, 1)
   return {
     "loss": float(metrics.losses.cross_entropy),
     "grad_norm": float(metrics.gradient_norm),
     "load_max_over_mean": monitor.max_over_mean(counts_LE),
+    "rank_load_max_over_mean": monitor.max_over_mean(
+      monitor.rank_counts(counts_LP, settings.mesh.expert)
+    ),
     "load_variation": monitor.coefficient_of_variation(counts_LE),
     "load_p99": monitor.percentiles(counts_LE, (99,))[:, 0],
     "dropped_fraction": float(monitor.dropped_fraction(report.counts._asdict())),
@@ -40,14 +49,16 @@ def row(metrics: Metrics, order: np.ndarray, micro_batches: int) -> dict:
   }
 
 
-def expert_tokens(metrics: Metrics, order: np.ndarray) -> np.ndarray:
-  """Returns counts_LE, the step's assignments to each expert, layers in logical order.
+def expert_tokens(metrics: Metrics, order: np.ndarray, expert_LP: np.ndarray) -> np.ndarray:
+  """Returns counts_LE, the step's assignments to each expert, layers and experts in logical order.
 
   Args:
-    metrics: of the step, as numpy arrays; layers in the pipeline's placement.
+    metrics: of the step, as numpy arrays; layers in the pipeline's placement, experts in slots.
     order: logical layer at each place, [L].
+    expert_LP: the expert at each slot, layers in logical order.
   """
-  return metrics.losses.report.assigned_E[np.argsort(order)]
+  counts_LP = metrics.losses.report.assigned_E[np.argsort(order)]
+  return np.take_along_axis(counts_LP, np.argsort(expert_LP, 1), 1)
 
 
 def over_run(lines: list[dict]) -> dict:

@@ -16,6 +16,7 @@ from moe_jax.observe import plot
 from moe_jax.observe.progress import Progress
 from moe_jax.train import figures, optimizer
 from moe_jax.train.evaluation import Evaluation
+from moe_jax.train.rebalance import Balancer, Look
 from moe_jax.train.step import Metrics
 
 
@@ -31,12 +32,16 @@ class Dispatched(NamedTuple):
     metrics: what it reports.
     evaluation: what `Evaluation.start` gave, if the state after it is evaluated.
     targets_per_byte: of its batch.
+    expert_LP: the expert at each slot in this step, layers in logical order.
+    look: at the loads after it, if there was one.
   """
 
   step: int
   metrics: Metrics
   evaluation: list[jax.Array] | None
   targets_per_byte: float
+  expert_LP: np.ndarray
+  look: Look | None
 
 
 class Log:
@@ -48,12 +53,14 @@ class Log:
     workdir: Path,
     progress: Progress,
     evaluation: Evaluation,
+    balancer: Balancer,
     order: np.ndarray,
     first_step: int,
   ):
     """Opens the files; of an earlier run the steps before `first_step` stay in them.
 
     Args:
+      balancer: it is told each step's loads.
       order: logical layer at each place, [L].
       first_step: that this run begins with.
 
@@ -61,7 +68,7 @@ class Log:
       OSError: a file cannot be written.
     """
     self._settings, self._workdir, self._progress = settings, workdir, progress
-    self._evaluation, self._order = evaluation, order
+    self._evaluation, self._balancer, self._order = evaluation, balancer, order
     train = settings.train
     # One entry for each step that was not skipped, which are those that the optimizer counts.
     self._learning_rates = np.asarray(optimizer.schedule(train)(np.arange(train.steps)))
@@ -91,7 +98,7 @@ class Log:
     if dispatched.evaluation is not None:
       eval_loss = self._evaluation.finish(dispatched.evaluation)
       self._progress.message(f"held-out loss after step {dispatched.step + 1}: {eval_loss:.4f}")
-    row = figures.row(metrics, self._order, self._settings.pipeline.micro_batches)
+    row = figures.row(metrics, self._order, dispatched.expert_LP, self._settings)
     num_skipped_before = int(metrics.skipped_steps) - (not metrics.is_finite)
     row |= {
       "loss": row["loss"] * dispatched.targets_per_byte,
@@ -99,10 +106,13 @@ class Log:
       "tokens_per_s": rate,
       "learning_rate": float(self._learning_rates[dispatched.step - num_skipped_before]),
     }
+    if dispatched.look is not None:
+      row |= dispatched.look.figures()
     self._writers.write(dispatched.step, row)
-    self._loads.write(
-      dispatched.step, {"expert_tokens": figures.expert_tokens(metrics, self._order)}
-    )
+    tokens_LE = figures.expert_tokens(metrics, self._order, dispatched.expert_LP)
+    self._loads.write(dispatched.step, {"expert_tokens": tokens_LE})
+    if metrics.is_finite:
+      self._balancer.observe(tokens_LE)
     self._progress.update(dispatched.step, row)
     if metrics.is_finite and dispatched.step in self._saved:
       self._last_good = dispatched.step

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,12 +22,13 @@ from moe_jax.observe.metrics import write_summary
 from moe_jax.observe.profile import Profiler
 from moe_jax.observe.progress import Progress, duration
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.train import batches, bigram, log, optimizer, resume, step
+from moe_jax.train import batches, bigram, log, migration, optimizer, resume, step
 from moe_jax.train import state as state_lib
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.corpus import Corpus, load_corpus
 from moe_jax.train.data import Dataset
 from moe_jax.train.evaluation import Evaluation, targets_per_byte
+from moe_jax.train.rebalance import Balancer, Placed
 from moe_jax.train.state import State
 
 _SUMMARY = "summary.json"
@@ -36,7 +38,8 @@ class Outcome(NamedTuple):
   """What a run leaves in memory.
 
   Attributes:
-    state: layers as the schedule places them.
+    state: layers as the schedule places them, experts as `expert_LP` says.
+    expert_LP: the expert at each slot, layers in logical order.
     step: steps done.
     is_finished: whether those are all; if not, the run was asked to stop, and saved.
     eval_loss: after the last step, nats per byte; None unless finished.
@@ -46,6 +49,7 @@ class Outcome(NamedTuple):
   """
 
   state: State
+  expert_LP: np.ndarray
   step: int
   is_finished: bool
   eval_loss: float | None
@@ -103,6 +107,14 @@ def train(
     return run.train(beginning, stop, profile_steps)
 
 
+class _Programs(NamedTuple):
+  """What is compiled before the first step; `migrate` where experts may move."""
+
+  step: Callable
+  evaluation: Evaluation
+  migrate: Callable[[State, migration.Moves], State] | None
+
+
 class _Run:
   """The pieces of a run; holds what every step shares."""
 
@@ -134,7 +146,8 @@ class _Run:
     )
     evaluation = self._evaluation()
     eval_loss = evaluation.finish(evaluation.start(beginning.state))
-    outcome = self._outcome(beginning.state, beginning.step, eval_loss)
+    expert_LP = beginning.placed.expert_LP
+    outcome = self._outcome(beginning.state, expert_LP, beginning.step, eval_loss)
     if not (self.workdir / _SUMMARY).exists():
       log.summarise(self.workdir, self._known(outcome, beginning.train_seconds))
     return outcome
@@ -146,19 +159,20 @@ class _Run:
       write_summary(self.workdir / "config.json", config.as_dict(self.settings))
       (self.workdir / _SUMMARY).unlink(missing_ok=True)  # of fewer steps
       self.dataset.tokenizer.save(self.workdir)
-    evaluation, train_step, compile_seconds = self._compile()
+    expert_bytes = migration.expert_bytes(self.settings, self.optimizer)
+    balancer = Balancer(self.settings, self.keeper.order, beginning.placed, expert_bytes)
+    programs, compile_seconds = self._compile(balancer)
     with contextlib.ExitStack() as stack:
       log_ = log.Log(
-        self.settings, self.workdir, self.progress, evaluation, self.keeper.order, beginning.step
-      )
+        self.settings, self.workdir, self.progress, programs.evaluation, balancer,
+        self.keeper.order, beginning.step,
+      )  # fmt: skip
       stack.callback(log_.close)
       profiler = Profiler(self._profile_folder(), *(profile_steps or (0, 0)))
       stack.callback(profiler.close)
-      state, num_done, eval_loss = self._steps(
-        beginning, train_step, evaluation, log_, profiler, stop
-      )
+      state, num_done, eval_loss = self._steps(beginning, programs, balancer, log_, profiler, stop)
       self.checkpoints.wait()
-    outcome = self._outcome(state, num_done, eval_loss)
+    outcome = self._outcome(state, balancer.expert_LP, num_done, eval_loss)
     if outcome.is_finished:
       known = self._known(outcome, time.monotonic() - self.started_s)
       log.summarise(self.workdir, {**known, "compile_seconds": compile_seconds})
@@ -169,7 +183,7 @@ class _Run:
       )
     return outcome
 
-  def _compile(self) -> tuple[Evaluation, Callable, float]:
+  def _compile(self, balancer: Balancer) -> tuple[_Programs, float]:
     self.progress.message("compiling ...")
     start_s = time.monotonic()
     jitted = jax.jit(
@@ -179,13 +193,15 @@ class _Run:
     )
     inputs = batches.abstract(self.settings, self.mesh)
     train_step = jitted.lower(self.keeper.abstract(), inputs).compile()
-    evaluation = self._evaluation()
+    evaluation, migrate = self._evaluation(), None
+    if balancer.is_on:
+      migrate = migration.program(self.settings, self.mesh, self.optimizer, self.keeper.abstract())
     compile_seconds = time.monotonic() - start_s
     self.progress.message(f"compiled in {duration(compile_seconds)}")
-    return evaluation, train_step, compile_seconds
+    return _Programs(train_step, evaluation, migrate), compile_seconds
 
   def _steps(
-    self, beginning, train_step, evaluation, log_, profiler, stop
+    self, beginning, programs, balancer, log_, profiler, stop
   ) -> tuple[State, int, float | None]:
     train = self.settings.train
     state, waiting = beginning.state, None
@@ -193,30 +209,39 @@ class _Run:
       for step_id, batch in stream:
         is_stop = batches.any_process(stop(), self.mesh)
         profiler.before_step(step_id)
-        state, metrics = train_step(state, batches.place(batch, self.settings, self.mesh))
+        state, metrics = programs.step(state, batches.place(batch, self.settings, self.mesh))
         profiler.after_step(step_id, metrics)
         if waiting is not None:
           log_.step(waiting)
         num_done = step_id + 1
         is_last = num_done == train.steps
         is_evaluated = is_last or num_done % train.eval_every == 0
-        losses = evaluation.start(state) if is_evaluated else None
-        waiting = log.Dispatched(step_id, metrics, losses, targets_per_byte(self.dataset, batch))
+        losses = programs.evaluation.start(state) if is_evaluated else None
+        expert_LP, look = balancer.expert_LP, balancer.look(num_done)
+        waiting = log.Dispatched(
+          step_id, metrics, losses, targets_per_byte(self.dataset, batch), expert_LP, look
+        )
+        if look is not None:
+          self.progress.message(f"after step {num_done}: {look}")
+          state = programs.migrate(state, look.moves) if look.moves else state
         is_last |= bool(is_stop)
         if is_last or num_done % train.checkpoint_every == 0:
           eval_loss, waiting = log_.step(waiting), None
-          if self._save(num_done, state, is_last, bool(metrics.is_finite)):
+          if self._save(num_done, state, balancer.placed, is_last, bool(metrics.is_finite)):
             log_.saved(num_done)
         if is_last:
           return state, num_done, eval_loss
 
-  def _save(self, num_done: int, state: State, is_last: bool, is_finite: bool) -> bool:
+  def _save(
+    self, num_done: int, state: State, placed: Placed, is_last: bool, is_finite: bool
+  ) -> bool:
     # While steps are skipped the parameters stand still, and may be what is wrong: saving them
     # again and again would push out the good checkpoints.
     if not is_last and not is_finite:
       self.progress.message(f"checkpoint {num_done} is left out: its last step was skipped")
       return False
-    self.keeper.save(num_done, state, self.dataset, time.monotonic() - self.started_s)
+    train_seconds = time.monotonic() - self.started_s
+    self.keeper.save(num_done, state, placed, self.dataset, train_seconds)
     return True
 
   def _tokenizer(self, corpus: Corpus) -> Tokenizer:
@@ -233,7 +258,9 @@ class _Run:
   def _evaluation(self) -> Evaluation:
     return Evaluation(self.settings, self.mesh, self.dataset, self.keeper.abstract())
 
-  def _outcome(self, state: State, num_done: int, eval_loss: float | None) -> Outcome:
+  def _outcome(
+    self, state: State, expert_LP: np.ndarray, num_done: int, eval_loss: float | None
+  ) -> Outcome:
     is_finished = num_done >= self.settings.train.steps
     if is_finished:
       self.progress.message(
@@ -241,7 +268,7 @@ class _Run:
         f" {self.bigram_loss:.4f}"
       )
     return Outcome(
-      state, num_done, is_finished, eval_loss, self.bigram_loss, self.mesh, self.dataset
+      state, expert_LP, num_done, is_finished, eval_loss, self.bigram_loss, self.mesh, self.dataset
     )
 
   def _known(self, outcome: Outcome, train_seconds: float) -> dict:

@@ -8,6 +8,8 @@ import optax
 
 from moe_jax import config
 
+_NOT_DECAYED = ("scale", "bias")
+
 
 def schedule(train: config.Train) -> optax.Schedule:
   """Returns the learning rate at each step: linear warm-up, then cosine decay to a fraction."""
@@ -21,7 +23,9 @@ def schedule(train: config.Train) -> optax.Schedule:
 
 
 def make(train: config.Train) -> optax.GradientTransformation:
-  """Returns the optimizer; weight decay leaves vectors (norm scales) alone.
+  """Returns the optimizer; weight decay leaves norm scales and the routers' biases alone.
+
+  No gradient reaches those biases, so their updates are zeros: the step moves them by its rule.
 
   Source: Decoupled Weight Decay Regularization (arXiv:1711.05101), algorithm 2.
   """
@@ -34,5 +38,5 @@ def make(train: config.Train) -> optax.GradientTransformation:
 
 
 def _decayed(parameters):
-  is_scale = lambda path: "['scale']" in jax.tree_util.keystr(path)
-  return jax.tree_util.tree_map_with_path(lambda path, _: not is_scale(path), parameters)
+  is_left = lambda path: any(f"['{name}']" in jax.tree_util.keystr(path) for name in _NOT_DECAYED)
+  return jax.tree_util.tree_map_with_path(lambda path, _: not is_left(path), parameters)

@@ -1,7 +1,8 @@
 """How a run begins and is kept: a new state, or the newest checkpoint on whatever mesh this is.
 
-On disk the layers lie in logical order; in a run they lie as the schedule places them. Knows the
-state and checkpoints; must not know steps, metrics or the terminal.
+On disk layers and experts lie in logical order; in a run layers lie as the schedule places them
+and experts where their loads put them. Knows the state and checkpoints; must not know steps,
+metrics or the terminal.
 """
 
 from typing import NamedTuple
@@ -12,9 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax import config
+from moe_jax.train import migration, rebalance
 from moe_jax.train import state as state_lib
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import Dataset
+from moe_jax.train.rebalance import Placed
 from moe_jax.train.state import State
 
 
@@ -22,13 +25,15 @@ class Beginning(NamedTuple):
   """Where a run starts.
 
   Attributes:
-    state: layers as the schedule places them.
+    state: layers as the schedule places them, experts as `placed` says.
+    placed: where they are, and the loads since they were last looked at.
     step: steps done.
     train_seconds: spent on them.
     notes: lines that the user should see: what is resumed, and what differs since.
   """
 
   state: State
+  placed: Placed
   step: int
   train_seconds: float
   notes: tuple[str, ...]
@@ -53,8 +58,17 @@ class Keeper:
     self._settings, self._mesh, self._optimizer = settings, mesh, optimizer
     self.order, self._checkpoints = order, checkpoints
     self.shardings = state_lib.shardings(settings, mesh, optimizer)
-    inverse = np.argsort(order)
-    self._to_logical = self._reordering(inverse)
+    self._logical_LP = rebalance.begin(settings.model).expert_LP
+    permute = migration.permute(settings, mesh, optimizer)
+    reorder, inverse = state_lib.reorder, np.argsort(order)
+    self._to_logical = self._jitted(lambda state: reorder(state, inverse))
+    self._to_logical_experts = self._jitted(
+      lambda state, moves: reorder(permute(state, moves), inverse)
+    )
+    self._from_logical = self._jitted(lambda state: reorder(state, order))
+    self._from_logical_experts = self._jitted(
+      lambda state, moves: permute(reorder(state, order), moves)
+    )
 
   def abstract(self) -> State:
     """Returns the shapes, dtypes and shardings of the state."""
@@ -72,7 +86,8 @@ class Keeper:
     found = self._checkpoints.restore(state_lib.by_name(abstract))
     if found is None:
       make = state_lib.initialiser(self._settings, self._mesh, self._optimizer, self.order)
-      return Beginning(make(jax.random.key(self._settings.train.seed)), 0, 0.0, ())
+      state = make(jax.random.key(self._settings.train.seed))
+      return Beginning(state, rebalance.begin(self._settings.model), 0, 0.0, ())
     step, leaves, meta = found
     _check_same_model(step, meta["config"], self._settings)
     _, differences = dataset.resume(meta["data"])
@@ -80,11 +95,24 @@ class Keeper:
     notes = [f"resumed after step {step}"]
     if changes:
       notes.append(f"changed since that checkpoint: {', '.join(changes)}")
-    state = self._reordering(self.order)(state_lib.from_names(abstract, leaves))
-    return Beginning(state, step, meta["train_seconds"], (*notes, *differences))
+    placed, is_kept = rebalance.from_meta(meta.get("experts"), self._settings)
+    if not is_kept:
+      notes.append(
+        "experts are at home again: as they were, hosts would hold others, and"
+        " moe.hosts_per_token let tokens choose among others"
+      )
+    state = state_lib.from_names(abstract, leaves)
+    moves = self._moves(self._logical_LP, placed.expert_LP)
+    state = self._from_logical_experts(state, moves) if moves else self._from_logical(state)
+    return Beginning(state, placed, step, meta["train_seconds"], (*notes, *differences))
 
-  def save(self, step: int, state: State, dataset: Dataset, train_seconds: float) -> None:
+  def save(
+    self, step: int, state: State, placed: Placed, dataset: Dataset, train_seconds: float
+  ) -> None:
     """Saves in the background; returns once `state` may be donated.
+
+    Args:
+      placed: where the experts of `state` are.
 
     Raises:
       OSError: this save cannot begin, or the one before failed.
@@ -92,12 +120,22 @@ class Keeper:
     meta = {
       "config": config.as_dict(self._settings),
       "data": dataset.state(step),
+      "experts": rebalance.as_meta(placed),
       "train_seconds": train_seconds,
     }
-    self._checkpoints.save(step, state_lib.by_name(self._to_logical(state)), meta)
+    moves = self._moves(placed.expert_LP, self._logical_LP)
+    state = self._to_logical_experts(state, moves) if moves else self._to_logical(state)
+    self._checkpoints.save(step, state_lib.by_name(state), meta)
 
-  def _reordering(self, order: np.ndarray):
-    return jax.jit(lambda state: state_lib.reorder(state, order), out_shardings=self.shardings)
+  def _moves(self, before_LP: np.ndarray, after_LP: np.ndarray) -> migration.Moves | None:
+    """Returns what leads from one placement to another on the devices, None where they are one."""
+    if (before_LP == after_LP).all():
+      return None
+    moves = migration.moves(before_LP, after_LP, self.order, self._settings.mesh)
+    return migration.on_devices(moves, self._mesh)
+
+  def _jitted(self, function):
+    return jax.jit(function, out_shardings=self.shardings)
 
 
 def _check_same_model(step: int, saved: dict, settings: config.Config) -> None:
@@ -113,9 +151,12 @@ def _check_same_model(step: int, saved: dict, settings: config.Config) -> None:
 
 
 def _changes(saved: dict, now: dict) -> list[str]:
+  # A field that is younger than the checkpoint had, in effect, its default.
+  default = config.as_dict(config.Config())
+  before = {section: {**default[section], **saved.get(section, {})} for section in now}
   return [
-    f"{section}.{name} {saved.get(section, {}).get(name)} -> {value}"
+    f"{section}.{name} {before[section][name]} -> {value}"
     for section, fields in now.items()
     for name, value in fields.items()
-    if saved.get(section, {}).get(name) != value
+    if before[section][name] != value
   ]

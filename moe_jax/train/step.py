@@ -24,6 +24,7 @@ from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table, check
+from moe_jax.train import router_bias
 from moe_jax.train.state import State
 
 
@@ -133,12 +134,14 @@ def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTra
   to_compute = compute_parameters(settings, mesh)
 
   def step(state: State, inputs: Inputs) -> tuple[State, Metrics]:
-    losses, gradients = gradients_of(to_compute(state.parameters), normalised(inputs))
+    computed = to_compute(state.parameters)
+    losses, gradients = gradients_of(computed, normalised(inputs))
     norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
       updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
       parameters = optax.apply_updates(state.parameters, updates)
+      parameters = router_bias.moved(settings.moe, parameters, computed, losses.report)
       keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
       skipped = 1 - is_finite.astype(jnp.int32)
       state = State(

@@ -54,8 +54,15 @@ def test_aligned_plans_are_the_same_plan_with_fewer_moves(drifted):
     sorted(map(tuple, np.sort(layer.reshape(NUM_RANKS, -1), 1).tolist())) for layer in expert_LP
   ]
   assert ranks(aligned_LP) == ranks(fresh_LP)
-  few, many = (placement.moved(before_LP, each, NUM_RANKS).sum() for each in (aligned_LP, fresh_LP))
-  assert few < 0.8 * many
+  num_moved = lambda expert_LP: placement.moved(before_LP, expert_LP, NUM_RANKS).sum()
+  # Ranks may be named in any way: of two hundred drawn, none comes near.
+  random, fresh_LXS = np.random.default_rng(0), fresh_LP.reshape(NUM_LAYERS, NUM_RANKS, -1)
+  drawn = (
+    random.permuted(np.tile(np.arange(NUM_RANKS), (NUM_LAYERS, 1)), axis=1) for _ in range(200)
+  )
+  layer = np.arange(NUM_LAYERS)[:, None]
+  fewest = min(num_moved(fresh_LXS[layer, each].reshape(fresh_LP.shape)) for each in drawn)
+  assert num_moved(aligned_LP) < 0.9 * fewest
   # What stays on its rank stays in its slot.
   stays = ~placement.moved(before_LP, aligned_LP, NUM_RANKS)
   np.testing.assert_array_equal(aligned_LP[stays], before_LP[stays])

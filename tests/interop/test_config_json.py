@@ -167,6 +167,7 @@ BASE = config.Model(qk_norm="none", clip_qkv=0.0, normalize_choices=True)
   [
     {"normalize_choices": False},
     {"clip_qkv": 1.0},
+    {"router_bias": True},
     {"qk_norm": "head", "clip_qkv": 1.0},
     {"qk_norm": "projection", "head_dim": 64},
   ],

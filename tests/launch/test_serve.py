@@ -327,6 +327,15 @@ def test_metrics_count_and_time(port, idle):
   assert grown("requests_totallength") == 1
   assert grown("new_tokens_total") == 7 and grown("prompt_tokens_total") == 4
   assert after["moe_jax_slots"] == SLOTS
+  # The last new token is not fed again; each of the others chooses two of the eight experts.
+  for layer in range(LAYERS):
+    tokens = [grown(f"expert_tokens_total{expert}{layer}") for expert in range(8)]
+    assert sum(tokens) == 2 * (4 + 7 - 1)
+    shares = [after[f"moe_jax_expert_share{expert}{layer}"] for expert in range(8)]
+    assert sum(shares) == pytest.approx(1)
+    ratio = after[f"moe_jax_expert_load_max_over_mean{layer}"]
+    assert ratio == pytest.approx(8 * max(shares)) and ratio > 1
+  assert after["moe_jax_dropped_assignments_total"] == 0
   for name in ("time_to_first_token_seconds", "time_per_token_seconds"):
     found = [after[f"moe_jax_{name}{share}"] for share in ("0.5", "0.9", "0.99")]
     assert 0 < found[0] <= found[1] <= found[2] < 600

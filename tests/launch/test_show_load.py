@@ -33,7 +33,9 @@ def test_a_run_leaves_its_load_and_it_is_drawn(tmp_path):
     mesh={"expert": 1, "tensor": 1, "stage": 1},
   )
   with jax.numpy_dtype_promotion("standard"):
-    loop.train(settings, tmp_path, stream=io.StringIO(), devices=jax.devices()[:1])
+    loop.train(
+      settings, tmp_path, stream=io.StringIO(), devices=jax.devices()[:1], profile_steps=(1, 3)
+    )
   steps, counts_WLE = load_picture.read(tmp_path)
   model, train = settings.model, settings.train
   assert steps.tolist() == [0, 1, 2]
@@ -51,6 +53,16 @@ def test_a_run_leaves_its_load_and_it_is_drawn(tmp_path):
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
   assert load_picture.to_text(counts_WLE) in done.stdout
+
+  done = launch(f"--workdir={tmp_path}", "--phase=experts")
+  assert done.returncode == 0, done.stderr
+  first, names, row, last = done.stdout.splitlines()
+  assert first.startswith("experts by device") and names.split()[2:] == ["P50", "P90", "P99", "max"]
+  assert row.startswith("stage 0, expert 0, tensor 0") and last.endswith("1.000")
+  number, total, *percentiles = map(float, row.split()[6:12])
+  passes = 2 * train.steps * settings.pipeline.micro_batches * model.layers  # both directions
+  assert number > passes / train.steps and total > 0  # of two steps, a pass in one piece or more
+  assert percentiles == sorted(percentiles)
 
 
 def test_the_table_by_hand():
@@ -77,3 +89,10 @@ def test_a_folder_without_a_run_takes_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and said in done.stderr
     (tmp_path / "load.jsonl").write_text("")
   assert launch().returncode == 2
+  (tmp_path / "config.json").write_text(
+    json.dumps({"mesh": {"expert": 1, "tensor": 1, "stage": 1}})
+  )
+  for phase, said in (("experts", "holds no trace"), ("expert", "is not one of embed")):
+    done = launch(f"--workdir={tmp_path}", f"--phase={phase}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and said in done.stderr

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.moe import capacity
+from moe_jax.moe import capacity, router
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.plan import Setting
 from moe_jax.moe.router import Routing
@@ -135,3 +135,20 @@ def test_spilling_needs_the_dispatch_that_overflows():
 )
 def test_rows_per_expert(tokens, choices, experts, factor, rows):
   assert capacity.rows_per_expert(tokens, choices, experts, factor) == rows
+
+
+def test_what_a_biased_choice_spills_goes_to_no_expert_that_its_token_has():
+  sizes = (64, 2, 6, 30)
+  random = np.random.default_rng(0)
+  x_TD, kernel_DE = (
+    jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((64, 8), (8, 6))
+  )
+  bias_E = jnp.array([9.0, 1.5, 0.0, 0.0, 0.0, 0.0])
+  routing, logits_TE = router.route(kernel_DE, x_TD, 2, bias_E=bias_E)
+
+  def twice(scores_TE):
+    expert_TK = np.asarray(plan_of(sizes, routing, scores_TE, spill=True).expert_TK)
+    return (expert_TK[:, 0] == expert_TK[:, 1]) & (expert_TK[:, 0] < 6)
+
+  assert not twice(router.ranking(logits_TE, 2, None, bias_E)).any()
+  assert twice(logits_TE).any()  # the logits alone rank some choices among what was not chosen

@@ -100,3 +100,48 @@ def test_limited_choices_are_the_best_of_the_best_groups(groups_per_token):
   np.testing.assert_allclose(routing.weights_TK.sum(1), 1, rtol=1e-6)
   is_free = (np.asarray(routing.experts_TK) == np.asarray(free.experts_TK)).all()
   assert is_free == (groups_per_token == 3)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_bias_changes_the_choice_and_no_weight(normalize):
+  x_TD, kernel_DE = arrays()
+  bias_E, K = jnp.array([2.0, -1.0, 0.0, 0.5, 0.0, -3.0]), 3
+  routing, logits_TE = router.route(kernel_DE, x_TD, K, normalize, bias_E=bias_E)
+  np.testing.assert_array_equal(logits_TE, router.route(kernel_DE, x_TD, K)[1])
+  biased_TE = np.asarray(logits_TE) + np.asarray(bias_E)[None]
+  np.testing.assert_array_equal(routing.experts_TK, np.argsort(-biased_TE, 1)[:, :K])
+  assert (np.asarray(routing.experts_TK) != np.argsort(-np.asarray(logits_TE), 1)[:, :K]).any()
+  probability_TE = np.exp(np.asarray(logits_TE, np.float64))
+  probability_TE /= probability_TE.sum(1, keepdims=True)
+  expected_TK = np.take_along_axis(probability_TE, np.asarray(routing.experts_TK), 1)
+  if normalize:
+    expected_TK /= expected_TK.sum(1, keepdims=True)
+  np.testing.assert_allclose(routing.weights_TK, expected_TK, rtol=1e-5)
+
+
+def test_no_gradient_reaches_the_bias():
+  x_TD, kernel_DE = arrays()
+  squares = lambda kernel_DE, bias_E: (
+    router.route(kernel_DE, x_TD, 3, bias_E=bias_E)[0].weights_TK ** 2
+  ).sum()
+  of_kernel, of_bias = jax.grad(squares, (0, 1))(kernel_DE, jnp.linspace(-1, 1, 6))
+  assert np.abs(of_kernel).max() > 0 and not of_bias.any()
+
+
+def test_limited_choices_go_by_the_bias_too():
+  x_TD, kernel_DE = arrays(num_experts=12)
+  limit, K = router.Limit(3, 1), 2
+  bias_E = jnp.where(jnp.arange(12) // 4 == 1, 50.0, 0.0)
+  routing, logits_TE = router.route(kernel_DE, x_TD, K, limit=limit, bias_E=bias_E)
+  # All go to the favoured group, and there to the best of its experts.
+  group_TE = np.asarray(logits_TE)[:, 4:8]
+  np.testing.assert_array_equal(routing.experts_TK, 4 + np.argsort(-group_TE, 1)[:, :K])
+
+
+@pytest.mark.parametrize("limit", [None, router.Limit(3, 1)])
+def test_the_ranking_begins_with_the_choices(limit):
+  x_TD, kernel_DE = arrays(num_experts=12)
+  bias_E, K = jnp.linspace(-2, 2, 12), 3
+  routing, logits_TE = router.route(kernel_DE, x_TD, K, limit=limit, bias_E=bias_E)
+  ranking_TE = router.ranking(logits_TE, K, limit, bias_E)
+  np.testing.assert_array_equal(jax.lax.top_k(ranking_TE, K)[1], routing.experts_TK)
