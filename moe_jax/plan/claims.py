@@ -13,7 +13,7 @@ from moe_jax.plan import cost, links, program, units
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, seconds, wires
-from moe_jax.plan.memory import Memory
+from moe_jax.plan.memory import Memory, weight_bytes
 from moe_jax.plan.serve import Served
 from moe_jax.plan.simulate import Run
 
@@ -156,14 +156,14 @@ def _schedule(found: Figures) -> Iterator[Claim]:
 
 
 def _memory(found: Figures) -> Iterator[Claim]:
-  memory = found.memory
+  memory, weights = found.memory, weight_bytes(found.settings)
   how = "plan.memory: state, stash and buffers from shapes and the table, and the largest unit"
   yield Claim(
     "memory per GPU", "4.312 GB", f"{memory.total / _GIGA:.3f} GB", memory.total <= 4.312e9, how
   )
   yield Claim(
     "memory per GPU: parameters", "312 MB",
-    f"{memory.parameters / _MEGA:.0f} MB master weights, {memory.compute_copies / _MEGA:.0f} MB in"
+    f"{memory.parameters / _MEGA:.0f} MB master weights, {weights / _MEGA:.0f} MB in"
     " the compute dtype",
     memory.parameters <= 312e6,
     "float32, split over expert as well; 20 GB over 64 GPUs are 312 MB only where every parameter"
@@ -201,10 +201,10 @@ def _communication(found: Figures) -> Iterator[Claim]:
       f"simulated step, {name}",
     )  # fmt: skip
   machine = found.machines[_first(found.machines)]
-  exchange = next((s for s in units.unit(settings, "forward") if s.kind == "all-to-all"), None)
+  exchanges = [step for step in units.unit(settings, "forward") if step.kind == "all-to-all"]
   for link, asked in ((links.INSIDE, "1-2 ms"), (links.BETWEEN, "2-4 ms")):
-    here = exchange and wires(exchange, settings, machine).link == link
-    each = seconds(exchange, settings, machine) if here else 0.0
+    here = [step for step in exchanges if wires(step, settings, machine).link == link]
+    each = max((seconds(step, settings, machine) for step in here), default=0.0)
     yield Claim(
       f"all-to-all, {link} hosts", asked, f"{each * 1e3:.3f} ms each" if each else "there is none",
       each <= float(asked[2]) * 1e-3 if each else None,
@@ -280,9 +280,8 @@ def _traffic(found: Figures) -> Iterator[Claim]:
   run, chip = found.runs[name], found.machines[name].cluster.chip
   peak = chip.memory_bytes_per_s * chip.memory_fraction
   parts = {"parameters": 0.0, "activations": 0.0}
-  copies = found.memory.compute_copies
   passes = found.settings.pipeline.micro_batches * 3
-  parts["parameters"] = copies * passes
+  parts["parameters"] = weight_bytes(found.settings) * passes
   total = sum(
     step.num_bytes * times
     for step, times in _step_counts(found.settings)

@@ -20,7 +20,7 @@ PHASES = ("embed", "attention", "dispatch", "experts", "combine", "head")
 BACKWARD_PER_FORWARD = 2
 
 # Dispatches that serve every assignment, and once.
-_EVERY_ASSIGNMENT = ("dropless", "stealing", "ragged", "two_level")
+EVERY_ASSIGNMENT = ("dropless", "stealing", "ragged", "two_level")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +108,14 @@ def expert_rows(settings: Config) -> int:
   A device plans for itself: a micro-batch leaves it t = batch / (U x expert) x S / tensor tokens.
     capacity: every expert has C = ceil(capacity_factor x t K / E) rows (at most t) from each device
     dense: every expert takes every token
-    those of _EVERY_ASSIGNMENT: each has its row; the rows that fill up blocks depend on the text,
+    those of EVERY_ASSIGNMENT: each has its row; the rows that fill up blocks depend on the text,
       and are not counted
   """
   model, mesh, train = settings.model, settings.mesh, settings.train
   step_tokens = train.batch * train.sequence
   sources = settings.pipeline.micro_batches * mesh.expert * mesh.tensor
   tokens = step_tokens // sources
-  if settings.moe.dispatch in _EVERY_ASSIGNMENT:
+  if settings.moe.dispatch in EVERY_ASSIGNMENT:
     return step_tokens * model.experts_per_token
   if settings.moe.dispatch == "dense":
     return step_tokens * model.experts
@@ -172,14 +172,15 @@ def num_parameters(model: Model) -> ByPhase:
   """Returns how many parameters the model has, norms counted with the phase that they precede.
 
   Each layer: attention D (2 N + 2 G) H + D, and with a norm of queries and keys 2 H more (of heads)
-  or (N + G) H more (of the projection); router D E + D (dispatch), experts 3 E D F. Once:
+  or (N + G) H more (of the projection); router D E + D (dispatch), and with a bias E more; experts
+  3 E D F. Once:
   embedding V D, final norm D, and the head's kernel D V unless it is the embedding.
   """
   D, L = model.d_model, model.layers
   return ByPhase(
     embed=model.vocab * D,
     attention=L * (_projection_elements(model) + _qk_norm_elements(model) + D),
-    dispatch=L * (D * model.experts + D),
+    dispatch=L * (D * model.experts + D + model.router_bias * model.experts),
     experts=L * 3 * model.experts * D * model.expert_hidden,
     head=D + (0 if model.tied_embeddings else D * model.vocab),
   )

@@ -6,7 +6,6 @@ node for each unit on each module, and the modules alone. Knows graphs; must not
 
 import html
 import json
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +14,7 @@ from moe_jax.config import Config, as_dict
 from moe_jax.plan import units
 from moe_jax.plan.graph import EDGE_KINDS, UNITS, Graph
 from moe_jax.plan.links import bytes_sent
+from moe_jax.plan.steps import group_size
 
 _COLUMNS = ("unit", "step", "stage", "expert", "tensor", "micro", "virtual", "layer")
 _EDGE_COLOURS = {
@@ -150,7 +150,7 @@ def _sent(settings: Config) -> Iterable[str]:
   by_axis: dict[str, float] = {}
   for step in units.unit(settings, "forward"):
     if step.is_communication:
-      size = math.prod(getattr(settings.mesh, axis) for axis in step.axes)
+      size = group_size(settings, step)
       name = "+".join(step.axes)
       by_axis[name] = by_axis.get(name, 0) + bytes_sent(step.kind, step.operand_bytes, size)
   for axis, sent in by_axis.items():

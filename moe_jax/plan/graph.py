@@ -179,11 +179,15 @@ class _Builder:
     """Connects operation i of all other members of its group to the collective j."""
     if not step.is_communication or step.kind == "collective-permute":
       return
-    axes = tuple(("stage", "expert", "tensor").index(axis) for axis in step.axes)
-    shape = (self.mesh.stage, self.mesh.expert, self.mesh.tensor)
+    # Of `expert` hosts, and ranks of a host where only one of the two takes part.
+    ranks = self.settings.moe.expert_ranks_per_host if step.among else self.mesh.expert
+    shape = (self.mesh.stage, self.mesh.expert // ranks, ranks, self.mesh.tensor)
+    of_expert = {"": (1, 2), "hosts": (1,), "ranks": (2,)}[step.among]
+    places = {"stage": (0,), "expert": of_expert, "tensor": (3,)}
+    axes = tuple(place for axis in step.axes for place in places[axis])
     starts = self._whole(source, i, shape)
     ends = self._whole(target, j, shape)
-    others = [axis for axis in range(3) if axis not in axes]
+    others = [axis for axis in range(4) if axis not in axes]
     group = lambda nodes: nodes.transpose(others + list(axes)).reshape(
       -1, int(np.prod([shape[axis] for axis in axes]))
     )

@@ -52,17 +52,31 @@ class Leaf:
     """Returns the mesh axes that it is split over."""
     return frozenset(name for axis in self.axes for name in _RULES.get(axis, ()))
 
-  def is_zero_split(self, mesh: Mesh) -> bool:
-    """Whether ZeRO-1 splits the leaf's state over `expert` as well.
+  def zero_dimension(self, mesh: Mesh) -> int | None:
+    """Returns the dimension that ZeRO-1 splits over `expert` as well, or None.
 
     Source: as parallel.sharding.zero_dimension.
     """
     if "expert" in self.mesh_axes():
-      return False
+      return None
     parts = self.split(mesh)
-    return any(
-      size % (part * mesh.expert) == 0 for size, part in zip(self.shape, parts, strict=True)
-    )
+    by_size = sorted(range(len(parts)), key=lambda dimension: -self.shape[dimension])
+    fits = lambda dimension: self.shape[dimension] % (parts[dimension] * mesh.expert) == 0
+    return next(filter(fits, by_size), None)
+
+  def is_zero_split(self, mesh: Mesh) -> bool:
+    """Whether ZeRO-1 splits the leaf's state over `expert` as well."""
+    return self.zero_dimension(mesh) is not None
+
+  def state_axes(self, mesh: Mesh) -> list[frozenset[str]]:
+    """Returns, for each dimension, the mesh axes of more than one device that its state is split
+    over.
+    """
+    found = [set(_RULES.get(axis, ())) for axis in self.axes]
+    zero = self.zero_dimension(mesh)
+    if zero is not None:
+      found[zero].add("expert")
+    return [frozenset(name for name in axes if getattr(mesh, name) > 1) for axes in found]
 
   def state_elements(self, mesh: Mesh) -> int:
     """Returns the elements that a device holds of master weights, and of each moment."""
@@ -84,6 +98,7 @@ def leaves(model: Model) -> tuple[Leaf, ...]:
     *_qk_norms(model),
     Leaf("expert_norm", "dispatch", (D,), ("model",), True),
     Leaf("router", "dispatch", (D, E), ("model", "all_experts"), True),
+    *([Leaf("router_bias", "dispatch", (E,), ("all_experts",), True)] * model.router_bias),
     Leaf("gate", "experts", (E, D, F), ("experts", "model", "hidden")),
     Leaf("up", "experts", (E, D, F), ("experts", "model", "hidden")),
     Leaf("down", "experts", (E, F, D), ("experts", "hidden", "model")),

@@ -50,7 +50,14 @@ class Group(NamedTuple):
 
 
 @functools.cache
-def group(mesh: Mesh, axes: tuple[str, ...], gpus_per_host: int, replicas: int = 1) -> Group:
+def group(
+  mesh: Mesh,
+  axes: tuple[str, ...],
+  gpus_per_host: int,
+  replicas: int = 1,
+  among: str = "",
+  ranks_per_host: int = 1,
+) -> Group:
   """Returns the widest group of GPUs that differ along `axes` alone, `tensor` innermost.
 
   Args:
@@ -58,8 +65,16 @@ def group(mesh: Mesh, axes: tuple[str, ...], gpus_per_host: int, replicas: int =
     axes: of AXES, and "replica", which lies outside of them all.
     gpus_per_host: consecutive GPUs share a host.
     replicas: of the model.
+    among: of `expert` only one rank of each host, "hosts", or those of one host, "ranks".
+    ranks_per_host: consecutive ranks of `expert` that share a host, where `among` is given.
   """
-  sizes = {"replica": replicas, **{name: getattr(mesh, name) for name in AXES}}
+  ranks = ranks_per_host if among else mesh.expert
+  sizes = {
+    "replica": replicas, "stage": mesh.stage, "hosts": mesh.expert // ranks, "ranks": ranks,
+    "tensor": mesh.tensor,
+  }  # fmt: skip
+  parts = {"expert": (among,) if among else ("hosts", "ranks")}
+  axes = tuple(part for axis in axes for part in parts.get(axis, (axis,)))
   ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
   inner = [i for i, name in enumerate(sizes) if name in axes]
   outer = [i for i in range(len(sizes)) if i not in inner]

@@ -73,7 +73,10 @@ def seconds(step: Step, settings: Config, machine: Machine) -> float:
 
 def wires(step: Step, settings: Config, machine: Machine) -> links.Group:
   """Returns the group of a collective; of a permutation, a pair of neighbours."""
-  to = links.group(settings.mesh, step.axes, machine.cluster.gpus_per_host)
+  ranks = settings.moe.expert_ranks_per_host if step.among else 1
+  to = links.group(
+    settings.mesh, step.axes, machine.cluster.gpus_per_host, 1, step.among, ranks
+  )  # fmt: skip
   if step.kind == "collective-permute" and to.size > 1:
     return links.Group(2, min(2, to.num_hosts), 1 if to.num_hosts > 1 else 2)
   return to

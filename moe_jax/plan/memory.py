@@ -1,9 +1,7 @@
 """Where the bytes of one GPU go, before anything is compiled: state, stash, workspace, cache.
 
-What the program holds from end to end follows from shapes and the schedule's table. What a unit
-needs while it runs is a sum of its large arrays, as many of each as are alive at once in the
-compiled program; the step needs the most demanding unit's. Knows sizes and tables; must not know
-time.
+What the program holds from end to end follows from shapes and the schedule's table; what it needs
+beside that while it runs is `workspace`'s to say. Knows sizes and tables; must not know time.
 """
 
 import dataclasses
@@ -12,9 +10,8 @@ import functools
 from moe_jax.config import Config, Pipeline
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import Table
-from moe_jax.plan import saving, steps, units
+from moe_jax.plan import saving, steps, units, workspace
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
-from moe_jax.plan.steps import Sizes
 
 _INT_BYTES = 4
 _INPUT_ARRAYS = 5  # tokens, targets, positions, segments, weights
@@ -29,11 +26,12 @@ class Memory:
     optimizer: two moments, as the master weights.
     inputs: the step's tokens, targets, positions, segments and weights.
     gradients: sums over micro-batches.
-    compute_copies: weights in the compute dtype.
-    stash: what units in flight saved, and the copy that the next backward unit reads.
+    compute_copies: weights that are not as the optimizer holds them: gathered, or in the compute
+      dtype.
+    stash: what units in flight saved.
     buffers: activations and cotangents that wait for another stage.
     kv_cache: keys and values of sequences being served.
-    workspace: of the most demanding unit.
+    workspace: what the most demanding point of the step holds beside all that.
     peak_unit: its name.
   """
 
@@ -82,18 +80,18 @@ def train(settings: Config) -> Memory:
   elements = sum(leaf.elements(mesh) for leaf in held)
   schedule = table(settings.pipeline, mesh.stage)
   activation = at.tokens * model.d_model * at.dtype_bytes
-  per_unit = units.layers_per_unit(settings) * saving.saved_bytes(settings, at)
-  workspace, peak_unit = _workspace(settings, at)
+  kept = saving.saved_bytes(settings, at) - saving.merged_bytes(settings, at)
+  needed, peak_unit = workspace.train(settings, at, schedule)
   return Memory(
     parameters=state,
     optimizer=2 * state,
     inputs=_INPUT_ARRAYS * _INT_BYTES * settings.train.batch // mesh.expert * at.positions,
     gradients=elements * DTYPE_BYTES[settings.pipeline.gradient_dtype],
-    compute_copies=_copies(settings),
-    stash=schedule.peak_in_flight * (per_unit + _copied_bytes(settings, at)),
+    compute_copies=sum(workspace.copy_bytes(settings, leaf) for leaf in held),
+    stash=schedule.peak_in_flight * units.layers_per_unit(settings) * kept,
     buffers=(schedule.num_inbox_slots + schedule.num_cotangent_slots + 1) * activation,
     kv_cache=0,
-    workspace=workspace,
+    workspace=needed,
     peak_unit=peak_unit,
   )
 
@@ -119,7 +117,7 @@ def serve(settings: Config, sequences: int, cache_tokens: int, prompt_tokens: in
     optimizer=0,
     inputs=_INT_BYTES * held * cache_tokens,
     gradients=0,
-    compute_copies=_copies(settings),
+    compute_copies=weight_bytes(settings),
     stash=0,
     buffers=2 * activation,
     kv_cache=held * cache_tokens * per_token,
@@ -128,42 +126,10 @@ def serve(settings: Config, sequences: int, cache_tokens: int, prompt_tokens: in
   )
 
 
-def _copied_bytes(settings: Config, at: Sizes) -> int:
-  """Returns what XLA holds twice of a unit's stash: rows that came back, where they are kept.
-
-  It writes them where the exchange leaves them and does not see that the place may be the stash.
-  """
-  if settings.pipeline.save == "inputs":
-    return 0
-  arrived, _ = saving.row_bytes(settings, at)
-  return units.layers_per_unit(settings) * arrived // settings.mesh.tensor
-
-
-def _copies(settings: Config) -> int:
+def weight_bytes(settings: Config) -> int:
+  """Returns the bytes of all weights as the computation takes them."""
   dtype = DTYPE_BYTES[settings.model.dtype]
   return sum(
     leaf.elements(settings.mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)
     for leaf in leaves(settings.model)
   )
-
-
-def _workspace(settings: Config, at: Sizes) -> tuple[int, str]:
-  """Returns the bytes of the most demanding unit while it runs, and its name.
-
-  How many arrays of each kind are alive at once is read off XLA's buffer assignment for H100 of the
-  configurations in tests/plan/agreement.py.
-  """
-  model, mesh = settings.model, settings.mesh
-  arrived, hidden = saving.row_bytes(settings, at)
-  activation = at.tokens * model.d_model * at.dtype_bytes
-  gathered = mesh.tensor * activation
-  share = model.vocab // (mesh.stage * mesh.tensor)
-  logits = at.sequences * at.positions * share * FLOAT32_BYTES
-  head = 2 * logits + gathered + 3 * activation
-  if mesh.stage * settings.pipeline.chunks == 1:
-    # Every backward tick has a head: XLA moves the transposed copy of its weights out of the loop.
-    head += model.d_model * share * at.dtype_bytes
-  backward = 7.6 * arrived + 4.4 * hidden
-  units = {"head": head, "backward": backward}
-  peak = max(units, key=units.get)
-  return int(units[peak]), peak

@@ -17,7 +17,8 @@ import numpy as np
 from moe_jax.config import Config, Pipeline
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import memory, units
-from moe_jax.plan.phases import COUNTS, Step
+from moe_jax.plan.dispatches import COUNTS
+from moe_jax.plan.steps import Step
 
 # Before and after the ticks; and the two directions between stages.
 BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"

@@ -4,8 +4,9 @@ Held to the shapes that the executor keeps by a test. Knows sizes; must not know
 """
 
 from moe_jax.config import Config
+from moe_jax.plan import cost
 from moe_jax.plan.leaves import FLOAT32_BYTES
-from moe_jax.plan.steps import Sizes
+from moe_jax.plan.steps import Sizes, two_level_rows
 
 _INT_BYTES = 4
 # As moe.grouped: rows of a block, and blocks of an expert under an even load; a test holds them.
@@ -29,18 +30,30 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
   arrived, hidden, integers = _kept_rows(settings, at)
   heads = whole * (2 * n + 2 * g) * H * at.dtype_bytes + whole * n * FLOAT32_BYTES
   gathered = whole * model.d_model * at.dtype_bytes
-  rows = arrived + arrived // tensor + 2 * hidden + integers
+  rows = arrived + arrived // tensor + 2 * hidden + integers + _kept_more(settings, at)
   attention = heads + gathered
-  is_dropless = settings.moe.dispatch == "dropless"
+  is_dropless = settings.moe.dispatch in cost.EVERY_ASSIGNMENT
   if settings.pipeline.save == "residuals":
-    # What enters a step of the tied layer is kept too: the product of gate and up, or the tokens.
+    # What enters a step of the tied layer is kept too: the product of gate and up, or the tokens;
+    # and the router's logits, of which the layer's last step takes statistics.
     entering = activation if is_dropless else hidden
-    weights = at.tokens * model.experts_per_token * FLOAT32_BYTES
-    return attention + rows + 2 * activation + entering + weights
+    routed = at.tokens * (model.experts_per_token + model.experts) * FLOAT32_BYTES
+    return attention + rows + 2 * activation + entering + routed
   made_of_hidden = 0 if is_dropless else 4 * hidden
   norms = (5 * model.d_model + 2 * model.experts + 8) * at.tokens * FLOAT32_BYTES
-  turns = 8 * whole * H // 2 * FLOAT32_BYTES
-  return attention + rows + made_of_hidden + norms + turns
+  return attention + rows + made_of_hidden + norms + _turns_bytes(settings, at)
+
+
+def merged_bytes(settings: Config, at: Sizes) -> int:
+  """Returns how many of `saved_bytes` XLA finds to be kept twice: the turns of queries and keys are
+  the same.
+  """
+  return _turns_bytes(settings, at) // 2 if settings.pipeline.save == "everything" else 0
+
+
+def _turns_bytes(settings: Config, at: Sizes) -> int:
+  """Returns the bytes of the rotary embedding's sines and cosines, each kept twice."""
+  return 8 * at.sequences * at.positions * settings.model.head_dim // 2 * FLOAT32_BYTES
 
 
 def row_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
@@ -50,6 +63,43 @@ def row_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
   return rows * model.d_model, rows * (model.expert_hidden // tensor)
 
 
+def placed_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
+  """Returns bytes of the rows of a dropless dispatch in blocks of one expert each, as moe.grouped
+  cuts them, and of their hidden units.
+  """
+  model, mesh = settings.model, settings.mesh
+  places = _num_places(settings, at) * at.dtype_bytes
+  return places * model.d_model, places * (model.expert_hidden // mesh.tensor)
+
+
+def _num_places(settings: Config, at: Sizes) -> int:
+  rows, experts = _rows_and_experts(settings, at)
+  wanted = max(1, rows // (experts * _BLOCKS_PER_EXPERT))
+  block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << wanted.bit_length() - 1))
+  return (rows // block + experts) * block
+
+
+def _rows_and_experts(settings: Config, at: Sizes) -> tuple[int, int]:
+  mesh, moe = settings.mesh, settings.moe
+  shadows = moe.shadows if moe.dispatch == "stealing" else 0
+  return mesh.tensor * at.rows, settings.model.experts // mesh.expert + shadows
+
+
+def _kept_more(settings: Config, at: Sizes) -> int:
+  """Returns what single dispatches keep besides: the shadows' weights; rows, choices and weights of
+  tokens on their way between hosts, and where they were passed on to.
+  """
+  model, mesh, moe = settings.model, settings.mesh, settings.moe
+  if moe.dispatch == "stealing":
+    return 3 * moe.shadows * model.d_model * model.expert_hidden // mesh.tensor * at.dtype_bytes
+  if moe.dispatch != "two_level":
+    return 0
+  crossed = mesh.expert // moe.expert_ranks_per_host * two_level_rows(settings, at.tokens)[0]
+  passed_on = at.rows + crossed * model.experts_per_token
+  integers = _INT_BYTES * (passed_on + crossed * model.experts_per_token)
+  return 2 * crossed * model.d_model * at.dtype_bytes + integers
+
+
 def _kept_rows(settings: Config, at: Sizes) -> tuple[int, int, int]:
   """Returns bytes of the rows that arrived, of one array of hidden units, and of the integers that
   say where rows lie.
@@ -57,13 +107,9 @@ def _kept_rows(settings: Config, at: Sizes) -> tuple[int, int, int]:
   model, mesh = settings.model, settings.mesh
   arrived, hidden = row_bytes(settings, at)
   choices = at.tokens * model.experts_per_token
-  if settings.moe.dispatch != "dropless":
+  if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
     return arrived, hidden, _INT_BYTES * (model.experts + choices + at.rows)
-  # Without loss the hidden units lie in blocks of rows of one expert, as moe.grouped cuts them.
-  rows, experts = mesh.tensor * at.rows, model.experts // mesh.expert
-  wanted = max(1, rows // (experts * _BLOCKS_PER_EXPERT))
-  block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << wanted.bit_length() - 1))
-  places = (rows // block + experts) * block
+  rows, experts = _rows_and_experts(settings, at)
   sources = mesh.expert * mesh.tensor * experts
-  integers = _INT_BYTES * (4 * choices + places + rows + model.experts + sources)
-  return arrived, places * (model.expert_hidden // mesh.tensor) * at.dtype_bytes, integers
+  integers = 4 * choices + _num_places(settings, at) + rows + model.experts + sources
+  return arrived, placed_bytes(settings, at)[1], _INT_BYTES * integers

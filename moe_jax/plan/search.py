@@ -11,16 +11,19 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_jax.config import EXCHANGE, SAVE, Config, Mesh
+from moe_jax.config import EXCHANGE, SAVE, Config, Mesh, Moe
 from moe_jax.plan import memory, serve, simulate, steps, units
 from moe_jax.plan.calibration import NONE, Calibration
 from moe_jax.plan.hardware import Cluster
 from moe_jax.plan.machine import Machine, seconds
-from moe_jax.plan.phases import COSTED
 
 # Micro-batches and sizes beyond these do not pay on any cluster that we have plans for.
 _MOST_MICRO_BATCHES = 64
 _KEPT = 10
+# The dispatches that a search chooses from, and the one given. Under an even load stealing only
+# costs; of ragged no time is known on any GPU, and past 32 ranks it has been reported to crash.
+CONSIDERED = ("capacity", "dropless", "two_level", "dense", "gathered")
+_OWN_EXCHANGE = ("two_level", "ragged")
 
 
 class Plan(NamedTuple):
@@ -194,6 +197,14 @@ def meshes(settings: Config, num_gpus: int, with_replicas: bool) -> Iterator[tup
       yield Mesh(expert=expert, tensor=tensor, stage=stage), replicas
 
 
+def ranks_per_host(mesh: Mesh, cluster: Cluster) -> int:
+  """Returns how many consecutive ranks of `expert` share a host of the cluster, `tensor` innermost;
+  1 where a host does not hold whole groups of them.
+  """
+  ranks = max(1, cluster.gpus_per_host // mesh.tensor)
+  return ranks if mesh.expert % ranks == 0 and ranks * mesh.tensor == cluster.gpus_per_host else 1
+
+
 class _Ranking:
   """The best plans so far."""
 
@@ -235,18 +246,11 @@ class _Ranking:
     given, model = self.settings, self.settings.model
     batch = given.train.batch // replicas
     train = dataclasses.replace(given.train, batch=batch)
-    # Where one rank holds all tensor shares or all experts, both exchanges are the same. Whether
-    # float8 is precise enough is not for a search over time to say.
-    exchanges = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
     # A prefill saves nothing, and all schedules of one chunk are the same forwards.
     saves = SAVE[:1] if self.workload else SAVE
     per_rank = batch // mesh.expert
     micro_batches = [n for n in _divisors(per_rank) if n <= _MOST_MICRO_BATCHES]
-    # Who serves answers every token.
-    dispatches = [name for name in COSTED if not self.workload or name != "capacity"]
-    for dispatch, exchange, save in itertools.product(dispatches, exchanges, saves):
-      spill = given.moe.spill and dispatch == "capacity"
-      moe = dataclasses.replace(given.moe, dispatch=dispatch, exchange=exchange, spill=spill)
+    for moe, save in itertools.product(self._ways(mesh), saves):
       for count, (schedule, chunks) in itertools.product(
         micro_batches, self._schedules(model.layers // mesh.stage, mesh.stage)
       ):
@@ -254,6 +258,34 @@ class _Ranking:
           given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save
         )
         yield dataclasses.replace(given, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
+
+  def _ways(self, mesh: Mesh) -> Iterator[Moe]:
+    """Yields the ways to bring tokens to experts on a mesh."""
+    given = self.settings.moe
+    # Where one rank holds all tensor shares or all experts, both exchanges are the same. Whether
+    # float8 is precise enough is not for a search over time to say.
+    both = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
+    for dispatch in (*CONSIDERED, *({given.dispatch} - set(CONSIDERED))):
+      # Who serves answers every token.
+      if self.workload and dispatch == "capacity":
+        continue
+      ranks = ranks_per_host(mesh, self.cluster) if dispatch == "two_level" else 1
+      if given.hosts_per_token:
+        # A limit of the router is the model's, and so is the number of hosts that it counts.
+        ranks = given.expert_ranks_per_host
+        if mesh.expert != self.settings.mesh.expert:
+          continue
+      if dispatch == "two_level" and not 1 < ranks < mesh.expert:
+        continue
+      for exchange in both if dispatch not in _OWN_EXCHANGE else EXCHANGE[:1]:
+        yield dataclasses.replace(
+          given,
+          dispatch=dispatch,
+          exchange=exchange,
+          spill=given.spill and dispatch == "capacity",
+          shadow_tokens=given.shadow_tokens if dispatch == "stealing" else 0.0,
+          expert_ranks_per_host=ranks,
+        )
 
   def _schedules(self, layers_per_stage: int, stages: int) -> Iterator[tuple[str, int]]:
     yield "1f1b", 1

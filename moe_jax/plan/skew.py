@@ -47,7 +47,7 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
         for waited in op.after:
           start = np.maximum(start, ends[waited])
         if op.step.is_communication:
-          start = _meet(start, op)
+          start = _meet(start, op, settings.moe.expert_ranks_per_host)
         ends[place] = start + took
         free[occupies[place]] = ends[place]
       for end in ends.values():
@@ -55,10 +55,14 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
   return now + replica_seconds(settings, machine)
 
 
-def _meet(start_ZX: np.ndarray, op: program.Op) -> np.ndarray:
+def _meet(start_ZX: np.ndarray, op: program.Op, ranks_per_host: int) -> np.ndarray:
   """Returns when a collective begins: when the last of its group is ready."""
   if op.unit in (ARRIVE, RETURN):
     by = 1 if op.unit == ARRIVE else -1
     return np.maximum(start_ZX, np.roll(start_ZX, by, axis=0))
+  if op.step.among:
+    start_ZHG = start_ZX.reshape(len(start_ZX), -1, ranks_per_host)
+    latest = start_ZHG.max({"hosts": 1, "ranks": 2}[op.step.among], keepdims=True)
+    return np.broadcast_to(latest, start_ZHG.shape).reshape(start_ZX.shape)
   axes = tuple(_AXIS_OF[axis] for axis in op.step.axes if axis != "tensor")
   return np.broadcast_to(start_ZX.max(axes, keepdims=True), start_ZX.shape) if axes else start_ZX

@@ -32,6 +32,8 @@ class Step:
     kernels: launched.
     is_float32: whether the products are exact float32 ones.
     follows_load: whether it grows with the rows that reach this rank's experts.
+    among: of a collective over `expert` in which only a part takes part: "hosts", one rank of each
+      host, or "ranks", those of one host.
   """
 
   name: str
@@ -45,6 +47,7 @@ class Step:
   kernels: int = 0
   is_float32: bool = False
   follows_load: bool = False
+  among: str = ""
 
   @property
   def is_communication(self) -> bool:
@@ -60,7 +63,8 @@ class Sizes:
     positions: S of this pass: 1 in decode.
     tokens: t, of this tensor rank.
     context: key positions that each query's row has in the cache before this pass.
-    rows: C x E (capacity, dense) or B x X (dropless): rows that this device sends in a round.
+    rows: rows that this device sends in a round: C x E (capacity, dense), B x X (dropless), or to
+      the ranks of its host (two_level).
     dtype_bytes: of activations.
   """
 
@@ -91,10 +95,33 @@ def sizes(settings: Config, positions: int = 0, context: int = 0) -> Sizes:
     rows = model.experts * each
   elif moe.dispatch in ("dense", "gathered"):
     rows = model.experts * tokens
+  elif moe.dispatch == "two_level":
+    rows = moe.expert_ranks_per_host * two_level_rows(settings, tokens)[1]
   else:
     each = min(assignments, max(1, math.ceil(moe.capacity_factor * assignments / mesh.expert)))
     rows = mesh.expert * each
   return Sizes(sequences, positions, tokens, context, rows, DTYPE_BYTES[model.dtype])
+
+
+def two_level_rows(settings: Config, tokens: int) -> tuple[int, int]:
+  """Returns the rows that a device of so many tokens sends to each host, and to each rank of its
+  own host, in a round; as moe.two_level has them, a test holds the two equal.
+  """
+  moe, choices = settings.moe, settings.model.experts_per_token
+  hosts = settings.mesh.expert // moe.expert_ranks_per_host
+  share = lambda number, parts: max(1, math.ceil(moe.capacity_factor * number / parts))
+  most_hosts = min(moe.hosts_per_token or choices, choices, hosts)
+  to_host = min(tokens, share(tokens * most_hosts, hosts))
+  to_rank = share(tokens * choices, moe.expert_ranks_per_host)
+  return to_host, min(hosts * to_host * choices, to_rank)
+
+
+def group_size(settings: Config, step: Step) -> int:
+  """Returns how many devices take part in a collective."""
+  ranks = settings.moe.expert_ranks_per_host
+  part = {"": settings.mesh.expert, "hosts": settings.mesh.expert // ranks, "ranks": ranks}
+  sizes = {"stage": settings.mesh.stage, "expert": part[step.among], "tensor": settings.mesh.tensor}
+  return math.prod(sizes[axis] for axis in step.axes)
 
 
 def activation_bytes(settings: Config, at: Sizes) -> int:

@@ -3,6 +3,7 @@
 Knows the layer's phases and the parameters' shapes; must not know time, links or schedules.
 """
 
+import collections
 import dataclasses
 
 from moe_jax.config import Config
@@ -22,6 +23,10 @@ _FLOAT32 = FLOAT32_BYTES
 _INSIDE_STAGE = ("expert", "tensor")
 _ALL = ("stage", "expert", "tensor")
 _STAGE = ("stage",)
+# Numbers of a layer's report beside its assignments by expert: seven counts and two losses.
+REPORTED = 9
+# The gradient's norm is taken for the report and, by optax, for clipping; XLA keeps both.
+_NORMS = 2
 
 
 def unit(settings: Config, kind: str, at: Sizes | None = None) -> tuple[Step, ...]:
@@ -63,6 +68,8 @@ def begin(settings: Config) -> tuple[Step, ...]:
   copies = sum(leaf.elements(mesh) for leaf in held)
   dtype = DTYPE_BYTES[settings.model.dtype]
   return (
+    # Of the targets' weights, which are to sum to 1 over the step.
+    Step("sum the weights", "other", "all-reduce", axes=("expert",), operand_bytes=_FLOAT32),
     Step(
       "gather parameters",
       "other",
@@ -88,7 +95,7 @@ def end(settings: Config) -> tuple[Step, ...]:
       summed[axes] = summed.get(axes, 0) + leaf.state_elements(mesh)
   state = sum(leaf.state_elements(mesh) for leaf in held)
   gradients = sum(leaf.elements(mesh) for leaf in held)
-  report = settings.model.layers // mesh.stage * (settings.model.experts + 8)
+  report = settings.model.layers // mesh.stage * (settings.model.experts + REPORTED)
   return (
     Step(
       "scatter gradients", "other", "reduce-scatter", BACKWARD, ("expert",), scattered * dtype,
@@ -99,10 +106,27 @@ def end(settings: Config) -> tuple[Step, ...]:
     ),
     Step("sum the report", "other", "all-reduce", BACKWARD, _INSIDE_STAGE, report * _FLOAT32),
     Step("sum the loss", "other", "all-reduce", BACKWARD, _ALL, 2 * _FLOAT32),
-    Step("sum the norm", "other", "all-reduce", BACKWARD, _ALL, 4 * _FLOAT32),
+    *_norms(settings),
     Step("zero and cast gradients", "other", num_bytes=3 * gradients * _FLOAT32, kernels=160),
     # Weights and two moments are read and written, the gradient read.
     Step("AdamW", "optimizer", num_bytes=6.5 * state * _FLOAT32, kernels=14),
+  )  # fmt: skip
+
+
+def _norms(settings: Config) -> tuple[Step, ...]:
+  """The gradient's norms: of each leaf one number, summed over each of its split dimensions."""
+  mesh = settings.mesh
+  split = collections.Counter(
+    axes for leaf in leaves(settings.model) for axes in leaf.state_axes(mesh) if axes
+  )
+  return tuple(
+    Step(
+      f"sum norms over {'+'.join(axes)}", "other", "all-reduce", BACKWARD, axes,
+      _NORMS * count * _FLOAT32,
+    )
+    for axes, count in (
+      (tuple(name for name in _ALL if name in found), count) for found, count in split.items()
+    )
   )  # fmt: skip
 
 
@@ -147,6 +171,7 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Loss and its gradient of one micro-batch; every device a share of the vocabulary."""
   forward = {step.name: step for step in _head_forward(settings, at)}
   kernel = settings.model.d_model * vocabulary(settings) * _FLOAT32
+  split = ("stage", "tensor")
   return (
     *forward.values(),
     dataclasses.replace(
@@ -157,6 +182,9 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
       num_bytes=5 * logits_bytes(settings, at) + 2 * kernel,
       kernels=16,
     ),
+    # What a device's share of the loss brings to each logit; it is the same for every micro-batch,
+    # and XLA takes it out of a loop that has a head in every tick.
+    Step("sum share of loss", "head", "all-reduce", BACKWARD, split, _FLOAT32),
     *phases.transpose(settings, at, forward["gather output"]),
     # The norm before the head is taken in float32, and the sum over stages before it is left.
     Step(

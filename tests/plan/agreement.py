@@ -1,26 +1,25 @@
-"""python -m tests.plan.agreement [--rounds=3]
+"""python -m tests.plan.agreement [memory [CASE ...]] [times] [--rounds=3]
 
-Predicted against executed step times on eight virtual devices, which share this machine's cores.
-Calibrated on one configuration: its units timed alone, and its step. Then a dozen others, unlike it
-in mesh, schedule, micro-batches and dispatch, are predicted and run; prints both, the rank
-correlation and the median error. Ten minutes on 2 quiet cores; on a busy machine it is worth less.
+What is planned beside what is: memory against the compiled program (tests.plan.footprint), and
+step times against execution on eight virtual devices, which share this machine's cores. Without
+words both; exits with 1 where a case of memory is off by more than its bar.
 
-Devices that share cores hide nothing behind anything: a step costs the sum over devices of what
-their units take, masked cells included, and what a tick takes whatever is in it. A unit takes what
-its products take at this machine's rate and its bytes at this machine's bandwidth, times what that
-kind of unit took of both in the calibration. Seconds are of this process on all cores, which
-neighbours disturb least.
+Times are calibrated on one configuration: its units timed alone, and its step; and on the machine:
+matrix products, passes over memory, collectives of much and of nothing. Then the others, unlike it
+in mesh, schedule, micro-batches and dispatch, are predicted (plan.shared_cores) and run; printed
+are both, the rank correlation and the median error. Seconds are of this process on all cores, which
+neighbours disturb least. Ten minutes each on 2 quiet cores; on a busy machine times are worth less.
 """
 
 import argparse
-import dataclasses
 import statistics
-from collections.abc import Mapping
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Mapping
 
 from launch import environment
 
 if __name__ == "__main__":  # before jax is imported
+  environment.described_devices()
   environment.virtual_devices(8)
   environment.keep_freed_memory(8)
 
@@ -29,10 +28,14 @@ import jax.numpy as jnp
 
 from launch import config_file, stopwatch
 from moe_jax import config as config_lib
-from moe_jax.pipeline.table import KINDS
-from moe_jax.plan import memory, units
+from moe_jax.parallel import collectives
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import ALL, TENSOR
+from moe_jax.plan import shared_cores
 from moe_jax.train import step
+from tests.plan import footprint
 
+_MANY, _GATHERS = 2**18, 20  # elements of a large collective; how many one after the other
 CALIBRATED = "1f1b 2x2x2, 8 micro-batches"
 CASES = {
   CALIBRATED: {},
@@ -74,70 +77,65 @@ def settings_of(sections) -> config_lib.Config:
   return config_lib.from_mapping(values)
 
 
-class Machine(NamedTuple):
-  """Rates of all cores together: of matrix products, and of reading and writing memory."""
-
-  flops_per_cpu_s: float
-  bytes_per_cpu_s: float
-
-
-def measure() -> Machine:
+def measure() -> shared_cores.Cores:
   """Returns the best rates of a few tries."""
   side = jnp.ones((1536, 1536), jnp.float32)
   many = jnp.ones((2**26,), jnp.float32)
   multiply, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-  best = lambda call: min(stopwatch.timed(call)[0].cpu_s for _ in range(6))
-  return Machine(
-    2 * side.shape[0] ** 3 / best(lambda: multiply(side, side)),
-    2 * many.nbytes / best(lambda: add(many)),
+  nothing_s, much_s = (_gather_seconds(elements) for elements in (1, _MANY))
+  return shared_cores.Cores(
+    2 * side.shape[0] ** 3 / _least(lambda: multiply(side, side)),
+    2 * many.nbytes / _least(lambda: add(many)),
+    4 * _MANY / (much_s - nothing_s),
+    nothing_s,
   )
 
 
-def ideal_seconds(settings, on: Machine) -> dict[str, float]:
-  """Returns what one unit of each kind takes on all devices at the machine's rates."""
-  found = {}
-  for kind in KINDS:
-    layers = units.layers_per_unit(settings) if kind in ("forward", "backward") else 1
-    steps = units.unit(settings, kind)
-    each = sum(s.flops / on.flops_per_cpu_s + s.num_bytes / on.bytes_per_cpu_s for s in steps)
-    found[kind] = each * layers * settings.mesh.num_devices
-  return found
+def _gather_seconds(elements: int) -> float:
+  """Returns what one device of eight spends on an all-gather between pairs."""
+  mesh = mesh_lib.make(config_lib.Mesh(expert=2, tensor=2, stage=2))
+
+  def region(x):
+    def again(_, x):
+      return collectives.gather(x, TENSOR, 0)[: x.size] + 1
+
+    return jax.lax.fori_loop(0, _GATHERS, again, x)
+
+  spec = jax.P(ALL)
+  program = jax.jit(jax.shard_map(region, mesh=mesh, in_specs=spec, out_specs=spec))
+  x = jax.device_put(jnp.ones(8 * elements), jax.NamedSharding(mesh, spec))
+  return _least(lambda: program(x)) / (_GATHERS * 8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """Seconds of a step; each constant from one configuration.
-
-  Attributes:
-    on: the machine.
-    times_ideal: of one unit of each kind.
-    tick_s: of a tick, whatever is in it.
-  """
-
-  on: Machine
-  times_ideal: Mapping[str, float]
-  tick_s: float
-
-  def seconds(self, settings) -> float:
-    """Returns the predicted seconds of a step."""
-    table = memory.table(settings.pipeline, settings.mesh.stage)
-    ideal = ideal_seconds(settings, self.on)
-    in_units = sum(ideal[k] * self.times_ideal[k] * table.ticks_by_kind[k] for k in KINDS)
-    return in_units + table.num_ticks * self.tick_s
+def _least(call: Callable) -> float:
+  stopwatch.timed(call)  # compiles
+  return min(stopwatch.timed(call)[0].cpu_s for _ in range(20))
 
 
 class Program(stopwatch.Program):
   """A deployment whose units are timed in seconds of all cores."""
 
-  def unit_cpu_seconds(self, rounds: int) -> Mapping[str, float]:
-    """Returns the least seconds of each unit of a tick, run alone on all devices."""
+  def calibrate(self, settings: config_lib.Config, rounds: int) -> tuple[shared_cores.Model, float]:
+    """Returns the model that the least seconds of its units and of its step give, in turns; and
+    those of the step.
+    """
+    self._unit_cpu_seconds()  # compiles
+    units, steps = [], []
+    for _ in range(2 * rounds):
+      units.append(self._unit_cpu_seconds())
+      steps.append(self.train().time.cpu_s)
+    unit_s = {kind: min(each[kind] for each in units) for kind in units[0]}
+    model = shared_cores.calibrate(settings, measure(), unit_s, min(steps))
+    print(model, flush=True)
+    return model, min(steps)
+
+  def _unit_cpu_seconds(self) -> Mapping[str, float]:
     given = (self._to_compute(self.state.parameters), step.normalised(self.inputs))
     found = {}
 
     def take(kind, *arrays):
-      call = lambda: self._units[kind](*given, *arrays)
-      result = stopwatch.timed(call)[1]  # compiles
-      found[kind] = min(stopwatch.timed(call)[0].cpu_s for _ in range(3 * rounds))
+      time, result = stopwatch.timed(lambda: self._units[kind](*given, *arrays))
+      found[kind] = time.cpu_s
       return result
 
     y, saved = take("forward", take("embed"))
@@ -147,41 +145,66 @@ class Program(stopwatch.Program):
     return found
 
 
-def calibrate(settings, unit_s: Mapping[str, float], step_s: float) -> Model:
-  """Returns the model that one configuration's measured units and step give."""
-  table, on = memory.table(settings.pipeline, settings.mesh.stage), measure()
-  ideal = ideal_seconds(settings, on)
-  in_units = sum(unit_s[kind] * table.ticks_by_kind[kind] for kind in KINDS)
-  print(f"{on}; units {in_units:.3f} s of a step of {step_s:.3f} s", flush=True)
-  times_ideal = {kind: unit_s[kind] / ideal[kind] for kind in KINDS}
-  return Model(on, times_ideal, max(0.0, step_s - in_units) / table.num_ticks)
+def times(rounds: int) -> None:
+  """Prints predicted and executed step times of every case.
 
-
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=3)
-  rounds = parser.parse_args().rounds
-  measured, model = {}, None
-  for name, sections in CASES.items():
-    settings = settings_of(sections)
+  Each takes turns with the calibrated one, and counts as much more or less than that did beside it:
+  what neighbours slow down for minutes they slow down in both.
+  """
+  settings = settings_of(CASES[CALIBRATED])
+  reference = Program(settings)
+  reference.train()
+  model, reference_s = reference.calibrate(settings, rounds)
+  measured, predicted = {}, {}
+  for name in CASES:
+    if name == CALIBRATED:
+      continue
+    settings = settings_of(CASES[name])
     run = Program(settings)
     run.train()
-    measured[name] = min(run.train().time.cpu_s for _ in range(rounds))
-    if model is None:
-      model = calibrate(settings, run.unit_cpu_seconds(rounds), measured[name])
+    turns = [(run.train().time.cpu_s, reference.train().time.cpu_s) for _ in range(rounds)]
+    mine, beside = (min(each) for each in zip(*turns, strict=True))
+    measured[name] = mine / beside * reference_s
     del run
-    predicted = model.seconds(settings)
-    error = predicted / measured[name] - 1
-    print(f"{name:<32}{measured[name]:>8.3f} s{predicted:>9.3f} s{error:>+8.1%}", flush=True)
-  names = [name for name in CASES if name != CALIBRATED]
-  predicted = [model.seconds(settings_of(CASES[name])) for name in names]
-  found = [measured[name] for name in names]
-  errors = [abs(p / m - 1) for p, m in zip(predicted, found, strict=True)]
-  print(
+    predicted[name] = model.seconds(settings)
+    error = predicted[name] / measured[name] - 1
+    print(
+      f"{name:<32}{measured[name]:>8.3f} s{predicted[name]:>9.3f} s{error:>+8.1%}"
+      f"   ({mine:.3f} s beside {beside:.3f} s)",
+      flush=True,
+    )
+  print(summary(measured, predicted))
+
+
+def summary(measured: Mapping[str, float], predicted: Mapping[str, float]) -> str:
+  """Returns one line over all cases."""
+  names = list(measured)
+  found, planned = ([of[name] for name in names] for of in (measured, predicted))
+  errors = [abs(p / m - 1) for p, m in zip(planned, found, strict=True)]
+  return (
     f"{len(names)} configurations, calibrated on {CALIBRATED}: rank correlation"
-    f" {spearman(predicted, found):.3f}, median error {statistics.median(errors):.1%},"
+    f" {spearman(planned, found):.3f}, median error {statistics.median(errors):.1%},"
     f" largest {max(errors):.1%}"
   )
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
+  parser.add_argument("what", nargs="*", default=["memory", "times"])
+  parser.add_argument("--rounds", type=int, default=3)
+  given = parser.parse_args()
+  names = [word for word in given.what if word not in ("memory", "times")]
+  if unknown := [name for name in names if name not in footprint.CASES]:
+    known = ", ".join(name for name, case in footprint.CASES.items() if case)
+    print(f"{unknown[0]!r} is no case; choose from {known}", file=sys.stderr)
+    return 2
+  kept = count = 0
+  if "memory" in given.what:
+    kept, count = footprint.table(names)
+    print(f"{kept} of {count} within {footprint.BAR:.0%}", flush=True)
+  if "times" in given.what:
+    times(given.rounds)
+  return 0 if kept == count else 1
 
 
 def spearman(a, b) -> float:
@@ -194,4 +217,4 @@ def spearman(a, b) -> float:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

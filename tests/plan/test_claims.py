@@ -6,7 +6,7 @@ import pytest
 
 from launch import config_file
 from moe_jax import config as config_lib
-from moe_jax.plan import claims, graph, load, machine, memory, serve, simulate
+from moe_jax.plan import claims, graph, load, machine, memory, serve, simulate, units
 from moe_jax.plan.hardware import CHIPS, cluster
 from moe_jax.rehearse import claims as rehearsed
 
@@ -89,6 +89,13 @@ def test_what_is_known_of_the_reference_plan(pod64):
   assert not by_name["traffic: 280 GB/ms in all = 19.4% of 1,440"].holds
   saved = by_name["all-to-all traffic between hosts, hierarchical against flat"]
   assert saved.found == "-75%" and saved.holds
+
+
+def test_the_all_to_all_is_that_of_tokens_and_not_of_counts(pod64):
+  (row,) = (r for r in claims.rows(pod64) if r.claim == "all-to-all, between hosts")
+  on = pod64.machines["on the chip"]
+  rows = next(s for s in units.unit(pod64.settings, "forward") if s.name == "to experts")
+  assert row.found == f"{machine.seconds(rows, pod64.settings, on) * 1e3:.3f} ms each"
 
 
 def test_with_wider_layers_it_is_the_10_b_that_were_meant(pytestconfig):

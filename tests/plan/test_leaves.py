@@ -21,11 +21,13 @@ MODELS = [
   dataclasses.replace(SMALL, tied_embeddings=True),
   dataclasses.replace(SMALL, qk_norm="head"),
   dataclasses.replace(SMALL, qk_norm="projection"),
+  dataclasses.replace(SMALL, router_bias=True),
 ]
+NAMES = ["plain", "tied", "head norm", "projection norm", "router bias"]
 MESHES = [config.Mesh(), config.Mesh(8, 1, 1), config.Mesh(2, 2, 2), config.Mesh(4, 4, 2)]
 
 
-@pytest.mark.parametrize("model", MODELS, ids=["plain", "tied", "head norm", "projection norm"])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_device_holds_what_the_rules_place_there(model, mesh):
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
@@ -43,7 +45,7 @@ def test_a_device_holds_what_the_rules_place_there(model, mesh):
   assert sorted(leaf.state_elements(mesh) for leaf in held) == sorted(state)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=["plain", "tied", "head norm", "projection norm"])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
 def test_on_one_device_they_are_the_counted_parameters(model):
   by_phase = dict.fromkeys(cost.PHASES, 0)
   for leaf in leaves(model):

@@ -1,14 +1,18 @@
 """Memory: what follows from shapes, against the program's arrays; the rest by its properties."""
 
 import dataclasses
+import importlib.util
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from moe_jax import config
+from moe_jax.model import flash
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.pipeline.saving import SAVE
-from moe_jax.plan import memory, steps
+from moe_jax.plan import memory, steps, workspace
 from moe_jax.plan.leaves import DTYPE_BYTES
 from moe_jax.rehearse import lowering
 from moe_jax.train import optimizer as optimizer_lib
@@ -41,6 +45,19 @@ def test_state_and_inputs_are_the_launchers(sections):
 
 def _size(shape):
   return 1 if not shape else shape[0] * _size(shape[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_plugins"), reason="the rehearse extra is not installed"
+)
+def test_the_total_is_the_compiled_programs():
+  """Two small cases; `python -m tests.plan.agreement memory` has them all."""
+  names = ["laptop 1x2x4, gpipe", "pod64"]
+  words = [sys.executable, "-m", "tests.plan.agreement", "memory", *names]
+  found = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
+  assert found.returncode == 0, found.stdout + found.stderr
+  assert all(name in found.stdout for name in names)
 
 
 def test_every_policy_of_the_executor_has_its_bytes():
@@ -83,6 +100,27 @@ def test_parts_make_the_total():
   assert found.total == sum(parts)
   fields = [f.name for f in dataclasses.fields(found) if f.name != "peak_unit"]
   assert found.total == sum(getattr(found, name) for name in fields)
+
+
+def test_rows_that_arrived_are_copied_between_loops_where_the_stash_is_large():
+  many = {"save": "residuals", "micro_batches": 8, "schedule": "gpipe"}
+  found = _train(pipeline=many, train={"batch": 512, "sequence": 64})
+  assert found.peak_unit == "between loops"
+  at = steps.sizes(runs.settings(pipeline=many, train={"batch": 512, "sequence": 64}))
+  arrived = 2 * at.rows * 16 * 4  # of both tensor ranks, float32
+  embedding = 256 * 16 * 4 // 4  # gathered, and used up
+  assert found.workspace == 8 * 2 * arrived - embedding
+
+
+def test_weights_that_the_optimizer_holds_whole_have_no_copy():
+  one = {"expert": 1, "tensor": 4, "stage": 2}
+  assert _train(mesh=one).compute_copies == 0
+  assert _train(mesh=one, model={"dtype": "bfloat16"}).compute_copies > 0
+  assert 0 < _train().compute_copies < _train().gradients
+
+
+def test_attentions_kernels_pad_as_the_planner_says():
+  assert (workspace.FLASH_BLOCK, workspace.FLASH_NARROWEST) == (flash.BLOCK, flash._NARROWEST)
 
 
 def test_a_larger_vocabulary_makes_the_head_the_most_demanding():

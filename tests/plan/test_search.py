@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.plan import compare, machine, memory, phases, search, serve, simulate
+from moe_jax.plan import compare, machine, memory, search, serve, simulate
 from moe_jax.plan.hardware import CHIPS, Cluster, cluster
 from tests import runs
 
@@ -31,8 +31,9 @@ def every_legal_step():
   for expert, tensor, stage in itertools.product(sizes, repeat=3):
     if expert * tensor * stage != 8:
       continue
+    ranks = search.ranks_per_host(config.Mesh(expert, tensor, stage), EIGHT)
     for micro_batches, chunks, save, dispatch, exchange in itertools.product(
-      (1, 2, 4, 8), (1, 2), config.SAVE, phases.COSTED, config.EXCHANGE
+      (1, 2, 4, 8), (1, 2), config.SAVE, search.CONSIDERED, config.EXCHANGE
     ):
       schedules = ("interleaved",) if chunks > 1 else ("1f1b", "gpipe")
       for schedule in schedules:
@@ -41,7 +42,8 @@ def every_legal_step():
             **SECTIONS | {"mesh": {"expert": expert, "tensor": tensor, "stage": stage}},
             pipeline={"schedule": schedule, "micro_batches": micro_batches, "chunks": chunks,
                       "save": save},
-            moe={"dispatch": dispatch, "exchange": exchange, "capacity_factor": 2.0},
+            moe={"dispatch": dispatch, "exchange": exchange, "capacity_factor": 2.0,
+                 "expert_ranks_per_host": ranks},
           )  # fmt: skip
         except ValueError:
           continue
@@ -99,7 +101,9 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
 
 def test_serving_drops_nothing_and_keeps_to_its_target():
   found = search.search(TINY, EIGHT, workload=WORKLOAD)
-  assert {plan.settings.moe.dispatch for plan in found.best} <= {"dropless", "dense", "gathered"}
+  assert {plan.settings.moe.dispatch for plan in found.best} <= set(search.CONSIDERED) - {
+    "capacity"
+  }
   fastest = found.best[0].served
   assert 0 < fastest.first_ttft_s <= fastest.ttft_s < fastest.whole_s
   assert fastest.memory.kv_cache > 0

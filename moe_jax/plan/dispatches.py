@@ -1,0 +1,244 @@
+"""How tokens reach their experts and come back, as steps of one device: every entry of the layer's
+dispatch table.
+
+Operations are exact; bytes to and from memory are those of the kernels that XLA makes, as sums of
+large arrays. Loads are even: stealing sends no shadow, a dropless dispatch takes one round. Knows
+sizes; must not know time, links or schedules.
+
+Letters as in the README: e, f are this device's shares.
+"""
+
+import math
+
+from moe_jax.config import Config
+from moe_jax.plan import cost, steps
+from moe_jax.plan.leaves import FLOAT32_BYTES
+from moe_jax.plan.steps import Sizes, Step, activation_bytes
+
+_FLOAT32 = FLOAT32_BYTES
+# Below this many assignments an expert, gathered dispatch leaves out the experts without any.
+_FULL_LOAD = 4
+_INSIDE_STAGE = ("expert", "tensor")
+# The load-balancing loss reads these; no token's way depends on them.
+COUNTS = frozenset({"count over expert", "count over tensor"})
+# What no gradient passes through: integers.
+NOT_DIFFERENTIATED = COUNTS | frozenset(
+  {
+    "announce",
+    "announce inside",
+    "announce between",
+    "announce to hosts",
+    "agree on rounds",
+    "count before stealing",
+    "decide",
+    "choices to hosts",
+    "sizes to ranks",
+    "spread sizes",
+  }
+)
+
+
+def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Returns the forward steps of a layer's dispatch, experts and combine.
+
+  Communication: as the docstrings of moe/exchange.py and of the dispatch say.
+  """
+  if settings.moe.dispatch == "gathered":
+    return _gathered_experts(settings, at)
+  model, mesh = settings.model, settings.mesh
+  width, D = at.dtype_bytes, model.d_model
+  sent = at.rows * D * width
+  arrived = mesh.tensor * sent
+  hidden = mesh.tensor * at.rows * (model.expert_hidden // mesh.tensor) * width
+  weights = model.experts // mesh.expert * D * (model.expert_hidden // mesh.tensor) * width
+  serves_all = settings.moe.dispatch in cost.EVERY_ASSIGNMENT
+  # Without loss only rows that hold an assignment are computed, whatever the buffers hold.
+  computed = at.tokens * model.experts_per_token if serves_all else at.rows
+  x = activation_bytes(settings, at)
+  travel = _two_levels if settings.moe.dispatch == "two_level" else _one_level
+  there, back = travel(settings, at)
+  return (
+    Step("route", "dispatch", flops=2.0 * at.tokens * D * model.experts,
+         num_bytes=3 * sent + 4 * x, kernels=19, is_float32=True),
+    *_count(settings),
+    *_ANNOUNCE.get(settings.moe.dispatch, lambda settings, at: ())(settings, at),
+    *there,
+    Step(
+      "experts", "experts",
+      flops=6.0 * mesh.tensor * computed * D * (model.expert_hidden // mesh.tensor),
+      num_bytes=3 * arrived + 4 * hidden + 3 * weights + 2 * arrived, kernels=25,
+      follows_load=serves_all,
+    ),
+    *back,
+    Step("combine", "combine", num_bytes=2 * sent + 2 * x, kernels=2),
+  )  # fmt: skip
+
+
+def _one_level(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+  """Rows to experts and back: between hosts with this tensor rank's own, then inside the host.
+
+  Of `ragged` only filled rows travel between hosts; the flat exchange has all ranks' rows there.
+  """
+  model, mesh, moe = settings.model, settings.mesh, settings.moe
+  sent = at.rows * model.d_model * at.dtype_bytes
+  arrived = mesh.tensor * sent
+  follows = moe.dispatch in cost.EVERY_ASSIGNMENT
+  is_flat = moe.exchange == "flat"
+  exchanged = arrived if is_flat else sent
+  if moe.dispatch == "ragged":
+    exchanged = at.tokens * model.experts_per_token * model.d_model * at.dtype_bytes
+  step = lambda name, phase, kind, axis, operand_bytes: Step(
+    name, phase, kind, axes=(axis,), operand_bytes=operand_bytes, follows_load=follows
+  )
+  there = (
+    step("to experts", "dispatch", "all-to-all", "expert", exchanged),
+    step("spread rows", "dispatch", "all-gather", "tensor", sent),
+  )
+  back = (
+    step("sum rows", "combine", "reduce-scatter", "tensor", arrived),
+    step("to tokens", "combine", "all-to-all", "expert", exchanged),
+  )
+  return (there[::-1], back[::-1]) if is_flat else (there, back)
+
+
+def _two_levels(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+  """A row for each host of a token's choice, passed on inside that host to the experts' ranks; and
+  back, summed where they were passed on.
+
+  Communication: as the docstrings of moe/two_level.py say.
+  """
+  model, mesh, ranks = settings.model, settings.mesh, settings.moe.expert_ranks_per_host
+  to_host = steps.two_level_rows(settings, at.tokens)[0]
+  hosts, D, width = mesh.expert // ranks, model.d_model, at.dtype_bytes
+  choices = hosts * to_host * model.experts_per_token * _FLOAT32
+  crossed, passed = hosts * to_host * D * width, at.rows * D * width
+  sizes = ranks * (model.experts // mesh.expert) * _FLOAT32
+
+  def step(name, phase, kind, among, operand_bytes):
+    axes = ("expert",) if among else ("tensor",)
+    return Step(name, phase, kind, axes=axes, among=among, operand_bytes=operand_bytes,
+                follows_load=True)  # fmt: skip
+
+  copied = crossed + 2 * passed
+  return (
+    (
+      step("to hosts", "dispatch", "all-to-all", "hosts", crossed),
+      step("choices to hosts", "dispatch", "all-to-all", "hosts", choices),
+      Step("pass on", "dispatch", num_bytes=copied, kernels=15, follows_load=True),
+      step("to ranks", "dispatch", "all-to-all", "ranks", passed),
+      step("sizes to ranks", "dispatch", "all-to-all", "ranks", sizes),
+      step("spread rows", "dispatch", "all-gather", "", passed),
+      step("spread sizes", "dispatch", "all-gather", "", sizes),
+    ),
+    (
+      step("sum rows", "combine", "reduce-scatter", "", mesh.tensor * passed),
+      step("from ranks", "combine", "all-to-all", "ranks", passed),
+      step("weights to hosts", "combine", "all-to-all", "hosts", choices),
+      Step("sum at hosts", "combine", num_bytes=copied, kernels=3, follows_load=True),
+      step("to tokens", "combine", "all-to-all", "hosts", crossed),
+    ),
+  )
+
+
+def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Every token travels to every device, which computes its own experts on all of them.
+
+  Weights of experts that no token chose are not read, where that is likely.
+  """
+  model, mesh = settings.model, settings.mesh
+  x, sum_x = activation_bytes(settings, at), at.tokens * model.d_model * _FLOAT32
+  choices, everyone = at.tokens * model.experts_per_token * _FLOAT32, mesh.expert * mesh.tensor
+  f, e = model.expert_hidden // mesh.tensor, model.experts // mesh.expert
+  tokens = at.tokens * everyone
+  assignments = tokens * model.experts_per_token / model.experts
+  chosen = e if assignments >= _FULL_LOAD else e * -math.expm1(-assignments)
+  rows = chosen * tokens * at.dtype_bytes
+  weights = 3 * chosen * model.d_model * f * at.dtype_bytes
+  gather = lambda name, phase, each: (
+    Step(f"{name} inside", phase, "all-gather", axes=("tensor",), operand_bytes=each),
+    Step(f"{name} between", phase, "all-gather", axes=("expert",),
+         operand_bytes=each * mesh.tensor),
+  )  # fmt: skip
+  return (
+    Step("route", "dispatch", flops=2.0 * at.tokens * model.d_model * model.experts,
+         num_bytes=6 * x, kernels=12, is_float32=True),
+    *_count(settings),
+    *gather("announce", "dispatch", choices),
+    *gather("send tokens", "dispatch", x),
+    Step("experts", "experts", flops=6.0 * chosen * tokens * model.d_model * f,
+         num_bytes=rows * (3 * model.d_model + 4 * f) + weights, kernels=4 * e),
+    *gather("send weights", "combine", choices),
+    Step("combine", "combine", num_bytes=2 * rows * model.d_model, kernels=3),
+    Step("sum between", "combine", "reduce-scatter", axes=("expert",),
+         operand_bytes=sum_x * everyone),
+    Step("sum inside", "combine", "reduce-scatter", axes=("tensor",),
+         operand_bytes=sum_x * mesh.tensor),
+  )  # fmt: skip
+
+
+def _count(settings: Config) -> tuple[Step, ...]:
+  """The assignments of each expert over the whole micro-batch, for the load-balancing loss.
+
+  As direct messages along each axis, for only latency counts.
+  """
+  return tuple(
+    Step(f"count over {axis}", "dispatch", "all-to-all", axes=(axis,),
+         operand_bytes=getattr(settings.mesh, axis) * settings.model.experts * _FLOAT32)
+    for axis in _INSIDE_STAGE
+  )  # fmt: skip
+
+
+def _announce(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Before rows travel without loss, each source says how many it has, and all agree on rounds."""
+  del at
+  counts = _places(settings) * settings.mesh.expert * _FLOAT32
+  tensor = settings.mesh.tensor
+  flat = settings.moe.exchange == "flat"
+  return (
+    Step("announce", "dispatch", "all-to-all", axes=("expert",),
+         operand_bytes=counts * (tensor if flat else 1)),
+    Step("announce inside", "dispatch", "all-gather", axes=("tensor",), operand_bytes=counts),
+    Step("agree on rounds", "dispatch", "all-reduce", axes=_INSIDE_STAGE, operand_bytes=_FLOAT32),
+  )  # fmt: skip
+
+
+def _places(settings: Config) -> int:
+  """Returns the experts that a device may serve: its own, and with stealing the shadows."""
+  shadows = settings.moe.shadows if settings.moe.dispatch == "stealing" else 0
+  return settings.model.experts // settings.mesh.expert + shadows
+
+
+def _decide(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """What stealing adds: all see the counts before they decide, and own weights and shadows lie in
+  one array. An even load sends no shadow.
+  """
+  model, tensor = settings.model, settings.mesh.tensor
+  weights = 3 * _places(settings) * model.d_model * model.expert_hidden // tensor * at.dtype_bytes
+  return (
+    Step("count before stealing", "dispatch", "all-reduce", axes=_INSIDE_STAGE,
+         operand_bytes=model.experts * _FLOAT32),
+    Step("decide", "dispatch", num_bytes=0.0, kernels=40),
+    *_announce(settings, at),
+    Step("hold", "dispatch", num_bytes=2 * weights, kernels=6),
+  )  # fmt: skip
+
+
+def _announce_to_hosts(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Each place of a host hears how many rows its rounds will bring to each rank."""
+  to_host, _ = steps.two_level_rows(settings, at.tokens)
+  numbers = -(-at.tokens // to_host) * settings.mesh.expert
+  return (
+    Step("announce to hosts", "dispatch", "all-to-all", axes=("expert",), among="hosts",
+         operand_bytes=numbers * _FLOAT32),
+    Step("agree on rounds", "dispatch", "all-reduce", axes=_INSIDE_STAGE,
+         operand_bytes=2 * _FLOAT32),
+  )  # fmt: skip
+
+
+# What comes before rows travel.
+_ANNOUNCE = {
+  "dropless": _announce,
+  "ragged": _announce,
+  "stealing": _decide,
+  "two_level": _announce_to_hosts,
+}

@@ -1,0 +1,116 @@
+"""Memory as planned beside memory as compiled for H100s that need not be there: cases and table.
+
+Run by `python -m tests.plan.agreement memory`. The compiled figure is XLA's own
+`memory_analysis()`: arguments, temporaries and outputs of the launcher's train step on one GPU.
+"""
+
+from collections.abc import Sequence
+
+from launch import config_file
+from moe_jax import config as config_lib
+from moe_jax.plan import memory
+from moe_jax.rehearse import lowering, pod
+from moe_jax.rehearse import memory as compiled_memory
+
+_PLAIN = {"schedule": "1f1b", "chunks": 1}
+# Name -> (config, pod, changes). The constants of plan.workspace were chosen by those above the
+# line of dashes; those below it were compiled afterwards.
+CASES = {
+  "tiny": ("tiny", "h100:2x4", {}),
+  "tiny 1x2x4, gpipe, everything": (
+    "tiny", "h100:2x4",
+    {"mesh": {"expert": 1, "stage": 4}, "pipeline": {"schedule": "gpipe", "save": "everything"}},
+  ),
+  "laptop": ("laptop", "h100:2x4", {}),
+  "laptop, 1f1b, residuals": (
+    "laptop", "h100:2x4", {"pipeline": {**_PLAIN, "save": "residuals"}},
+  ),
+  "laptop 4x1x2, residuals": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 4, "tensor": 1}, "pipeline": {"save": "residuals", "micro_batches": 8}},
+  ),
+  "laptop 8x1x1": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 8, "tensor": 1, "stage": 1}, "pipeline": {**_PLAIN, "micro_batches": 4}},
+  ),
+  "laptop 1x2x4, gpipe": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 1, "stage": 4}, "pipeline": {"schedule": "gpipe", "chunks": 1}},
+  ),
+  "laptop 4x2x1, bfloat16": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 4, "stage": 1}, "model": {"dtype": "bfloat16"},
+     "pipeline": {**_PLAIN, "micro_batches": 8}},
+  ),
+  "laptop, dropless": ("laptop", "h100:2x4", {"moe": {"dispatch": "dropless"}}),
+  "bench": ("bench", "h100:1x1", {}),
+  "pod64": ("pod64", "h100:16x4", {}),
+  "pod64_10b": ("pod64_10b", "h100:16x4", {}),
+  "pod64, saves inputs": ("pod64", "h100:16x4", {"pipeline": {"save": "inputs"}}),
+  "pod64 16x4x1": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 16, "stage": 1}, "pipeline": {**_PLAIN, "micro_batches": 8}},
+  ),
+  "pod64 4x4x4": ("pod64", "h100:16x4", {"mesh": {"expert": 4, "stage": 4}}),
+  "pod64, dropless": ("pod64", "h100:16x4", {"moe": {"dispatch": "dropless"}}),
+  "-" * 30: None,
+  "tiny 4x2x1, residuals": (
+    "tiny", "h100:2x4",
+    {"mesh": {"expert": 4, "stage": 1}, "pipeline": {"save": "residuals"}},
+  ),
+  "laptop 2x1x2, factor 1, residuals": (
+    "laptop", "h100:1x4",
+    {"mesh": {"tensor": 1}, "moe": {"capacity_factor": 1.0}, "pipeline": {"save": "residuals"}},
+  ),
+  "laptop 1x4x2, 512 tokens": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 1, "tensor": 4}, "model": {"kv_heads": 4}, "train": {"sequence": 512}},
+  ),
+  "pod64 4x8x2, factor 2": (
+    "pod64", "h100:8x8",
+    {"mesh": {"expert": 4, "tensor": 8}, "moe": {"capacity_factor": 2.0}},
+  ),
+  "pod64 2x4x8, everything": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 2, "stage": 8}, "pipeline": {"chunks": 2, "save": "everything"}},
+  ),
+  "pod64_10b, 1f1b, saves inputs": (
+    "pod64_10b", "h100:16x4", {"pipeline": {**_PLAIN, "save": "inputs"}},
+  ),
+}  # fmt: skip
+BAR = 0.02
+
+
+def settings_of(name: str, sections) -> config_lib.Config:
+  """Returns a shipped config with some fields changed."""
+  values = config_lib.as_dict(config_lib.from_mapping(config_file.load(f"configs/{name}.py")))
+  for section, fields in sections.items():
+    values[section].update(fields)
+  return config_lib.from_mapping(values)
+
+
+def compiled_bytes(settings: config_lib.Config, pod_name: str) -> int:
+  """Returns what XLA says that a train step takes on one GPU of a pod."""
+  mesh = pod.describe(pod_name).mesh(settings.mesh)
+  compiled = lowering.train(settings, mesh)
+  return compiled_memory.by_part(settings, mesh, compiled)["total"]
+
+
+def table(names: Sequence[str]) -> tuple[int, int]:
+  """Prints some cases, of none all; returns how many keep to the bar, and how many there are."""
+  kept = count = 0
+  for name in names or CASES:
+    if CASES[name] is None:
+      print(name)
+      continue
+    config, pod_name, sections = CASES[name]
+    settings = settings_of(config, sections)
+    planned, found = memory.train(settings), compiled_bytes(settings, pod_name)
+    error = planned.total / found - 1
+    kept, count = kept + (abs(error) <= BAR), count + 1
+    print(
+      f"{name:<36}{found / 1e6:>11.3f} MB{planned.total / 1e6:>11.3f} MB{error:>+8.2%}"
+      f"  {planned.peak_unit}",
+      flush=True,
+    )
+  return kept, count

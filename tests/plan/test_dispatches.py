@@ -1,0 +1,109 @@
+"""What each dispatch sends and computes: two_level, ragged and stealing beside dropless."""
+
+import pytest
+
+from moe_jax import config
+from moe_jax.config import Mesh
+from moe_jax.plan import graph, links, load, machine, search, simulate, skew, steps, units
+from moe_jax.plan.calibration import NONE
+from moe_jax.plan.hardware import cluster
+from tests import runs
+
+# Two hosts of four GPUs; four ranks of `expert` share a host.
+EIGHT = cluster("h100:2x4")
+ON = machine.Machine(EIGHT)
+D_BYTES = 16 * 4
+
+
+def settings(dispatch, **moe):
+  return runs.settings(
+    mesh={"expert": 8, "tensor": 1, "stage": 1},
+    moe={"dispatch": dispatch, "capacity_factor": 1.25, **moe},
+    train={"batch": 64, "sequence": 64},
+  )
+
+
+TWO_LEVEL = settings("two_level", expert_ranks_per_host=4)
+DROPLESS = settings("dropless")
+
+
+def forward(of):
+  return {step.name: step for step in units.unit(of, "forward")}
+
+
+def sent(of, link):
+  return simulate.train(of, ON).bytes_by_link.get(link, 0.0)
+
+
+def test_two_levels_by_hand():
+  """A device has 64 sequences / 4 micro-batches / 8 ranks x 64 = 128 tokens, two choices each."""
+  found = forward(TWO_LEVEL)
+  # Without a limit a token may go to both hosts: 128 rows to each of two, padded no further.
+  assert found["to hosts"].operand_bytes == found["to tokens"].operand_bytes == 2 * 128 * D_BYTES
+  # Inside: ceil(1.25 x 256 / 4) = 80 rows to each of four ranks.
+  assert found["to ranks"].operand_bytes == found["from ranks"].operand_bytes == 4 * 80 * D_BYTES
+  between = machine.wires(found["to hosts"], TWO_LEVEL, ON)
+  inside = machine.wires(found["to ranks"], TWO_LEVEL, ON)
+  assert (between.size, between.num_hosts, between.link) == (2, 2, links.BETWEEN)
+  assert (inside.size, inside.num_hosts, inside.link) == (4, 1, links.INSIDE)
+  # A limit of one host: ceil(1.25 x 128 / 2) = 80 rows to each.
+  limited = forward(settings("two_level", expert_ranks_per_host=4, hosts_per_token=1))
+  assert limited["to hosts"].operand_bytes == 2 * 80 * D_BYTES
+
+
+def test_two_levels_send_less_between_hosts_and_more_inside():
+  assert sent(TWO_LEVEL, links.BETWEEN) < sent(DROPLESS, links.BETWEEN)
+  assert sent(TWO_LEVEL, links.INSIDE) > sent(DROPLESS, links.INSIDE)
+
+
+def test_ragged_sends_the_filled_rows_of_dropless():
+  filled, padded = (forward(of)["to experts"] for of in (settings("ragged"), DROPLESS))
+  assert filled.operand_bytes == 256 * D_BYTES
+  assert padded.operand_bytes == 8 * 40 * D_BYTES
+  rest = lambda of: [
+    s for s in units.unit(of, "forward") if s.name not in ("to experts", "to tokens")
+  ]
+  assert rest(settings("ragged")) == rest(DROPLESS)
+
+
+def test_stealing_under_an_even_load_only_adds():
+  added = set(forward(settings("stealing"))) - set(forward(DROPLESS))
+  assert added == {"count before stealing", "decide", "hold"}
+  assert sent(settings("stealing"), links.BETWEEN) > sent(DROPLESS, links.BETWEEN)
+  assert simulate.step_seconds(settings("stealing"), ON) > simulate.step_seconds(DROPLESS, ON)
+
+
+@pytest.mark.parametrize("dispatch", config.DISPATCH)
+def test_every_dispatch_is_planned_as_a_graph_and_under_a_load(dispatch):
+  of = TWO_LEVEL if dispatch == "two_level" else settings(dispatch)
+  graph.check(graph.build(of))
+  even, uneven = (
+    skew.end_seconds(of, ON, load.zipf(of, exponent)).max() for exponent in (0.0, 1.0)
+  )
+  assert even == pytest.approx(simulate.train(of, ON).schedule_s)
+  assert uneven >= even
+
+
+def test_members_of_a_host_and_of_its_place_on_others():
+  mesh = Mesh(expert=8, tensor=2, stage=2)
+  of = lambda among, ranks: links.group(mesh, ("expert",), 8, 1, among, ranks)
+  assert of("ranks", 4) == links.Group(4, 1, 4)
+  assert of("hosts", 4) == links.Group(2, 2, 1)
+  assert of("ranks", 8) == of("", 1) == links.Group(8, 2, 4)
+  assert of("hosts", 1) == links.Group(8, 2, 4)
+  assert of("ranks", 1).size == 1
+
+
+def test_two_levels_are_considered_where_hosts_hold_several_ranks():
+  assert search.ranks_per_host(Mesh(expert=8), EIGHT) == 4
+  assert search.ranks_per_host(Mesh(expert=4, tensor=2), EIGHT) == 2
+  assert search.ranks_per_host(Mesh(expert=2, tensor=4), EIGHT) == 1
+  assert search.ranks_per_host(Mesh(expert=2), EIGHT) == 1
+  rank = search._Ranking(DROPLESS, EIGHT, None, None, NONE, True)
+  of = lambda mesh: {
+    moe.expert_ranks_per_host for moe in rank._ways(mesh) if moe.dispatch == "two_level"
+  }
+  assert of(Mesh(expert=8)) == {4} and of(Mesh(expert=4, tensor=2)) == {2}
+  # Of ranks on one host alone there is one level.
+  assert of(Mesh(expert=2, tensor=4)) == of(Mesh(expert=4)) == set()
+  assert steps.sizes(TWO_LEVEL).rows == 4 * 80
