@@ -25,20 +25,20 @@ class Dispatch(NamedTuple):
     most_rounds: (setting) -> the most rounds that any plan has.
     send: (setting, x_tD, plan, round_id) -> what reaches this device's experts: rows, and what it
       takes to know whose they are.
-    compute: (weights, what was sent) -> this tensor rank's partial sums: rows, and what it takes to
-      bring them home.
+    compute: (weights, plan, what was sent) -> this tensor rank's partial sums: rows, and what it
+      takes to bring them home.
     back: (setting, rows, weights_TK, plan, round_id) -> `y_tD`, the weighted sum of what the
       experts made of the token's assignments of the round.
-    hold: (weights, plan) -> what `compute` takes for weights, by default those of this device's
-      experts; differentiated.
+    hold: (weights, plan) -> the plan with the weights of other devices' experts that it asks for,
+      by default none; not differentiated, `compute` brings their gradients home.
   """
 
   plan: Callable[[Setting, Routing, jax.Array], Plan]
   most_rounds: Callable[[Setting], int]
   send: Callable[[Setting, jax.Array, Plan, jax.Array | int], Any]
-  compute: Callable[[Weights, Any], Any]
+  compute: Callable[[Weights, Plan, Any], Any]
   back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
-  hold: Callable[[Weights, Plan], Weights] = lambda weights, plan: weights
+  hold: Callable[[Weights, Plan], Plan] = lambda weights, plan: plan
 
 
 def _of(module, **others: Callable) -> Dispatch:

@@ -87,8 +87,9 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   return _Arrived(x_MD, _serves(setting, plan.places).any((0, 1)))
 
 
-def compute(weights: Weights, arrived: _Arrived) -> jax.Array:
+def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_eMD`; zero for an expert that nobody chose."""
+  del plan
   return compute_layer(jax.tree.map(lambda w: w[None], weights), 0, arrived)
 
 

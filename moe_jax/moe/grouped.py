@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from moe_jax.moe import grouped_kernels
 from moe_jax.moe.experts import Weights
-from moe_jax.moe.plan import no_gradient
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.saving import residual
 
@@ -127,7 +126,7 @@ def _forward(weights, rows_RD, groups):
 
 
 def _backward(saved, gradient_RD):
-  return *backward(*saved, gradient_RD), no_gradient(saved[2])
+  return *backward(*saved, gradient_RD), None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)

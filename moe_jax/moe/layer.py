@@ -96,7 +96,9 @@ def moe(
   # Statistics come last: no token waits for them.
   with jax.named_scope("dispatch"):
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
-    everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
+    everywhere_E = plan.assigned_E
+    if everywhere_E is None:
+      everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
     losses = router.auxiliary_losses(logits_tE, everywhere_E, num_choices)
     measured = rule.measure(*jax.lax.stop_gradient((bias_E, logits_tE)), num_choices)
   auxiliary_loss = moe_config.router_z_weight * losses.router_z
@@ -138,8 +140,7 @@ def serve(
   )
   with jax.named_scope("dispatch"):
     plan = entry.plan(setting, *jax.lax.stop_gradient((routing, ranking_tE)))
-    plan = jax.tree.map(residual, plan)
-    weights = entry.hold(weights, plan)
+    plan = jax.tree.map(residual, entry.hold(jax.lax.stop_gradient(weights), plan))
   one_round = functools.partial(_one_round, entry, setting)
   given = (x_tD, routing.weights_TK, weights)
   return rounds.run(one_round, given, plan, entry.most_rounds(setting)), plan
@@ -150,6 +151,6 @@ def _one_round(entry: Dispatch, setting: plans.Setting, given, plan: Plan, round
   with jax.named_scope("dispatch"):
     arrived = jax.tree.map(residual, entry.send(setting, x_tD, plan, round_id))
   with jax.named_scope("experts"):
-    rows = entry.compute(weights, arrived)
+    rows = entry.compute(weights, plan, arrived)
   with jax.named_scope("combine"):
     return entry.back(setting, rows, weights_TK, plan, round_id)

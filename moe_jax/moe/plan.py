@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax.moe.exchange import Exchange
 
@@ -75,12 +74,15 @@ class Plan(NamedTuple):
     counts: of this device.
     num_rounds: how often rows are exchanged, the same on every device of `expert` and `tensor`.
     places: where the rows lie; read by the dispatch that made the plan and by nobody else.
+    assigned_E: how many assignments the routers of all devices made to each expert, where the plan
+      had to ask; None where it did not.
   """
 
   expert_TK: jax.Array
   counts: Counts
   num_rounds: jax.Array
   places: Any
+  assigned_E: jax.Array | None = None
 
 
 def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, places) -> Plan:
@@ -107,8 +109,3 @@ def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, 
     stolen=jnp.zeros((), jnp.int32),
   )
   return Plan(expert_TK, counts, num_rounds, places)
-
-
-def no_gradient(tree):
-  """Returns the cotangent of a tree of integers."""
-  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

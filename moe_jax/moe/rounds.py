@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.plan import Plan, no_gradient
+from moe_jax.moe.plan import Plan
 from moe_jax.parallel import collectives
 
 Tree = Any
@@ -58,7 +58,7 @@ def _backward(one_round, saved, gradient):
   nothing = jax.tree.map(
     lambda leaf: collectives.varying_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), given
   )
-  return gradient, _sum_further(more, nothing, plan.num_rounds), no_gradient(plan)
+  return gradient, _sum_further(more, nothing, plan.num_rounds), None
 
 
 _add_further.defvjp(_forward, _backward)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.plan import no_gradient
-
 
 class Layout(NamedTuple):
   """Where each of the T x K assignments lies among R rows.
@@ -48,7 +46,7 @@ def _tokens_to_rows_backward(layout, gradient_RD):
   gradient_tKD = jnp.where(
     layout.placed_TK[..., None], _rows_of(gradient_RD, layout), jnp.zeros((), gradient_RD.dtype)
   )
-  return gradient_tKD.sum(1), no_gradient(layout)
+  return gradient_tKD.sum(1), None
 
 
 tokens_to_rows.defvjp(_tokens_to_rows_forward, _tokens_to_rows_backward)
@@ -84,7 +82,7 @@ def _rows_to_tokens_backward(saved, gradient_tD):
     _rows_of(rows_RD, layout).astype(weights_TK.dtype),
     gradient_tD.astype(weights_TK.dtype),
   )
-  return gradient_RD, jnp.where(layout.placed_TK, row_dots_TK, 0.0), no_gradient(layout)
+  return gradient_RD, jnp.where(layout.placed_TK, row_dots_TK, 0.0), None
 
 
 rows_to_tokens.defvjp(_rows_to_tokens_forward, _rows_to_tokens_backward)

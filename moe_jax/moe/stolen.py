@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moe_jax.balance import stealing
 from moe_jax.moe import dropless, grouped
 from moe_jax.moe.experts import Weights
-from moe_jax.moe.plan import Plan, Setting, no_gradient
+from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.collectives import varying_like
@@ -28,12 +28,17 @@ most_rounds = dropless.most_rounds
 
 
 class Places(NamedTuple):
-  """Where rows lie, as dropless has it; and shadow_H, the experts whose weights are sent, E where
-  there is none.
+  """Where rows lie, and what is sent besides them.
+
+  Attributes:
+    of_rows: as dropless has it, of e + H experts a rank: this device's, then the shadows.
+    shadow_H: the experts whose weights are sent, E where there is none.
+    shadows: these weights, leaves [H, ...], zeros where there is none; None until `hold`.
   """
 
   of_rows: Any
   shadow_H: jax.Array
+  shadows: Weights | None = None
 
 
 def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
@@ -50,8 +55,9 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   num_local, num_shadows = num_experts // num_ranks, setting.num_shadows
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
+  everywhere_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
   decision = stealing.decide(
-    jax.lax.psum(assigned_E, (EXPERT, TENSOR)),
+    everywhere_E,
     stealing.held_once(num_experts, num_ranks),
     num_shadows,
     stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
@@ -77,50 +83,17 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
     expert_TK=routing.experts_TK,
     counts=inner.counts._replace(stolen=stolen),
     places=Places(inner.places, decision.shadow_H),
+    assigned_E=varying_like(everywhere_E, assigned_E),
   )
 
 
-class Held(NamedTuple):
-  """The weights of e + H places: this device's experts, and the shadows, zeros where there is
-  none.
+def hold(weights: Weights, plan: Plan) -> Plan:
+  """Returns the plan with the shadows' weights, on every rank.
+
+  Communication: all-reduce over `expert` of the weights of as many experts as there are shadows.
   """
-
-  home: Weights
-  shadows: Weights
-
-
-def hold(weights: Weights, plan: Plan) -> Held:
-  """Returns the weights that the plan asks for.
-
-  Communication: all-reduce over `expert` of the weights of as many experts as there are shadows;
-  backward the same of their gradients.
-  """
-  held = _held(weights, plan.places.shadow_H)
-  return held._replace(shadows=jax.tree.map(residual, held.shadows))
-
-
-@jax.custom_vjp
-def _held(weights, shadow_H):
-  return Held(weights, _sent(weights, shadow_H))
-
-
-def _held_forward(weights, shadow_H):
-  return _held(weights, shadow_H), shadow_H
-
-
-def _held_backward(shadow_H, gradient: Held):
-  """Returns the gradient of this device's experts; where nothing was sent, as it came."""
-
-  def with_shadows():
-    send = functools.partial(_sent, shadow_H=shadow_H)
-    (sent_home,) = jax.linear_transpose(send, gradient.home)(gradient.shadows)
-    return jax.tree.map(jnp.add, gradient.home, sent_home)
-
-  is_any = _num_shadows(gradient.home, shadow_H) > 0
-  return jax.lax.cond(is_any, with_shadows, lambda: gradient.home), no_gradient(shadow_H)
-
-
-_held.defvjp(_held_forward, _held_backward)
+  shadows = _sent(weights, plan.places.shadow_H)
+  return plan._replace(places=plan.places._replace(shadows=shadows))
 
 
 def _num_shadows(weights, shadow_H) -> jax.Array:
@@ -151,66 +124,79 @@ def _sent(weights, shadow_H) -> Weights:
   return jax.lax.switch(_num_shadows(weights, shadow_H), branches, weights)
 
 
-def compute(held: Held, arrived: dropless.Arrived) -> jax.Array:
+def compute(weights: Weights, plan: Plan, arrived: dropless.Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`.
 
   On a device that no shadow's rows reach, the shadows' weights are not touched: a stack of all
   places would be copied in every micro-batch, and its gradient taken apart.
+
+  Communication: backward, if there are shadows, all-reduce over `expert` of their gradients; in
+  every round, of which even ranks have one.
   """
-  held = varying_like(held, arrived.rows_RD)
-  return _compute(held, arrived.rows_RD, arrived.groups)
+  weights = varying_like(weights, arrived.rows_RD)
+  _, shadow_H, shadows = plan.places
+  return _compute(weights, shadow_H, shadows, arrived.rows_RD, arrived.groups)
 
 
 @jax.custom_vjp
-def _compute(held, rows_RD, groups):
-  return _forward(held, rows_RD, groups)[0]
+def _compute(weights, shadow_H, shadows, rows_RD, groups):
+  return _forward(weights, shadow_H, shadows, rows_RD, groups)[0]
 
 
-def _forward(held, rows_RD, groups):
+def _forward(weights, shadow_H, shadows, rows_RD, groups):
   y_RD, gate_NJf, up_NJf = jax.lax.cond(
-    _has_shadow_rows(held, groups),
-    lambda: grouped.forward(_joined(held), rows_RD, groups),
-    lambda: grouped.forward(held.home, rows_RD, _at_home(held, groups)),
+    _has_shadow_rows(weights, groups),
+    lambda: grouped.forward(_joined(weights, shadows), rows_RD, groups),
+    lambda: grouped.forward(weights, rows_RD, _at_home(weights, groups)),
   )
-  return y_RD, (held, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
+  given = (weights, shadow_H, shadows, rows_RD, groups)
+  return y_RD, (*given, residual(gate_NJf), residual(up_NJf))
 
 
 def _backward(saved, gradient_RD):
-  held, rows_RD, groups, *hidden = saved
-  num_local = held.home.gate_eDf.shape[0]
+  weights, shadow_H, shadows, rows_RD, groups, *hidden = saved
+  num_local = weights.gate_eDf.shape[0]
 
   def of_all():
-    dweights, dx_RD = grouped.backward(_joined(held), rows_RD, groups, *hidden, gradient_RD)
-    parts = (
-      jax.tree.map(lambda d: d[:num_local], dweights),
-      jax.tree.map(lambda d: d[num_local:], dweights),
-    )
-    return Held(*parts), dx_RD
+    joined = _joined(weights, shadows)
+    gradients, dx_RD = grouped.backward(joined, rows_RD, groups, *hidden, gradient_RD)
+    of_home = jax.tree.map(lambda d: d[:num_local], gradients)
+    return of_home, jax.tree.map(lambda d: d[num_local:], gradients), dx_RD
 
   def of_home():
-    at_home = _at_home(held, groups)
-    dhome, dx_RD = grouped.backward(held.home, rows_RD, at_home, *hidden, gradient_RD)
-    nothing = jax.tree.map(lambda s: varying_like(jnp.zeros(s.shape, s.dtype), s), held.shadows)
-    return Held(dhome, nothing), dx_RD
+    at_home = _at_home(weights, groups)
+    return grouped.backward(weights, rows_RD, at_home, *hidden, gradient_RD)
 
-  dheld, dx_RD = jax.lax.cond(_has_shadow_rows(held, groups), of_all, of_home)
-  return dheld, dx_RD, no_gradient(groups)
+  def of_home_and_nothing():
+    nothing = jax.tree.map(lambda s: varying_like(jnp.zeros(s.shape, s.dtype), rows_RD), shadows)
+    gradients, dx_RD = of_home()
+    return gradients, nothing, dx_RD
+
+  def with_shadows():
+    home, of_shadows, dx_RD = jax.lax.cond(
+      _has_shadow_rows(weights, groups), of_all, of_home_and_nothing
+    )
+    (sent_home,) = jax.linear_transpose(lambda w: _sent(w, shadow_H), weights)(of_shadows)
+    return jax.tree.map(jnp.add, home, sent_home), dx_RD
+
+  gradients, dx_RD = jax.lax.cond(_num_shadows(weights, shadow_H) > 0, with_shadows, of_home)
+  return gradients, None, None, dx_RD, None
 
 
 _compute.defvjp(_forward, _backward)
 
 
-def _has_shadow_rows(held: Held, groups) -> jax.Array:
-  return groups.blocks_e[held.home.gate_eDf.shape[0] :].sum() > 0
+def _has_shadow_rows(weights: Weights, groups) -> jax.Array:
+  return groups.blocks_e[weights.gate_eDf.shape[0] :].sum() > 0
 
 
-def _joined(held: Held) -> Weights:
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *held)
+def _joined(weights: Weights, shadows: Weights) -> Weights:
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), weights, shadows)
 
 
-def _at_home(held: Held, groups):
+def _at_home(weights: Weights, groups):
   """Returns the groups of this device's own experts; those of shadows are the last."""
-  num_local = held.home.gate_eDf.shape[0]
+  num_local = weights.gate_eDf.shape[0]
   return groups._replace(first_e=groups.first_e[:num_local], blocks_e=groups.blocks_e[:num_local])
 
 

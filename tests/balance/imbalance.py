@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from launch import environment
+
 ROOT = Path(__file__).parents[2]
 NUM_PROCESSES, NUM_EXPERTS, NUM_CHOICES, NUM_SHADOWS, EXPONENT = 2, 16, 2, 2, 1.5
 LEAST_UNEVEN, MOST_STOLEN = 1.5, 1.15
@@ -54,11 +56,12 @@ def conductor(args) -> int:
     port = listener.getsockname()[1]
   words = [f"--{name}={getattr(args, name)}" for name in ("tokens", "width", "hidden", "turns")]
   command = [sys.executable, "-m", "tests.balance.imbalance", *words, f"--port={port}"]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS}
+  as_launched = environment.malloc(1)
+  variables = {**os.environ, **as_launched, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS}
   ranks = [
     subprocess.Popen(
       [*command, f"--process={index}"],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     for index in range(NUM_PROCESSES)
   ]  # fmt: skip

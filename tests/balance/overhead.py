@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from tests import conftest  # isort: skip  # the devices, before jax
+from launch import environment
+
+if __name__ == "__main__":  # before jax is imported; as launch.train does
+  environment.virtual_devices(8)
+  environment.keep_freed_memory(8)
 
 import jax
 import numpy as np
@@ -34,7 +38,6 @@ from moe_jax.train import optimizer, state, step
 ROOT = Path(__file__).parents[2]
 MOST = {"watched / silent": 1.01, "armed / watched": 1.02}
 NEVER = 1e9  # tokens: no shadow is worth so many
-assert conftest.NUM_DEVICES  # imported for the environment that it sets
 
 
 def settings_of(batch: int | None, dispatch: str, shadow_tokens: float = 0.0) -> config.Config:

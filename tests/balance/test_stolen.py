@@ -91,7 +91,7 @@ def test_a_shadow_that_costs_more_than_it_saves_is_not_sent():
 @pytest.mark.parametrize("mesh", [(4, 2), (8, 1)])
 def test_messages_are_those_declared_and_weights_travel_once_a_micro_batch(mesh):
   """Forward: dropless' own, one sum of counts, and the shadows where there are any; the backward
-  pass sums their gradients once, outside the further rounds.
+  pass sums their gradients, in the first round and in each further one.
   """
   sizes = config.Mesh(expert=mesh[0], tensor=mesh[1])
   on = mesh_lib.make(sizes, jax.devices()[: sizes.num_devices])
@@ -135,5 +135,6 @@ def test_messages_are_those_declared_and_weights_travel_once_a_micro_batch(mesh)
 
   there_and_back = contracts.collectives(both, *given[:5], mesh=on)
   of_shadows = [c for c in there_and_back if c.kind == "all-reduce" and len(c.shape) == 3]
-  assert [c.shape[0] for c in of_shadows] == [each for each in numbers for _ in range(3)] * 2
-  assert not any(c.num_loops for c in of_shadows)
+  once = sorted(each for each in numbers for _ in range(3))
+  assert sorted(c.shape[0] for c in of_shadows if not c.num_loops) == sorted(2 * once)
+  assert sorted(c.shape[0] for c in of_shadows if c.num_loops) == once

@@ -69,7 +69,7 @@ def compiled(mesh_sizes, moe: dict) -> str:
 
   def region(x_tD, experts_tK, weights_tK, logits_tE, weights):
     plan = entry.plan(setting, Routing(experts_tK, weights_tK), logits_tE)
-    computed = entry.compute(weights, entry.send(setting, x_tD, plan, 0))
+    computed = entry.compute(weights, plan, entry.send(setting, x_tD, plan, 0))
     return entry.back(setting, computed, weights_tK, plan, 0)
 
   every = P((EXPERT, TENSOR))

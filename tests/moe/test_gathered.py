@@ -45,7 +45,7 @@ def test_experts_of_a_layer_are_read_out_of_the_stack(num_tokens):
   is_chosen = None if num_tokens == 256 else jnp.arange(E) % 3 == 0
   arrived = gathered._Arrived(normal(num_tokens, 8), is_chosen)
   found = gathered.compute_layer(stack, jnp.int32(1), arrived)
-  expected = gathered.compute(jax.tree.map(lambda w: w[1], stack), arrived)
+  expected = gathered.compute(jax.tree.map(lambda w: w[1], stack), None, arrived)
   np.testing.assert_array_equal(found, expected)
   if is_chosen is not None:
     assert not found[~is_chosen].any() and found[is_chosen].any()

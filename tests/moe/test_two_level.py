@@ -41,7 +41,7 @@ def program(mesh, setting):
 
     def one_round(given, plan, round_id):
       x_tD, weights_TK, weights = given
-      computed = two_level.compute(weights, two_level.send(setting, x_tD, plan, round_id))
+      computed = two_level.compute(weights, plan, two_level.send(setting, x_tD, plan, round_id))
       return two_level.back(setting, computed, weights_TK, plan, round_id)
 
     given = (x_tD, routing.weights_TK, weights)
