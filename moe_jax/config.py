@@ -12,6 +12,8 @@ import sys
 import typing
 from collections.abc import Mapping
 
+from moe_jax import checks
+
 # The keys of the tables that implement each choice; tests hold the two equal.
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 SAVE = ("inputs", "residuals", "everything")
@@ -48,14 +50,14 @@ class Model:
   router_bias: bool = False  # of each expert, which its choice sees and its weight does not
 
   def __post_init__(self):
-    _positive(
+    checks.positive(
       self, "model", "layers", "d_model", "heads", "kv_heads", "head_dim", "experts",
       "experts_per_token", "expert_hidden", "vocab", "rope_theta", "norm_epsilon",
     )  # fmt: skip
-    _one_of(self, "model", "dtype", DTYPES)
-    _one_of(self, "model", "qk_norm", QK_NORM)
-    _not_negative(self, "model", "clip_qkv")
-    _divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+    checks.one_of(self, "model", "dtype", DTYPES)
+    checks.one_of(self, "model", "qk_norm", QK_NORM)
+    checks.not_negative(self, "model", "clip_qkv")
+    checks.divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
     if self.head_dim % 2:
       raise ValueError(
         f"model.head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even width"
@@ -81,7 +83,7 @@ class Mesh:
   stage: int = 1
 
   def __post_init__(self):
-    _positive(self, "mesh", "expert", "tensor", "stage")
+    checks.positive(self, "mesh", "expert", "tensor", "stage")
 
   @property
   def num_devices(self) -> int:
@@ -99,10 +101,10 @@ class Pipeline:
   gradient_dtype: str = "float32"  # of the sums over micro-batches
 
   def __post_init__(self):
-    _positive(self, "pipeline", "micro_batches", "chunks")
-    _one_of(self, "pipeline", "schedule", SCHEDULES)
-    _one_of(self, "pipeline", "save", SAVE)
-    _one_of(self, "pipeline", "gradient_dtype", DTYPES)
+    checks.positive(self, "pipeline", "micro_batches", "chunks")
+    checks.one_of(self, "pipeline", "schedule", SCHEDULES)
+    checks.one_of(self, "pipeline", "save", SAVE)
+    checks.one_of(self, "pipeline", "gradient_dtype", DTYPES)
     if self.schedule != "interleaved" and self.chunks != 1:
       raise ValueError(
         f"pipeline.chunks={self.chunks} needs pipeline.schedule=interleaved,"
@@ -128,15 +130,17 @@ class Moe:
   router_z_weight: float = 0.001
 
   def __post_init__(self):
-    _one_of(self, "moe", "dispatch", DISPATCH)
-    _one_of(self, "moe", "router_balance", ROUTER_BALANCE)
-    _one_of(self, "moe", "exchange", EXCHANGE)
+    checks.one_of(self, "moe", "dispatch", DISPATCH)
+    checks.one_of(self, "moe", "router_balance", ROUTER_BALANCE)
+    checks.one_of(self, "moe", "exchange", EXCHANGE)
     if self.dispatch in ("ragged", "two_level") and self.exchange != "hierarchical":
       raise ValueError(
         f"moe.dispatch={self.dispatch} has an exchange of its own, got"
         f" moe.exchange={self.exchange}; choose exchange=hierarchical"
       )
-    _positive(self, "moe", "capacity_factor", "expert_ranks_per_host", "shadows", "bias_speed")
+    checks.positive(
+      self, "moe", "capacity_factor", "expert_ranks_per_host", "shadows", "bias_speed"
+    )
     if self.spill and self.dispatch != "capacity":
       raise ValueError(
         f"moe.spill=True needs moe.dispatch=capacity, got {self.dispatch}, which lets nothing"
@@ -147,7 +151,7 @@ class Moe:
         f"moe.shadow_tokens={self.shadow_tokens} needs moe.dispatch=stealing, got {self.dispatch},"
         " which sends no weights; choose shadow_tokens=0 or dispatch=stealing"
       )
-    _not_negative(
+    checks.not_negative(
       self, "moe", "load_balance_weight", "router_z_weight", "hosts_per_token", "shadow_tokens"
     )
 
@@ -161,8 +165,8 @@ class Balance:
   chip: str = "h100"  # by whose table a move has to pay for itself until the next look
 
   def __post_init__(self):
-    _not_negative(self, "balance", "every", "most_moved")
-    _one_of(self, "balance", "chip", CHIPS)
+    checks.not_negative(self, "balance", "every", "most_moved")
+    checks.one_of(self, "balance", "chip", CHIPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +191,12 @@ class Train:
   max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite
 
   def __post_init__(self):
-    _positive(
+    checks.positive(
       self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
       "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "max_skipped_steps",
     )  # fmt: skip
-    _not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
-    _fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
+    checks.not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
+    checks.fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
     for name in ("beta1", "beta2"):
       if getattr(self, name) == 1:
         raise ValueError(
@@ -209,8 +213,8 @@ class Data:
   held_out_fraction: float = 0.05  # of the files
 
   def __post_init__(self):
-    _one_of(self, "data", "tokenizer", TOKENIZERS)
-    _fraction(self, "data", "held_out_fraction")
+    checks.one_of(self, "data", "tokenizer", TOKENIZERS)
+    checks.fraction(self, "data", "held_out_fraction")
     if not 0 < self.held_out_fraction < 1:
       raise ValueError(
         f"data.held_out_fraction={self.held_out_fraction} leaves nothing to train on or to"
@@ -233,12 +237,12 @@ class Serve:
   decode_tokens: int = 1  # tokens of each sequence that a decode call makes
 
   def __post_init__(self):
-    _positive(
+    checks.positive(
       self, "serve", "slots", "max_tokens", "page", "pages_fraction", "prefill_rows",
       "prefill_chunk", "prefill_micro_batches", "decode_tokens",
     )  # fmt: skip
-    _one_of(self, "serve", "kv_dtype", KV_DTYPES)
-    _fraction(self, "serve", "pages_fraction")
+    checks.one_of(self, "serve", "kv_dtype", KV_DTYPES)
+    checks.fraction(self, "serve", "pages_fraction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +261,8 @@ class Config:
   def __post_init__(self):
     model, mesh, pipeline, train = self.model, self.mesh, self.pipeline, self.train
     for name in ("heads", "kv_heads", "expert_hidden"):
-      _divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
-    _divides("model.experts", model.experts, "mesh.expert", mesh.expert)
+      checks.divides(f"model.{name}", getattr(model, name), "mesh.tensor", mesh.tensor)
+    checks.divides("model.experts", model.experts, "mesh.expert", mesh.expert)
     _check_hosts(self)
     if self.moe.router_balance in ("bias", "quantile") and not model.router_bias:
       raise ValueError(
@@ -270,12 +274,12 @@ class Config:
         f"moe.shadows={self.moe.shadows} is more than model.experts={model.experts}; choose at most"
         f" {model.experts}"
       )
-    _divides("model.vocab", model.vocab, "mesh.stage x mesh.tensor", mesh.stage * mesh.tensor)
-    _divides(
+    checks.divides("model.vocab", model.vocab, "mesh.stage x mesh.tensor", mesh.stage * mesh.tensor)
+    checks.divides(
       "model.layers", model.layers, "mesh.stage x pipeline.chunks", mesh.stage * pipeline.chunks
     )
-    _divides("train.sequence", train.sequence, "mesh.tensor", mesh.tensor)
-    _divides(
+    checks.divides("train.sequence", train.sequence, "mesh.tensor", mesh.tensor)
+    checks.divides(
       "train.batch", train.batch,
       "pipeline.micro_batches x mesh.expert", pipeline.micro_batches * mesh.expert,
     )  # fmt: skip
@@ -290,7 +294,7 @@ def _check_hosts(config: Config):
   those it is limited to.
   """
   moe, model = config.moe, config.model
-  _divides(
+  checks.divides(
     "mesh.expert", config.mesh.expert, "moe.expert_ranks_per_host", moe.expert_ranks_per_host
   )
   num_hosts = config.mesh.expert // moe.expert_ranks_per_host
@@ -394,45 +398,3 @@ def _typed(name: str, value, expected: type):
   if expected is float and not abs(value) <= sys.float_info.max:
     raise ValueError(f"{name}={value} is not a finite number; choose one such as 0.1")
   return expected(value)
-
-
-def _positive(part, section: str, *names: str):
-  for name in names:
-    value = getattr(part, name)
-    if not value > 0:
-      least = "at least 1" if isinstance(value, int) else "a number above 0"
-      raise ValueError(f"{section}.{name}={value} is not positive; choose {least}")
-
-
-def _not_negative(part, section: str, *names: str):
-  for name in names:
-    if not getattr(part, name) >= 0:
-      raise ValueError(f"{section}.{name}={getattr(part, name)} is negative; choose 0 or more")
-
-
-def _fraction(part, section: str, *names: str):
-  for name in names:
-    if not 0 <= getattr(part, name) <= 1:
-      raise ValueError(
-        f"{section}.{name}={getattr(part, name)} is not a fraction; choose from 0 to 1"
-      )
-
-
-def _one_of(part, section: str, name: str, choices):
-  value = getattr(part, name)
-  if value not in choices:
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{section}.{name}={value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def _divides(name: str, size: int, by_name: str, by: int):
-  if size % by:
-    # No mesh has more ranks than this; looking further would take minutes for a mistyped 10**10.
-    fits = [d for d in range(1, min(size, 4096) + 1) if size % d == 0]
-    shown = ", ".join(map(str, fits if len(fits) <= 12 else [*fits[:11], "..."]))
-    multiple = -(-size // by) * by
-    raise ValueError(
-      f"{name}={size} is not divisible by {by_name}={by}; choose {by_name} from {shown}"
-      f" or {name}={multiple}"
-    )
