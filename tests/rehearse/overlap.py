@@ -61,7 +61,7 @@ def _row(name, settings, pod) -> None:
     taken = ticks.branches_taken(found, table)
     simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
     run = simulator.run(found)
-    text = profile.of(simulator, run)
+    text = profile.of(simulator, found)
     of_layers = [
       (unit, times)
       for unit, times in run.times.items()
