@@ -87,12 +87,23 @@ def _slot_s(forward: Sequence[Cost], backward: Sequence[Cost]) -> float | None:
   if any(each.inside_s for each in forward) and any(each.inside_s for each in backward):
     return None
   return _SLOT_S + max(
-    sum(each.total_s for each in forward),
-    sum(each.total_s for each in backward),
+    _beside_s(forward, backward),
+    _beside_s(backward, forward),
     sum(each.compute_s for each in both),
     sum(each.inside_s for each in both),
     sum(each.between_s for each in both),
   )
+
+
+def _beside_s(stream: Sequence[Cost], other: Sequence[Cost]) -> float:
+  """Returns the seconds of a stream, and of what computation beside it finds no place behind its
+  last collective, where XLA lays all of it.
+  """
+  sent_s = [each.total_s - each.compute_s for each in stream if each.total_s > each.compute_s]
+  seconds = sum(each.total_s for each in stream)
+  if len(sent_s) < 2 or any(each.total_s > each.compute_s for each in other):
+    return seconds
+  return seconds + max(sum(each.compute_s for each in other) - sent_s[-1], 0.0)
 
 
 def _link_s(num_bytes: float, bytes_per_s: float) -> float:

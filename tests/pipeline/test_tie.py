@@ -39,6 +39,11 @@ def test_a_long_exchange_gets_several_products_and_a_gather():
   assert tie.slots([EXCHANGE], [COMPUTE, INSIDE, COMPUTE]) == ((1, 3),)
 
 
+def test_products_are_laid_beside_each_of_two_collectives_not_behind_the_last():
+  gather = Cost(0.0, 30e-6, 0.0)
+  assert tie.slots([COMPUTE, COMPUTE], [gather, EXCHANGE]) == ((1, 1), (1, 1))
+
+
 def test_two_exchanges_do_not_share_a_slot():
   assert tie.slots([EXCHANGE], [EXCHANGE]) in (((0, 1), (1, 0)), ((1, 0), (0, 1)))
 
