@@ -140,7 +140,10 @@ def serve(
   )
   with jax.named_scope("dispatch"):
     plan = entry.plan(setting, *jax.lax.stop_gradient((routing, ranking_tE)))
-    plan = jax.tree.map(residual, entry.hold(jax.lax.stop_gradient(weights), plan))
+    plan = entry.hold(jax.lax.stop_gradient(weights), plan)
+    # Where a layer is cut into steps, barriers type all that passes them as different on all
+    # devices; what comes later must not count on more.
+    plan = jax.tree.map(residual, collectives.varying_like(plan, x_tD))
   one_round = functools.partial(_one_round, entry, setting)
   given = (x_tD, routing.weights_TK, weights)
   return rounds.run(one_round, given, plan, entry.most_rounds(setting)), plan

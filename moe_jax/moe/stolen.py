@@ -83,7 +83,7 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
     expert_TK=routing.experts_TK,
     counts=inner.counts._replace(stolen=stolen),
     places=Places(inner.places, decision.shadow_H),
-    assigned_E=varying_like(everywhere_E, assigned_E),
+    assigned_E=everywhere_E,
   )
 
 

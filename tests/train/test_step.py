@@ -47,6 +47,18 @@ CASES = {
     },
   ),
   "4x2x1-gpipe-flat": ((4, 2, 1), {"moe": {"exchange": "flat"}, "pipeline": {"schedule": "gpipe"}}),
+  "4x1x2-two_level-residuals": (
+    (4, 1, 2),
+    {
+      "model": {"layers": 4},
+      "moe": {"dispatch": "two_level", "expert_ranks_per_host": 2},
+      "pipeline": {"save": "residuals"},
+    },
+  ),
+  "2x2x2-dropless-everything": (
+    (2, 2, 2), {"moe": {"dispatch": "dropless"}, "pipeline": {"save": "everything"}},
+  ),
+  "2x2x2-ragged": ((2, 2, 2), {"moe": {"dispatch": "ragged"}}),
   "2x1x4-interleaved": (
     (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},
   ),
