@@ -31,8 +31,8 @@ class Memory:
     stash: what units in flight saved.
     buffers: activations and cotangents that wait for another stage.
     kv_cache: keys and values of sequences being served.
-    workspace: what the most demanding point of the step holds beside all that.
-    peak_unit: its name.
+    workspace: what comes and goes in a step, where most of it is there.
+    peak_unit: where that is.
   """
 
   parameters: int

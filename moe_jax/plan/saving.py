@@ -41,17 +41,17 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
     return attention + rows + 2 * activation + entering + routed
   made_of_hidden = 0 if is_dropless else 4 * hidden
   norms = (5 * model.d_model + 2 * model.experts + 8) * at.tokens * FLOAT32_BYTES
-  return attention + rows + made_of_hidden + norms + _turns_bytes(settings, at)
+  return attention + rows + made_of_hidden + norms + turns_bytes(settings, at)
 
 
 def merged_bytes(settings: Config, at: Sizes) -> int:
   """Returns how many of `saved_bytes` XLA finds to be kept twice: the turns of queries and keys are
   the same.
   """
-  return _turns_bytes(settings, at) // 2 if settings.pipeline.save == "everything" else 0
+  return turns_bytes(settings, at) // 2 if settings.pipeline.save == "everything" else 0
 
 
-def _turns_bytes(settings: Config, at: Sizes) -> int:
+def turns_bytes(settings: Config, at: Sizes) -> int:
   """Returns the bytes of the rotary embedding's sines and cosines, each kept twice."""
   return 8 * at.sequences * at.positions * settings.model.head_dim // 2 * FLOAT32_BYTES
 

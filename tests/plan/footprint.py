@@ -13,8 +13,8 @@ from moe_jax.rehearse import lowering, pod
 from moe_jax.rehearse import memory as compiled_memory
 
 _PLAIN = {"schedule": "1f1b", "chunks": 1}
-# Name -> (config, pod, changes). The constants of plan.workspace were chosen by those above the
-# line of dashes; those below it were compiled afterwards.
+# Name -> (config, pod, changes). The arrays that plan.workspace and plan.layer_arrays list, and the
+# constants, were chosen by those above the line of dashes; those below it were compiled afterwards.
 CASES = {
   "tiny": ("tiny", "h100:2x4", {}),
   "tiny 1x2x4, gpipe, everything": (
@@ -53,7 +53,6 @@ CASES = {
   ),
   "pod64 4x4x4": ("pod64", "h100:16x4", {"mesh": {"expert": 4, "stage": 4}}),
   "pod64, dropless": ("pod64", "h100:16x4", {"moe": {"dispatch": "dropless"}}),
-  "-" * 30: None,
   "tiny 4x2x1, residuals": (
     "tiny", "h100:2x4",
     {"mesh": {"expert": 4, "stage": 1}, "pipeline": {"save": "residuals"}},
@@ -76,6 +75,65 @@ CASES = {
   ),
   "pod64_10b, 1f1b, saves inputs": (
     "pod64_10b", "h100:16x4", {"pipeline": {**_PLAIN, "save": "inputs"}},
+  ),
+  "tiny 8x1x1": ("tiny", "h100:2x4", {"mesh": {"expert": 8, "tensor": 1, "stage": 1}}),
+  "tiny 2x1x4": (
+    "tiny", "h100:2x4",
+    {"mesh": {"tensor": 1, "stage": 4}, "pipeline": {"micro_batches": 8}},
+  ),
+  "laptop 2x1x4, 8 layers": (
+    "laptop", "h100:2x4",
+    {"mesh": {"tensor": 1, "stage": 4}, "model": {"layers": 8}, "pipeline": _PLAIN},
+  ),
+  "laptop 1x8x1, tied": (
+    "laptop", "h100:1x8",
+    {"mesh": {"expert": 1, "tensor": 8, "stage": 1},
+     "model": {"tied_embeddings": True, "heads": 8, "kv_heads": 8},
+     "pipeline": {**_PLAIN, "micro_batches": 8}},
+  ),
+  "laptop 256 wide, bfloat16, residuals": (
+    "laptop", "h100:2x4",
+    {"model": {"dtype": "bfloat16", "d_model": 256}, "pipeline": {"save": "residuals"}},
+  ),
+  "laptop 4x2x1, dropless, residuals": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 4, "stage": 1}, "moe": {"dispatch": "dropless"},
+     "pipeline": {**_PLAIN, "micro_batches": 8, "save": "residuals"}},
+  ),
+  "laptop, stealing": ("laptop", "h100:2x4", {"moe": {"dispatch": "stealing"}}),
+  "-" * 30: None,
+  "tiny 4x1x2, residuals": (
+    "tiny", "h100:2x4",
+    {"mesh": {"expert": 4, "tensor": 1}, "pipeline": {"save": "residuals"}},
+  ),
+  "laptop, everything": ("laptop", "h100:2x4", {"pipeline": {"save": "everything"}}),
+  "laptop 8x1x1, 8 layers, residuals": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 8, "tensor": 1, "stage": 1}, "model": {"layers": 8},
+     "pipeline": {**_PLAIN, "micro_batches": 4, "save": "residuals"}},
+  ),
+  "laptop 1x4x2, bfloat16, gpipe": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 1, "tensor": 4}, "model": {"dtype": "bfloat16", "kv_heads": 4},
+     "pipeline": {"schedule": "gpipe", "chunks": 1}},
+  ),
+  "laptop 4x1x2, 256 wide": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 4, "tensor": 1}, "model": {"d_model": 256},
+     "pipeline": {"micro_batches": 8}},
+  ),
+  "pod64 8x2x4, 2 chunks, saves inputs": (
+    "pod64", "h100:16x4",
+    {"mesh": {"tensor": 2, "stage": 4}, "pipeline": {"save": "inputs", "chunks": 2}},
+  ),
+  "pod64 16x2x2, 1f1b": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 16, "tensor": 2}, "pipeline": {**_PLAIN, "micro_batches": 8}},
+  ),
+  "pod64 32x2x1, 32 experts": (
+    "pod64", "h100:16x4",
+    {"model": {"experts": 32}, "mesh": {"expert": 32, "tensor": 2, "stage": 1},
+     "pipeline": {**_PLAIN, "micro_batches": 4}},
   ),
 }  # fmt: skip
 BAR = 0.02
