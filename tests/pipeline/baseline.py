@@ -10,19 +10,33 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE
-from moe_jax.pipeline.executor import Functions
+from moe_jax.pipeline.executor import Functions, Result
 from tests.pipeline import toy
 
 
-def pipelined(mesh, functions: Functions, num_micro_batches: int):
-  """Returns (layers, shared, inputs) -> (total loss, gradients of layers and shared)."""
+def run(functions: Functions, table, layers, shared, inputs, *, save="inputs", gradient_dtype=None):
+  """Returns what `executor.run` does of a model without reports, for it to stand in its place.
+
+  Args:
+    table: of gpipe, of which the number of micro-batches counts.
+    save, gradient_dtype: as this pipeline has them, layer inputs and the parameters' own.
+  """
+  assert save == "inputs" and gradient_dtype in (None, jax.tree.leaves(layers)[0].dtype)
+  num_micro_batches, zero = table.num_micro_batches, collectives.varying(jnp.zeros(()))
+  share = lambda trees: _loss(functions, num_micro_batches, *trees, inputs)
+  loss, gradients = jax.value_and_grad(share)((layers, shared))
+  ticks = jnp.asarray(num_micro_batches + jax.lax.axis_size(STAGE) - 1, jnp.int32)
+  return Result(loss, zero, (), (), gradients, ticks)
+
+
+def pipelined(mesh, functions: Functions, table):
+  """Returns (layers, shared, inputs) of the toy -> (total loss, gradients of layers and shared)."""
 
   def region(weights, shared, inputs):
-    trees = collectives.varying((weights, shared))
-    share = lambda trees: _loss(functions, num_micro_batches, *trees, inputs)
-    loss, (g_layers, g_shared) = jax.value_and_grad(share)(trees)
+    found = run(functions, table, *collectives.varying((weights, shared)), inputs)
+    g_layers, g_shared = found.gradients
     gradients = (jax.lax.psum(g_layers, EXPERT), jax.lax.psum(g_shared, (STAGE, EXPERT)))
-    return jax.lax.psum(loss, ALL), gradients
+    return jax.lax.psum(found.loss, ALL), gradients
 
   specs = (toy.LAYER_SPECS, toy.SHARED_SPECS)
   return jax.shard_map(

@@ -80,7 +80,7 @@ def test_baseline_is_a_pipeline_of_the_same_model():
   case = Case("gpipe", 2, 4, expert=2, tensor=2, layers_per_chunk=2)
   mesh, arrays = toy.make_mesh(case), toy.make(case.layers, 4)
   (expected, _), gradients = jax.value_and_grad(toy.reference, (0, 1), has_aux=True)(*arrays)
-  step = baseline.pipelined(mesh, toy.functions(has_outputs=False), 4)
+  step = baseline.pipelined(mesh, toy.functions(has_outputs=False), case.table())
   loss, found = jax.jit(step)(*toy.place(mesh, case.table(), *arrays))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   for each, expected_each in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
