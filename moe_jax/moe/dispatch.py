@@ -1,9 +1,8 @@
 """The ways to bring tokens to their experts and back: one table, one signature.
 
-A dispatch is six functions. Once for a micro-batch `plan` decides, and `hold` brings this device
-the weights that the plan asks for; then each round is three phases: `send` (communication),
-`compute` (the experts), `back` (communication). Knows the back ends by name; must not know what
-they do.
+A dispatch is five functions. Once for a micro-batch `plan` decides; then each round is three
+phases: `send` (communication), `compute` (the experts), `back` (communication). Knows the back ends
+by name; must not know what they do.
 """
 
 from collections.abc import Callable
@@ -29,8 +28,6 @@ class Dispatch(NamedTuple):
       takes to bring them home.
     back: (setting, rows, weights_TK, plan, round_id) -> `y_tD`, the weighted sum of what the
       experts made of the token's assignments of the round.
-    hold: (weights, plan) -> the plan with the weights of other devices' experts that it asks for,
-      by default none; not differentiated, `compute` brings their gradients home.
   """
 
   plan: Callable[[Setting, Routing, jax.Array], Plan]
@@ -38,18 +35,16 @@ class Dispatch(NamedTuple):
   send: Callable[[Setting, jax.Array, Plan, jax.Array | int], Any]
   compute: Callable[[Weights, Plan, Any], Any]
   back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
-  hold: Callable[[Weights, Plan], Plan] = lambda weights, plan: plan
 
 
-def _of(module, **others: Callable) -> Dispatch:
-  names = (name for name in Dispatch._fields if name not in Dispatch._field_defaults)
-  return Dispatch(**{name: getattr(module, name) for name in names}, **others)
+def _of(module) -> Dispatch:
+  return Dispatch(*(getattr(module, name) for name in Dispatch._fields))
 
 
 DISPATCH: dict[str, Dispatch] = {
   "capacity": _of(capacity),
   "dropless": _of(dropless),
-  "stealing": _of(stolen, hold=stolen.hold),
+  "stealing": _of(stolen),
   "ragged": _of(ragged),
   "two_level": _of(two_level),
   "dense": _of(dense),

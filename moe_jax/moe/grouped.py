@@ -3,13 +3,16 @@
 Rows lie as they arrived; a block gathers its own and multiplies them by its expert's weights, and
 only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop, in
 which an expert's weights are sliced once and not for every block, and the gradient of its weights
-is summed beside the loop over its blocks. Knows rows and group sizes; must not know where rows come
-from.
+is summed beside the loop over its blocks. Experts of other ranks, shadows, may follow this device's
+own: a loop of as many turns as a micro-batch has shadows fetches one, and multiplies its blocks.
+Knows rows and group sizes; must not know where rows come from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
 f this tensor rank's share of the hidden units.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +25,24 @@ from moe_jax.pipeline.saving import residual
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512  # rows; below, slicing and summing outweigh multiplying
 _BLOCKS_PER_EXPERT = 8  # in an even load: the last block, half empty, is 1/16 of the work
+
+# Names the loop over shadows in a compiled program, whose text cannot say how often it turns.
+SHADOWS_SCOPE = "shadows"
+
+
+class Shadows(NamedTuple):
+  """Experts of other ranks, whose groups follow those of this device's own.
+
+  Attributes:
+    number: of this micro-batch, the same on all devices that the functions talk to, int32.
+    fetch: (h) -> the weights of the h-th, without the leading axis.
+    send_home: (h, gradients of these, gradients of this device's experts [e, ...]) -> the latter,
+      with those added that other devices sent for one of them.
+  """
+
+  number: jax.Array
+  fetch: Callable[[jax.Array], Weights]
+  send_home: Callable[[jax.Array, Weights, Weights], Weights]
 
 
 class Groups(NamedTuple):
@@ -104,18 +125,23 @@ def _grouped_swiglu(weights, rows_RD, groups):
   return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
 
 
-def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
+def forward(weights: Weights, rows_RD: jax.Array, groups: Groups, shadows: Shadows | None = None):
   """Returns (`rows_RD`, gate_NJf, up_NJf): the sums, and of the blocks what `backward` takes."""
   return jax.lax.platform_dependent(
-    weights, rows_RD, groups, cuda=_kernels_forward, default=_blocks_forward
-  )
+    weights, rows_RD, groups,
+    cuda=functools.partial(_kernels_forward, shadows=shadows),
+    default=functools.partial(_blocks_forward, shadows=shadows),
+  )  # fmt: skip
 
 
-def backward(weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD):
+def backward(
+  weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD, shadows=None
+):
   """Returns the gradients of weights and rows; arguments as of `forward` and as it returned."""
   dweights, dx_RD = jax.lax.platform_dependent(
     weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD,
-    cuda=_kernels_backward, default=_blocks_backward,
+    cuda=functools.partial(_kernels_backward, shadows=shadows),
+    default=functools.partial(_blocks_backward, shadows=shadows),
   )  # fmt: skip
   return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), dx_RD
 
@@ -132,27 +158,72 @@ def _backward(saved, gradient_RD):
 _grouped_swiglu.defvjp(_forward, _backward)
 
 
-def _kernels_forward(weights, rows_RD, groups, interpret=False):
-  y_NJD, gate_NJf, up_NJf = grouped_kernels.forward(
-    weights, _placed(rows_RD, groups), *_blocks(groups), interpret=interpret
-  )
+def _kernels_forward(weights, rows_RD, groups, shadows=None, interpret=False):
+  x_NJD = _placed(rows_RD, groups)
+
+  def of(weights, groups):
+    return grouped_kernels.forward(weights, x_NJD, *_blocks(groups), interpret=interpret)
+
+  def one(h, found):
+    # What a call does not multiply it leaves zero.
+    return jax.tree.map(jnp.add, found, of(_stack(shadows.fetch(h)), _of_shadow(groups, e, h)))
+
+  e = weights.gate_eDf.shape[0]
+  y_NJD, gate_NJf, up_NJf = _each(shadows, one, of(weights, _own(groups, e)))
   return _received(y_NJD, groups), gate_NJf, up_NJf
 
 
-def _kernels_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, interpret=False):
-  dweights, dx_NJD = grouped_kernels.backward(
-    weights, _placed(rows_RD, groups), *_blocks(groups), gate_NJf, up_NJf,
-    _placed(gradient_RD, groups), interpret=interpret,
-  )  # fmt: skip
+def _kernels_backward(
+  weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, shadows=None, interpret=False
+):
+  x_NJD, dy_NJD = _placed(rows_RD, groups), _placed(gradient_RD, groups)
+
+  def of(weights, groups):
+    return grouped_kernels.backward(
+      weights, x_NJD, *_blocks(groups), gate_NJf, up_NJf, dy_NJD, interpret=interpret
+    )
+
+  def one(h, found):
+    dweights, dx_NJD = of(_stack(shadows.fetch(h)), _of_shadow(groups, e, h))
+    own = shadows.send_home(h, jax.tree.map(lambda d: d[0], dweights), found[0])
+    return own, found[1] + dx_NJD
+
+  e = weights.gate_eDf.shape[0]
+  dweights, dx_NJD = _each(shadows, one, of(weights, _own(groups, e)))
   return dweights, _received(dx_NJD, groups)
 
 
+def _stack(weights: Weights) -> Weights:
+  return jax.tree.map(lambda w: w[None], weights)
+
+
+def _own(groups: Groups, e: int) -> Groups:
+  """Returns the groups of this device's own experts."""
+  return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
+
+
+def _of_shadow(groups: Groups, e: int, h) -> Groups:
+  """Returns the group of a shadow."""
+  one = lambda a: jax.lax.dynamic_slice_in_dim(a, e + h, 1)
+  return groups._replace(first_e=one(groups.first_e), blocks_e=one(groups.blocks_e))
+
+
+def _each(shadows: Shadows | None, one, state):
+  """Returns the state after `one(h, state)` of each shadow."""
+  if shadows is None:
+    return state
+  with jax.named_scope(SHADOWS_SCOPE):
+    return jax.lax.fori_loop(0, shadows.number, one, state)
+
+
 def _blocks(groups):
-  """Returns whose rows each block holds, the last expert's where it holds none, and how many do."""
+  """Returns whose rows each block holds, some expert's where it holds none, and which blocks do:
+  the first and the one behind the last.
+  """
   last_e = groups.first_e + groups.blocks_e
   block_N = jnp.arange(groups.row_NJ.shape[0], dtype=jnp.int32)
   expert_N = (block_N[:, None] >= last_e[None, :]).sum(-1, dtype=jnp.int32)
-  return jnp.minimum(expert_N, last_e.size - 1), last_e[-1]
+  return jnp.minimum(expert_N, last_e.size - 1), jnp.stack([groups.first_e[0], last_e[-1]])
 
 
 def _blocks_values(weights, rows_RD, groups):
@@ -165,20 +236,24 @@ def _blocks_values(weights, rows_RD, groups):
   return _received(y_NJD, groups)
 
 
-def _blocks_forward(weights, rows_RD, groups):
+def _blocks_forward(weights, rows_RD, groups, shadows=None):
   def block(n, buffers, one: Weights):
     gate_NJf, up_NJf, y_NJD = buffers
     gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
     return _write(gate_NJf, n, gate_Jf), _write(up_NJf, n, up_Jf), _write(y_NJD, n, y_JD)
 
-  num_hidden = weights.down_efD.shape[1]
+  def of_shadow(h, buffers):
+    return _walk(shadows.fetch(h), groups, e + h, block, buffers)[0]
+
+  e, num_hidden = weights.down_efD.shape[:2]
   hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
-  (gate_NJf, up_NJf, y_NJD), _ = _loop(weights, groups, block, (*hidden, _placed(rows_RD, groups)))
+  buffers, _ = _loop(weights, groups, block, (*hidden, _placed(rows_RD, groups)))
+  gate_NJf, up_NJf, y_NJD = _each(shadows, of_shadow, buffers)
   return _received(y_NJD, groups), gate_NJf, up_NJf
 
 
-def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
+def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, shadows=None):
   def start(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
@@ -195,26 +270,40 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
       sums.down_efD + _outer(hidden_Jf, dy_JD),
     )
 
-  dx_NJD, dweights = _loop(weights, groups, block, _placed(gradient_RD, groups), start)
+  def of_shadow(h, found):
+    d_NJD, own = found
+    d_NJD, gradients = _walk(shadows.fetch(h), groups, e + h, block, d_NJD, start)
+    return d_NJD, shadows.send_home(h, gradients, own)
+
+  e = weights.gate_eDf.shape[0]
+  found = _loop(weights, groups, block, _placed(gradient_RD, groups), start)
+  dx_NJD, dweights = _each(shadows, of_shadow, found)
   return dweights, _received(dx_NJD, groups)
 
 
 def _loop(weights: Weights, groups: Groups, block, buffers, start=lambda one: ()):
-  """Runs `block` over each expert's blocks: (n, buffers, its weights, *sums) -> buffers and sums.
+  """Runs `block` over the blocks of each expert whose weights there are: (n, buffers, its weights,
+  *sums) -> buffers and sums.
 
   Returns the buffers, which go from block to block, and the sums of each expert, [e, ...].
   """
 
   def expert(buffers, given):
-    one, first, number = given
+    return _walk(given[0], groups, given[1], block, buffers, start)
 
-    def step(n, state):
-      buffers, sums = state
-      return block(n, buffers, one, sums) if sums else (block(n, buffers, one), sums)
+  number_e = jnp.arange(weights.gate_eDf.shape[0], dtype=jnp.int32)
+  return jax.lax.scan(expert, buffers, (weights, number_e))
 
-    return jax.lax.fori_loop(first, first + number, step, (buffers, start(one)))
 
-  return jax.lax.scan(expert, buffers, (weights, groups.first_e, groups.blocks_e))
+def _walk(one: Weights, groups: Groups, expert, block, buffers, start=lambda one: ()):
+  """Runs `block` over the blocks of one expert."""
+
+  def step(n, state):
+    buffers, sums = state
+    return block(n, buffers, one, sums) if sums else (block(n, buffers, one), sums)
+
+  first = groups.first_e[expert]
+  return jax.lax.fori_loop(first, first + groups.blocks_e[expert], step, (buffers, start(one)))
 
 
 def _hidden(one: Weights, x_JD):

@@ -28,35 +28,36 @@ HIDDEN, OUTPUT = "grouped_hidden", "grouped_output"
 D_HIDDEN, D_ROWS, D_WEIGHTS = "grouped_d_hidden", "grouped_d_rows", "grouped_d_weights"
 
 
-def forward(weights: Weights, x_NJD, expert_N, num_blocks, *, interpret: bool = False):
+def forward(weights: Weights, x_NJD, expert_N, used_2, *, interpret: bool = False):
   """Returns `y_NJD`, this tensor rank's partial sums, and `gate_NJf`, `up_NJf`.
 
   Args:
     weights: of this device's experts.
     x_NJD: rows; J is a multiple of 64.
     expert_N: whose rows each block holds, int32.
-    num_blocks: how many blocks, from the first, hold rows, int32; the others give zeros.
+    used_2: which blocks hold rows, the first and the one behind the last, int32; the others give
+      zeros.
     interpret: run as jax operations, on any device, in place of kernels: for tests.
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  run = _Call(x_NJD, expert_N, num_blocks, interpret)
+  run = _Call(x_NJD, expert_N, used_2, interpret)
   gate_NJf, up_NJf = run(HIDDEN, _hidden_kernel, (x_NJD,), weights[:2], weights.up_eDf.shape[2], 2)
   (y_NJD,) = run(OUTPUT, _output_kernel, (gate_NJf, up_NJf), (weights.down_efD,), x_NJD.shape[2], 1)
   return y_NJD, gate_NJf, up_NJf
 
 
 def backward(
-  weights: Weights, x_NJD, expert_N, num_blocks, gate_NJf, up_NJf, dy_NJD, *, interpret=False
+  weights: Weights, x_NJD, expert_N, used_2, gate_NJf, up_NJf, dy_NJD, *, interpret=False
 ):
   """Returns the gradients of the weights, float32, and of the rows, `dx_NJD`.
 
   Args:
-    weights, x_NJD, expert_N, num_blocks, interpret: as `forward` took them.
+    weights, x_NJD, expert_N, used_2, interpret: as `forward` took them.
     gate_NJf, up_NJf: as it returned them.
     dy_NJD: gradient of its output; zero in rows that are empty.
   """
-  run = _Call(x_NJD, expert_N, num_blocks, interpret)
+  run = _Call(x_NJD, expert_N, used_2, interpret)
   dgate_NJf, dup_NJf, hidden_NJf = run(
     D_HIDDEN, _d_hidden_kernel, (dy_NJD, gate_NJf, up_NJf), (weights.down_efD,),
     gate_NJf.shape[2], 3,
@@ -73,13 +74,13 @@ def backward(
 class _Call:
   """Calls kernels over the tiles of the same blocks."""
 
-  def __init__(self, x_NJD, expert_N, num_blocks, interpret):
+  def __init__(self, x_NJD, expert_N, used_2, interpret):
     self.like, self.interpret = x_NJD, interpret
     self.N, self.J = x_NJD.shape[:2]
     tiles = self.J // TILE
     expert_V = jnp.repeat(expert_N, tiles)
     self.expert_V = varying_like(expert_V, x_NJD)
-    self.used_1 = varying_like((num_blocks * tiles).reshape(1).astype(jnp.int32), x_NJD)
+    self.used_2 = varying_like((used_2 * tiles).astype(jnp.int32), x_NJD)
 
   def __call__(self, name, kernel, rows, weights, width, num_outputs):
     """Returns `num_outputs` arrays [N, J, width]; a program of the kernel writes a tile of each."""
@@ -95,7 +96,7 @@ class _Call:
       out_shape=[self._out((self.N * self.J, columns * TILE))] * num_outputs,
       compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
       interpret=self.interpret,
-    )(self.expert_V, self.used_1, *rows, *weights)
+    )(self.expert_V, self.used_2, *rows, *weights)
     return [x[:, :width].reshape(self.N, self.J, width) for x in found]
 
   def outer(self, left_NJi, right_NJo, shape):
@@ -104,7 +105,8 @@ class _Call:
     num_experts, num_rows, num_columns = shape
     expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
     tile_V = jnp.arange(self.expert_V.size, dtype=jnp.int32)
-    is_own_eV = (self.expert_V[None] == expert_e[:, None]) & (tile_V < self.used_1)[None]
+    is_used_V = (tile_V >= self.used_2[0]) & (tile_V < self.used_2[1])
+    is_own_eV = (self.expert_V[None] == expert_e[:, None]) & is_used_V[None]
     length_e = is_own_eV.sum(1, dtype=jnp.int32)
     first_e = jnp.argmax(is_own_eV, 1).astype(jnp.int32)
     i, o = left.shape[1], right.shape[1]
@@ -137,7 +139,8 @@ def _walk(expert_ref, used_ref, num_terms, step, num_sums):
   """
   v = pl.program_id(0)
   expert = expert_ref[v]
-  turns = (v < used_ref[0]).astype(jnp.int32) * (num_terms // TILE)
+  is_used = (v >= used_ref[0]) & (v < used_ref[1])
+  turns = is_used.astype(jnp.int32) * (num_terms // TILE)
 
   def turn(k, sums):
     return tuple(s + more for s, more in zip(sums, step(expert, k), strict=True))

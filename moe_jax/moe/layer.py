@@ -140,7 +140,6 @@ def serve(
   )
   with jax.named_scope("dispatch"):
     plan = entry.plan(setting, *jax.lax.stop_gradient((routing, ranking_tE)))
-    plan = entry.hold(jax.lax.stop_gradient(weights), plan)
     # Where a layer is cut into steps, barriers type all that passes them as different on all
     # devices; what comes later must not count on more.
     plan = jax.tree.map(residual, collectives.varying_like(plan, x_tD))

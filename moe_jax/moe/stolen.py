@@ -2,14 +2,16 @@
 
 From the counts of the micro-batch all devices decide alike how many tokens of which expert each
 rank serves (`balance.stealing`); the weights of at most H experts, the shadows, are sent to every
-rank for this micro-batch, and their gradients are summed home by the transpose of that. A rank has
-then e + H places for experts, and to `dropless`, which does all the rest, every place is an expert
-of its own. What a token gets is what it gets without stealing.
+rank where they are multiplied, and their gradients are summed home by the transpose of that. A rank
+has then e + H places for experts, and to `dropless`, which does all the rest, every place is an
+expert of its own. What a token gets is what it gets without stealing.
+
+One shadow after another is sent, multiplied and forgotten: where nothing is stolen, nothing is
+written for it, and where much is, one expert's weights more are kept than without.
 
 Letters: A assignments, T x K; X ranks of `expert`; e experts of this device, H shadows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +30,15 @@ most_rounds = dropless.most_rounds
 
 
 class Places(NamedTuple):
-  """Where rows lie, and what is sent besides them.
+  """Where rows lie, and whose weights are sent besides them.
 
   Attributes:
     of_rows: as dropless has it, of e + H experts a rank: this device's, then the shadows.
-    shadow_H: the experts whose weights are sent, E where there is none.
-    shadows: these weights, leaves [H, ...], zeros where there is none; None until `hold`.
+    shadow_H: the experts whose weights are sent, E where there is none; those that are come first.
   """
 
   of_rows: Any
   shadow_H: jax.Array
-  shadows: Weights | None = None
 
 
 def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
@@ -87,117 +87,61 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   )
 
 
-def hold(weights: Weights, plan: Plan) -> Plan:
-  """Returns the plan with the shadows' weights, on every rank.
-
-  Communication: all-reduce over `expert` of the weights of as many experts as there are shadows.
-  """
-  shadows = _sent(weights, plan.places.shadow_H)
-  return plan._replace(places=plan.places._replace(shadows=shadows))
-
-
-def _num_shadows(weights, shadow_H) -> jax.Array:
-  num_experts = weights.gate_eDf.shape[0] * jax.lax.axis_size(EXPERT)
-  return jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
-
-
-def _sent(weights, shadow_H) -> Weights:
-  """Returns the weights of the shadows on every rank."""
-  num_local = weights.gate_eDf.shape[0]
-  is_mine_H = shadow_H // num_local == jax.lax.axis_index(EXPERT)
-  local_H = jnp.where(is_mine_H, shadow_H % num_local, 0)
-
-  def first(num_shadows, weight):
-    nothing = jnp.zeros((shadow_H.size - num_shadows, *weight.shape[1:]), weight.dtype)
-    nothing = varying_like(nothing, weight)
-    if not num_shadows:
-      return nothing
-    is_mine = is_mine_H[:num_shadows, None, None].astype(weight.dtype)
-    sent = jax.lax.psum(weight[local_H[:num_shadows]] * is_mine, EXPERT)
-    return jnp.concatenate([varying_like(sent, weight), nothing])
-
-  # Those that there are come first.
-  branches = [
-    functools.partial(jax.tree.map, functools.partial(first, number))
-    for number in range(shadow_H.size + 1)
-  ]
-  return jax.lax.switch(_num_shadows(weights, shadow_H), branches, weights)
-
-
 def compute(weights: Weights, plan: Plan, arrived: dropless.Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`.
 
-  On a device that no shadow's rows reach, the shadows' weights are not touched: a stack of all
-  places would be copied in every micro-batch, and its gradient taken apart.
-
-  Communication: backward, if there are shadows, all-reduce over `expert` of their gradients; in
-  every round, of which even ranks have one.
+  Communication: for each shadow all-reduce over `expert` of its weights, forward and again backward,
+  and backward of its gradients; in every round, of which even ranks have one.
   """
   weights = varying_like(weights, arrived.rows_RD)
-  _, shadow_H, shadows = plan.places
-  return _compute(weights, shadow_H, shadows, arrived.rows_RD, arrived.groups)
+  return _compute(weights, plan.places.shadow_H, arrived.rows_RD, arrived.groups)
 
 
 @jax.custom_vjp
-def _compute(weights, shadow_H, shadows, rows_RD, groups):
-  return _forward(weights, shadow_H, shadows, rows_RD, groups)[0]
+def _compute(weights, shadow_H, rows_RD, groups):
+  return _forward(weights, shadow_H, rows_RD, groups)[0]
 
 
-def _forward(weights, shadow_H, shadows, rows_RD, groups):
-  y_RD, gate_NJf, up_NJf = jax.lax.cond(
-    _has_shadow_rows(weights, groups),
-    lambda: grouped.forward(_joined(weights, shadows), rows_RD, groups),
-    lambda: grouped.forward(weights, rows_RD, _at_home(weights, groups)),
-  )
-  given = (weights, shadow_H, shadows, rows_RD, groups)
-  return y_RD, (*given, residual(gate_NJf), residual(up_NJf))
+def _forward(weights, shadow_H, rows_RD, groups):
+  found = grouped.forward(weights, rows_RD, groups, _shadows(weights, shadow_H))
+  y_RD, gate_NJf, up_NJf = found
+  return y_RD, (weights, shadow_H, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
 
 
 def _backward(saved, gradient_RD):
-  weights, shadow_H, shadows, rows_RD, groups, *hidden = saved
-  num_local = weights.gate_eDf.shape[0]
-
-  def of_all():
-    joined = _joined(weights, shadows)
-    gradients, dx_RD = grouped.backward(joined, rows_RD, groups, *hidden, gradient_RD)
-    of_home = jax.tree.map(lambda d: d[:num_local], gradients)
-    return of_home, jax.tree.map(lambda d: d[num_local:], gradients), dx_RD
-
-  def of_home():
-    at_home = _at_home(weights, groups)
-    return grouped.backward(weights, rows_RD, at_home, *hidden, gradient_RD)
-
-  def of_home_and_nothing():
-    nothing = jax.tree.map(lambda s: varying_like(jnp.zeros(s.shape, s.dtype), rows_RD), shadows)
-    gradients, dx_RD = of_home()
-    return gradients, nothing, dx_RD
-
-  def with_shadows():
-    home, of_shadows, dx_RD = jax.lax.cond(
-      _has_shadow_rows(weights, groups), of_all, of_home_and_nothing
-    )
-    (sent_home,) = jax.linear_transpose(lambda w: _sent(w, shadow_H), weights)(of_shadows)
-    return jax.tree.map(jnp.add, home, sent_home), dx_RD
-
-  gradients, dx_RD = jax.lax.cond(_num_shadows(weights, shadow_H) > 0, with_shadows, of_home)
-  return gradients, None, None, dx_RD, None
+  weights, shadow_H, rows_RD, groups, *hidden = saved
+  shadows = _shadows(weights, shadow_H)
+  dweights, dx_RD = grouped.backward(weights, rows_RD, groups, *hidden, gradient_RD, shadows)
+  return dweights, None, dx_RD, None
 
 
 _compute.defvjp(_forward, _backward)
 
 
-def _has_shadow_rows(weights: Weights, groups) -> jax.Array:
-  return groups.blocks_e[weights.gate_eDf.shape[0] :].sum() > 0
-
-
-def _joined(weights: Weights, shadows: Weights) -> Weights:
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts), weights, shadows)
-
-
-def _at_home(weights: Weights, groups):
-  """Returns the groups of this device's own experts; those of shadows are the last."""
+def _shadows(weights: Weights, shadow_H: jax.Array) -> grouped.Shadows:
+  """Returns how the shadows of this micro-batch are fetched and their gradients sent home."""
   num_local = weights.gate_eDf.shape[0]
-  return groups._replace(first_e=groups.first_e[:num_local], blocks_e=groups.blocks_e[:num_local])
+  num_experts = num_local * jax.lax.axis_size(EXPERT)
+
+  def holder(h):
+    """Returns the place of the h-th among this device's experts, and whether it is one of them."""
+    rank, place = jnp.divmod(shadow_H[h], num_local)
+    return place, rank == jax.lax.axis_index(EXPERT)
+
+  def fetch(h):
+    place, is_mine = holder(h)
+    mine = jax.tree.map(lambda w: jnp.where(is_mine, w[place], jnp.zeros((), w.dtype)), weights)
+    return varying_like(jax.lax.psum(mine, EXPERT), weights.gate_eDf)
+
+  def send_home(h, gradients, home):
+    place, is_mine = holder(h)
+    sent = jax.tree.map(lambda d, w: d.astype(w.dtype), gradients, weights)
+    summed = varying_like(jax.lax.psum(sent, EXPERT), weights.gate_eDf)
+    add = lambda home_e, d: home_e.at[place].add(jnp.where(is_mine, d, 0).astype(home_e.dtype))
+    return jax.tree.map(add, home, summed)
+
+  number = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
+  return grouped.Shadows(number, fetch, send_home)
 
 
 def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import config
-from moe_jax.moe import rounds
+from moe_jax.moe import grouped, rounds
 from moe_jax.pipeline.table import Table
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import (
@@ -31,8 +31,8 @@ from moe_jax.rehearse.pod import Pod
 from moe_jax.rehearse.workload import Workload
 
 _PLANNED = CHIPS["planned"]
-# The load is even: what is left for further rounds of a dispatch is nothing.
-_TURNS = {rounds.SCOPE: 0}
+# The load is even: nothing is left for further rounds of a dispatch, and nothing is stolen.
+_TURNS = {rounds.SCOPE: 0, grouped.SHADOWS_SCOPE: 0}
 
 
 class Report(NamedTuple):

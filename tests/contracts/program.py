@@ -115,8 +115,17 @@ def _walk(jaxpr: core.Jaxpr, sizes, num_loops) -> Iterator[Collective]:
         yield Collective(_KINDS[name], axes, shape, num_loops, _elements(name, n, shape))
     elif name not in _SILENT and _is_over_mesh(params, sizes):
       raise ValueError(f"primitive {name} runs over mesh axes and is not known: {params}")
-    for inner in core.jaxprs_in_params(params):
+    for inner in _inner(params):
       yield from _walk(inner, sizes, num_loops + (name in _LOOPS))
+
+
+def _inner(params) -> Iterator[core.Jaxpr]:
+  """Yields the programs inside: where platforms have their own, that of those that have none."""
+  platforms = params.get("branches_platforms")
+  if platforms is None:
+    yield from core.jaxprs_in_params(params)
+  else:
+    yield params["branches"][platforms.index(None)].jaxpr
 
 
 def _is_over_mesh(params, sizes):

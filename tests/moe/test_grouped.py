@@ -1,5 +1,6 @@
 """The grouped SwiGLU: groups of any size, many blocks of one expert, values and gradients."""
 
+import functools
 import importlib.util
 
 import jax
@@ -134,6 +135,42 @@ def test_kernels_interpreted_equal_the_loop(name, width, num_hidden):
   found = backward(*given, *found[1:], cotangent_RD, interpret=True)
   expected = jax.jit(grouped._blocks_backward)(*given, *expected[1:], cotangent_RD)
   for each, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    check(each, wanted)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("name", ["even", "blocks exactly full", "less than a block", "nothing"])
+@pytest.mark.parametrize("is_any", [True, False])
+def test_fetched_experts_are_those_of_the_last_groups(name, kernels, is_any):
+  sizes, num_source_rows, weights, rows_RD, cotangent_RD, _ = case(name, 64, 64)
+  sizes_Se = sizes if is_any else sizes.at[:, 2].set(0)
+  own = jax.tree.map(lambda w: w[:2], weights)
+  fetch = lambda own: jax.tree.map(lambda w: 2 * w[1:], own)
+
+  def joined(own, rows_RD):
+    every = jax.tree.map(lambda *w: jnp.concatenate(w), own, fetch(own))
+    return grouped.grouped_swiglu(every, rows_RD, grouped.groups(sizes_Se, num_source_rows))
+
+  @jax.jit
+  def fetching(own, rows_RD, cotangent_RD):
+    shadows = grouped.Shadows(
+      jnp.asarray(is_any, jnp.int32),
+      lambda h: jax.tree.map(lambda w: w[h], fetch(own)),
+      lambda h, gradients, home: jax.tree.map(
+        lambda d, all_e: all_e.at[1 + h].add(2 * d), gradients, home
+      ),
+    )
+    forward, backward = grouped.forward, grouped.backward
+    if kernels:
+      forward = functools.partial(grouped._kernels_forward, interpret=True)
+      backward = functools.partial(grouped._kernels_backward, interpret=True)
+    given = (own, rows_RD, grouped.groups(sizes_Se, num_source_rows))
+    y_RD, *hidden = forward(*given, shadows=shadows)
+    return y_RD, backward(*given, *hidden, cotangent_RD, shadows=shadows)
+
+  y_RD, vjp = jax.vjp(joined, own, rows_RD)
+  found = jax.tree.leaves(fetching(own, rows_RD, cotangent_RD))
+  for each, wanted in zip(found, jax.tree.leaves((y_RD, vjp(cotangent_RD))), strict=True):
     check(each, wanted)
 
 
