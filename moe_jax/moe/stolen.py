@@ -90,8 +90,8 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
 def compute(weights: Weights, plan: Plan, arrived: dropless.Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`.
 
-  Communication: for each shadow all-reduce over `expert` of its weights, forward and again backward,
-  and backward of its gradients; in every round, of which even ranks have one.
+  Communication: for each shadow all-reduce over `expert` of its weights, forward and again
+  backward, and backward of its gradients; in every round, of which even ranks have one.
   """
   weights = varying_like(weights, arrived.rows_RD)
   return _compute(weights, plan.places.shadow_H, arrived.rows_RD, arrived.groups)
