@@ -1,6 +1,7 @@
 """Attention to keys and values of a cache, forward only: of a chunk of a prompt, and of one token.
 
-Letters: I query blocks, J positions of a block, M cached positions, R query heads per key head.
+Letters: I query blocks, J positions of a block, M cached positions, T positions of a chunk, of
+which S ask, R query heads per key head.
 Knows arrays; must not know where the cache keeps them.
 """
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.model import attention_core, blockwise
+from moe_jax.model import attention_core, blockwise, flash
 from moe_jax.parallel.collectives import varying_like
 
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
@@ -35,35 +36,48 @@ def one_token(q_bNH, k_bMGH, v_bMGH, lengths_b) -> jax.Array:
   return o_bGRH.reshape(b, N, H)
 
 
-def chunk(q_bSNH, k_bSGH, v_bSGH, context_k_bMGH, context_v_bMGH, starts_b) -> jax.Array:
+def chunk(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b) -> jax.Array:
   """Returns `o_bSNH`: each position attends to the row's cached ones and to earlier ones of the
   chunk.
 
   Args:
-    q_bSNH, k_bSGH, v_bSGH: of the chunk, which begins at position `starts_b` of its sequence.
+    q_bSNH: of the last S positions of the chunk.
+    k_bTGH, v_bTGH: of the whole chunk, which begins at position `starts_b` of its sequence.
     context_k_bMGH, context_v_bMGH: cached; of them the first `starts_b` count. M = 0 for chunks
       that all begin their sequences.
     starts_b: int32.
 
   Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1.
   """
+  b, S = q_bSNH.shape[:2]
+  M, T = context_k_bMGH.shape[1], k_bTGH.shape[1]
+  if M:
+    return _online(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b)
+  segments_bT = jnp.zeros((b, T), jnp.int32)
+  if S == T:
+    return attention_core.attention(q_bSNH, k_bTGH, v_bTGH, segments_bT)
+  # The context is of no position: the loop walks the chunk's alone.
+  return jax.lax.platform_dependent(
+    q_bSNH, k_bTGH, v_bTGH,
+    cuda=lambda q, k, v: flash.forward(q, k, v, segments_bT)[0],
+    default=lambda q, k, v: _online(q, k, v, context_k_bMGH, context_v_bMGH, starts_b),
+  )  # fmt: skip
+
+
+def _online(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b) -> jax.Array:
+  """Returns what `chunk` does, by one loop over (query block, key block); the context's come
+  first.
+  """
   b, S, N, H = q_bSNH.shape
-  M, G = context_k_bMGH.shape[1:3]
-  if M == 0:
-    return attention_core.attention(q_bSNH, k_bSGH, v_bSGH, jnp.zeros((b, S), jnp.int32))
-  J = blockwise.block_size(S)
+  G, J = k_bTGH.shape[2], blockwise.block_size(S)
   blocks = lambda x: _pad(x, J).reshape(b, -1, J, G, x.shape[2] // G, H).transpose(1, 0, 3, 4, 2, 5)
   q_IbGRJH = blocks(q_bSNH * jnp.asarray(1 / math.sqrt(H), q_bSNH.dtype))
-  num_context = -(-M // J)
-  both = lambda context, own: jnp.concatenate([blocks(context), blocks(own)])[:, :, :, 0]
-  k_XbGJH, v_XbGJH = both(context_k_bMGH, k_bSGH), both(context_v_bMGH, v_bSGH)
-  o_IbGRJH = _online(q_IbGRJH, k_XbGJH, v_XbGJH, num_context, starts_b)
-  return o_IbGRJH.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, N, H)[:, :S]
-
-
-def _online(q_IbGRJH, k_XbGJH, v_XbGJH, num_context: int, starts_b):
-  """Returns o_IbGRJH by one loop over (query block, key block); context blocks come first."""
-  num_blocks, J = q_IbGRJH.shape[0], q_IbGRJH.shape[4]
+  context = blocks(context_k_bMGH), blocks(context_v_bMGH)
+  k_XbGJH, v_XbGJH = (
+    jnp.concatenate([before, blocks(own)])[:, :, :, 0]
+    for before, own in zip(context, (k_bTGH, v_bTGH), strict=True)
+  )
+  num_context, before = len(context[0]), k_bTGH.shape[1] - S
   offset = jnp.arange(J, dtype=jnp.int32)
 
   def pair(state, ij):
@@ -73,7 +87,7 @@ def _online(q_IbGRJH, k_XbGJH, v_XbGJH, num_context: int, starts_b):
     scores = product("bgrqh,bgkh->bgrqk", q_IbGRJH[i], k_XbGJH[j])
     is_cached_bqk = ((j * J + offset)[None, :] < starts_b[:, None])[:, None, :]
     own = j - num_context
-    is_earlier_bqk = ((i * J + offset)[:, None] >= (own * J + offset)[None, :])[None]
+    is_earlier_bqk = ((before + i * J + offset)[:, None] >= (own * J + offset)[None, :])[None]
     seen_bqk = jnp.where(own < 0, is_cached_bqk, is_earlier_bqk)
     scores = jnp.where(seen_bqk[:, None, None], scores, _MASKED)
     new_high = jnp.maximum(high[i], scores.max(-1))
@@ -87,10 +101,16 @@ def _online(q_IbGRJH, k_XbGJH, v_XbGJH, num_context: int, starts_b):
   shape = q_IbGRJH.shape[:-1]
   start = (jnp.zeros(q_IbGRJH.shape), jnp.full(shape, _MASKED), jnp.zeros(shape))
   start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
-  pairs = [(i, j) for i in range(num_blocks) for j in range(num_context + i + 1)]
+  last = len(k_XbGJH) - 1
+  pairs = [
+    (i, j)
+    for i in range(len(q_IbGRJH))
+    for j in range(min(num_context + (before + (i + 1) * J - 1) // J, last) + 1)
+  ]
   index = tuple(np.array(pairs, np.int32).T)
   (o, _, total), _ = jax.lax.scan(pair, varying_like(start, q_IbGRJH), index)
-  return (o / total[..., None]).astype(q_IbGRJH.dtype)
+  o_IbGRJH = (o / total[..., None]).astype(q_IbGRJH.dtype)
+  return o_IbGRJH.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, N, H)[:, :S]
 
 
 def _pad(x_bS, block: int):

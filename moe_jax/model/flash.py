@@ -40,27 +40,31 @@ def forward(
 
   Args:
     q_bSNH: queries; N is a multiple of G, and query head n reads key head n // (N / G).
-    k_bSGH: keys.
+    k_bSGH: keys; where there are more of them than queries, the queries are of the last positions.
     v_bSGH: values.
-    segments_bS: document numbers within the row, int32.
+    segments_bS: document numbers of the keys within the row, int32.
     interpret: run as jax operations, on any device, in place of a kernel: for tests.
 
   Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1.
   """
   _, S, _, head_dim = q_bSNH.shape
+  num_before = k_bSGH.shape[1] - S
   scale = 1 / math.sqrt(head_dim)
-  q_bSNH, k_bSGH, v_bSGH = (_tiled(x) for x in (q_bSNH, k_bSGH, v_bSGH))
-  segments_bS = varying_like(_padded(segments_bS, {1: BLOCK}), q_bSNH)
+  q_bSNH = _tiled(q_bSNH)
   b, padded, N, H = q_bSNH.shape
-  num_blocks, M = padded // BLOCK, N // k_bSGH.shape[2]
+  # Keys up to the last padded query, which come after every query that counts.
+  at_least = lambda x: jnp.pad(x, [(0, 0), (0, padded - S)] + [(0, 0)] * (x.ndim - 2))
+  k_bSGH, v_bSGH = (_tiled(at_least(x)) for x in (k_bSGH, v_bSGH))
+  segments_bS = varying_like(_padded(at_least(segments_bS), {1: BLOCK}), q_bSNH)
+  num_blocks, M, num_keys = padded // BLOCK, N // k_bSGH.shape[2], k_bSGH.shape[1]
   # The last blocks have the most keys: they start first.
   queries = pl.BlockSpec((None, BLOCK, None, H), lambda p, n, b: (b, num_blocks - 1 - p, n, 0))
-  keys = pl.BlockSpec((None, padded, None, H), lambda p, n, b: (b, 0, jax.lax.div(n, M), 0))
+  keys = pl.BlockSpec((None, num_keys, None, H), lambda p, n, b: (b, 0, jax.lax.div(n, M), 0))
   o_bSNH, log_total_bNS = pl.pallas_call(
-    functools.partial(_forward_kernel, scale=scale),
+    functools.partial(_forward_kernel, scale=scale, num_before=num_before),
     name=FORWARD,
     grid=(num_blocks, N, b),
-    in_specs=[queries, keys, keys, pl.BlockSpec((None, padded), lambda p, n, b: (b, 0))],
+    in_specs=[queries, keys, keys, pl.BlockSpec((None, num_keys), lambda p, n, b: (b, 0))],
     out_specs=[
       queries,
       pl.BlockSpec((None, None, BLOCK), lambda p, n, b: (b, n, num_blocks - 1 - p)),
@@ -117,14 +121,15 @@ def backward(
   return tuple(x[:, :S, :, :head_dim] for x in (dq_bSNH, dk_bSGH, dv_bSGH))
 
 
-def kernel_flops(name: str, b: int, S: int, N: int, H: int) -> float:
+def kernel_flops(name: str, b: int, S: int, N: int, H: int, num_keys: int) -> float:
   """Returns the operations of a kernel's matrix products over `b` rows of S positions, N heads.
 
   Of I = ceil(S / J) blocks those on or below the diagonal are multiplied, whole:
-  I (I + 1) / 2 x J^2 pairs of positions, for each PRODUCTS of 2 H operations.
+  I (I + 1) / 2 x J^2 pairs of positions, for each PRODUCTS of 2 H operations. Keys in excess of S
+  come before, and all blocks of them are multiplied.
   """
-  num_blocks = math.ceil(S / BLOCK)
-  pairs = num_blocks * (num_blocks + 1) // 2 * BLOCK**2
+  num_blocks, num_before = math.ceil(S / BLOCK), math.ceil((num_keys - S) / BLOCK)
+  pairs = num_blocks * (num_blocks + 1 + 2 * num_before) // 2 * BLOCK**2
   return 2.0 * PRODUCTS[name] * H * pairs * N * b
 
 
@@ -152,10 +157,13 @@ def _compiler_params(H: int) -> triton.CompilerParams:
   return triton.CompilerParams(num_warps=8 if H >= _WIDE else 4, num_stages=2)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, log_total_ref, *, scale):
+def _forward_kernel(
+  q_ref, k_ref, v_ref, segments_ref, o_ref, log_total_ref, *, scale, num_before
+):  # fmt: skip
   J, H = q_ref.shape
   i = pl.num_programs(0) - 1 - pl.program_id(0)
-  q, q_at, q_segments = q_ref[...], _positions(i), segments_ref[_block(i)]
+  q, q_at = q_ref[...], num_before + _positions(i)
+  q_segments = segments_ref[pl.ds(num_before + i * BLOCK, BLOCK)]
 
   def walk(j, carry):
     o, high, total = carry  # unnormalised output, running maximum, running sum
@@ -174,7 +182,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, log_total_ref, *, 
     jnp.full((J,), _MASKED, jnp.float32),
     jnp.zeros((J,), jnp.float32),
   )
-  o, high, total = jax.lax.fori_loop(0, i + 1, walk, start)
+  num_seen = i + 1 + math.ceil(num_before / BLOCK)
+  o, high, total = jax.lax.fori_loop(0, num_seen, walk, start)
   o_ref[...] = (o / total[:, None]).astype(o_ref.dtype)
   log_total_ref[...] = high / _LOG2_E + jnp.log(total)
 

@@ -84,15 +84,24 @@ class Model(NamedTuple):
     embed_chunk: (shared, Chunk) -> `x_bsD`.
     embed_tokens: (shared, Tokens) -> `x_1cD`.
     layer_of_chunk: (layers, index, x_bsD, Chunk, Cache, runs) -> (y, Cache, Report).
+    attention_of_chunk: (weights, index, x_bsD, Chunk, before, Cache, runs) -> (x, Cache, keys and
+      values), the first part of that layer; `before` are keys and values of positions between the
+      cached ones and the chunk's, () for none.
+    experts_of_chunk: (weights, x_bsD, Chunk, runs) -> (y, Report), the rest of it.
     layer_of_tokens: (layers, index, x_1cD, Tokens, Cache, runs) -> (y, Cache, Report).
-    last_logits: (shared, y_bsD, Chunk) -> `logits_bV` at each row's last token, float32.
+    pick_last: (y_bsD, Chunk) -> `y_bD`, each row's last token where this tensor rank holds it, else
+      zero.
+    last_logits: (shared, y_bD) -> `logits_bV`, float32, of the sum of `y_bD` over `tensor`.
     token_logits: (shared, y_1cD, Tokens) -> `logits_bV`.
   """
 
   embed_chunk: Callable
   embed_tokens: Callable
   layer_of_chunk: Callable
+  attention_of_chunk: Callable
+  experts_of_chunk: Callable
   layer_of_tokens: Callable
+  pick_last: Callable
   last_logits: Callable
   token_logits: Callable
 
@@ -107,14 +116,23 @@ def functions(settings: config.Config) -> Model:
   def weights_of(layers, index) -> Layer:
     return nnx.merge(layer_definition, jax.tree.map(lambda leaf: leaf[index], layers))
 
-  def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
-    weights = weights_of(layers, index)
-    attend = lambda h_bsD: _attend_chunk(weights, model, index, h_bsD, chunk, cache, runs)
-    x_bsD, cache = _add_attention(weights, model, x_bsD, attend)
+  def attention_of_chunk(state, index, x_bsD, chunk: Chunk, before, cache: Cache, runs):
+    weights = nnx.merge(layer_definition, state)
+    attend = lambda h_bsD: _attend_chunk(weights, model, index, h_bsD, chunk, before, cache, runs)
+    return _add_attention(weights, model, x_bsD, attend)
+
+  def experts_of_chunk(state, x_bsD, chunk: Chunk, runs, stack=None, index=0):
     size = x_bsD.shape[1]
     place_s = jax.lax.axis_index(TENSOR) * size + jnp.arange(size, dtype=jnp.int32)
     is_real_bs = (place_s[None, :] < chunk.lengths_b[:, None]) & runs
-    y_bsD, report = _add_experts(weights, settings, layers, index, x_bsD, is_real_bs)
+    stack = jax.tree.map(lambda leaf: leaf[None], state) if stack is None else stack
+    weights = nnx.merge(layer_definition, state)
+    return _add_experts(weights, settings, stack, index, x_bsD, is_real_bs)
+
+  def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
+    state = jax.tree.map(lambda leaf: leaf[index], layers)
+    x_bsD, cache, _ = attention_of_chunk(state, index, x_bsD, chunk, (), cache, runs)
+    y_bsD, report = experts_of_chunk(state, x_bsD, chunk, runs, layers, index)
     return y_bsD, cache, report
 
   def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
@@ -129,8 +147,11 @@ def functions(settings: config.Config) -> Model:
     embed_chunk=lambda shared, chunk: transformer.embed(merge(shared), chunk.tokens_bS),
     embed_tokens=lambda shared, t: transformer.embed(merge(shared), _padded(t.tokens_b)),
     layer_of_chunk=layer_of_chunk,
+    attention_of_chunk=attention_of_chunk,
+    experts_of_chunk=experts_of_chunk,
     layer_of_tokens=layer_of_tokens,
-    last_logits=lambda shared, y_bsD, chunk: _last_logits(merge(shared), model, y_bsD, chunk),
+    pick_last=_pick_last,
+    last_logits=lambda shared, y_bD: _last_logits(merge(shared), model, y_bD),
     token_logits=lambda shared, y_1cD, t: _token_logits(merge(shared), model, y_1cD, t),
   )
 
@@ -138,12 +159,15 @@ def functions(settings: config.Config) -> Model:
 def _add_attention(weights: Layer, model: config.Model, x, attend: Callable):
   with jax.named_scope("attention"):
     h = rms_norm(weights.attention_norm.scale[...], x, model.norm_epsilon)
-    y, cache = attend(h)
-    return x + y, cache
+    y, *others = attend(h)
+    return x + y, *others
 
 
-def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, cache: Cache, runs):
-  """Returns attention's output and the cache with the chunk written.
+def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, before, cache: Cache, runs):
+  """Returns attention's output, the cache with the chunk written, and keys and values.
+
+  Args:
+    before: keys and values of positions between the cached ones and the chunk's, or ().
 
   Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
   `tensor`, as many; between them `attention.project`'s.
@@ -151,13 +175,15 @@ def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, cache: Cach
   h_bSD = collectives.gather(h_bsD, TENSOR, 1)
   S = h_bSD.shape[1]
   positions_bS = chunk.starts_b[:, None] + jnp.arange(S, dtype=jnp.int32)[None, :]
-  q_bSnH, k_bSgH, v_bSgH = attention.project(weights.attention, model, h_bSD, positions_bS)
+  q_bSnH, *own = attention.project(weights.attention, model, h_bSD, positions_bS)
   pages_bW = jnp.where(runs, chunk.pages_bW, -1)
-  cache = kv_cache.write_pages(cache, index, pages_bW, k_bSgH, v_bSgH)
+  cache = kv_cache.write_pages(cache, index, pages_bW, *own)
   context = kv_cache.read(cache, index, chunk.context_bW, h_bSD.dtype)
-  o_bSnH = cached_attention.chunk(q_bSnH, k_bSgH, v_bSgH, *context, chunk.starts_b)
+  keys = [jnp.concatenate(parts, 1) for parts in zip(before, own, strict=True)] if before else own
+  num_cached_b = chunk.starts_b - (keys[0].shape[1] - S)
+  o_bSnH = cached_attention.chunk(q_bSnH, *keys, *context, num_cached_b)
   y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, weights.attention.out[...])
-  return collectives.reduce_scatter(y_bSD, TENSOR, 1), cache
+  return collectives.reduce_scatter(y_bSD, TENSOR, 1), cache, tuple(own)
 
 
 def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: Cache, runs):
@@ -228,18 +254,22 @@ def _few(settings: config.Config, layers, index, routing, logits_tE, h_tD):
     return entry.back(setting, rows, routing.weights_TK, plan, 0), plan
 
 
-def _last_logits(shared: Shared, model: config.Model, y_bsD, chunk: Chunk) -> jax.Array:
-  """Returns `logits_bV` of the next token after each row's last, on every device.
-
-  Communication: all-reduce over `tensor` of b * D elements; then `_whole`'s.
-  """
+def _pick_last(y_bsD, chunk: Chunk) -> jax.Array:
+  """Returns `y_bD`, each row's last token where this tensor rank holds it, else zero."""
   size = y_bsD.shape[1]
   last_b = jnp.maximum(chunk.lengths_b - 1, 0) - jax.lax.axis_index(TENSOR) * size
   is_mine_b = (last_b >= 0) & (last_b < size)
   place_b11 = jnp.clip(last_b, 0, size - 1)[:, None, None]
   y_bD = jnp.take_along_axis(y_bsD, place_b11, 1)[:, 0]
-  y_bD = jax.lax.psum(jnp.where(is_mine_b[:, None], y_bD, jnp.zeros_like(y_bD)), TENSOR)
-  h_bD = rms_norm(shared.final_norm.scale[...], y_bD, model.norm_epsilon)
+  return jnp.where(is_mine_b[:, None], y_bD, jnp.zeros_like(y_bD))
+
+
+def _last_logits(shared: Shared, model: config.Model, y_bD) -> jax.Array:
+  """Returns `logits_bV` of the next token, on every device, of the sum of `y_bD` over `tensor`.
+
+  Communication: all-reduce over `tensor` of b * D elements; then `_whole`'s.
+  """
+  h_bD = rms_norm(shared.final_norm.scale[...], jax.lax.psum(y_bD, TENSOR), model.norm_epsilon)
   return _whole(
     jnp.einsum("bd,dv->bv", h_bD, shared.head_kernel(), preferred_element_type=jnp.float32)
   )

@@ -32,13 +32,15 @@ class Functions(NamedTuple):
       are the parameters of all layers of the stage, of which `index` is to run: it reads from them
       what it needs, and no more. Where `runs` is False the cell is idle and nothing may be written
       to the state; `report` is then not counted. `carry` is as the micro-batch's embedding saw it.
-    head: (shared, y, inputs, carry) -> (carry, outputs); `y` is the same on every stage, `outputs`
-      a tree that is returned for every micro-batch.
+    head: (shared, picked, inputs, carry) -> (carry, outputs); `picked` is the same on every stage,
+      `outputs` a tree that is returned for every micro-batch.
+    pick: (y, inputs) -> picked, what the head needs of the last layer's output; the default is all.
   """
 
   embed: Callable[[Tree, Tree, Tree], Tree]
   layer: Callable[..., tuple[Tree, Tree, Tree]]
   head: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+  pick: Callable[[Tree, Tree], Tree] = lambda y, inputs: y
 
 
 class Result(NamedTuple):
@@ -93,79 +95,86 @@ def run(
     ValueError: the table has backward units.
 
   Communication: over `stage`, in each tick one collective-permute of an activation; per micro-batch
-  an all-reduce of an activation for the head. And what the functions do.
+  an all-reduce of what the head picks. And what the functions do.
+  """
+  check(table)
+  return _Forward(functions, table, layers, shared, inputs).run(carry, state)
+
+
+def check(table: Table) -> None:
+  """Refuses a table that is not forward-only.
+
+  Raises:
+    ValueError: names the schedule.
   """
   if not table.is_forward_only:
     raise ValueError(
       f"the schedule {table.name} has backward units; give pipeline.schedules.forward_only of it"
     )
-  return _Forward(functions, table, layers, shared, inputs).run(carry, state)
 
 
-class _Forward:
-  """The pieces of a tick; holds what every tick shares."""
+class Units:
+  """Embedding and head, the units that all stages take part in, for every form of a tick.
 
-  def __init__(self, functions, table, layers, shared, inputs):
+  Attributes:
+    num_layers: of a chunk.
+    x: shapes of what the embedding makes.
+    units: how often each kind of unit runs in the ticks at hand, as `columns.presence` says.
+  """
+
+  def __init__(self, functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
+    """Keeps what it is given; of `functions` it calls embed, pick and head."""
     self.functions, self.table = functions, table
     self.layers, self.shared, self.inputs = layers, shared, inputs
-    self.num_layers = jax.tree.leaves(layers)[0].shape[0] // table.num_chunks  # of a chunk
+    self.num_layers = jax.tree.leaves(layers)[0].shape[0] // table.num_chunks
     self.stage = jax.lax.axis_index(STAGE)
+    self.units: dict[str, str] = {}
 
-  def run(self, carry: Tree, state: Tree) -> Result:
-    run = self._start(*collectives.varying((carry, state)))
+  def ticks(self, tick: Callable, run: Tree) -> Tree:
+    """Returns what `tick(run, row)` makes of `run` in all rows of the table."""
     rows = columns.rows(self.table, self.stage)
     for start, stop in columns.segments(self.table):
       piece = slice(start, stop)
       units = columns.units(self.table).items()
       self.units = {kind: columns.presence(at_Q[piece]) for kind, at_Q in units}
-      body = lambda run, row: (self._tick(run, row), None)
+      body = lambda run, row: (tick(run, row), None)
       run, _ = jax.lax.scan(body, run, jax.tree.map(lambda a: a[piece], rows))
-    return run.result
+    return run
 
-  def _start(self, carry, state) -> _Run:
-    zeros = collectives.zeros_like
+  def start(self, carry: Tree, state: Tree, report_of: Callable[[Tree], Tree]) -> Result:
+    """Returns the result before the first tick.
+
+    Args:
+      report_of: the report that a layer makes of x; only its shape counts.
+    """
     inputs = buffers.at(self.inputs, 0)
-    embed, head = self.functions.embed, self.functions.head
+    embed, pick, head = self.functions.embed, self.functions.pick, self.functions.head
     self.x = jax.eval_shape(lambda: collectives.varying(embed(self.shared, inputs, carry)))
-    output = jax.eval_shape(lambda x: head(self.shared, x, inputs, carry), self.x)[1]
-    report = jax.eval_shape(
-      lambda x: self.functions.layer(
-        self.layers, 0, self.shared, x, inputs, carry, state, self.stage >= 0
-      ),
-      self.x,
-    )[2]
-    num_layers = self.table.num_chunks * self.num_layers
-    result = Result(
+    output = jax.eval_shape(lambda x: head(self.shared, pick(x, inputs), inputs, carry)[1], self.x)
+    report = jax.eval_shape(report_of, self.x)
+    zeros = collectives.zeros_like
+    return Result(
       carry=carry,
       state=state,
-      reports=zeros(buffers.stacked(report, num_layers)),
+      reports=zeros(buffers.stacked(report, self.table.num_chunks * self.num_layers)),
       outputs=zeros(buffers.stacked(output, self.table.num_micro_batches)),
       ticks=jnp.zeros((), jnp.int32),
     )
-    return _Run(zeros(self.x), zeros(buffers.stacked(self.x, self.table.num_inbox_slots)), result)
 
-  def _tick(self, run: _Run, row: columns.Row) -> _Run:
-    # Read before what has just been made is on its way, so that head and transfer do not wait for
-    # each other.
-    is_fresh = row.head_is_fresh > 0
-    y = buffers.select(
-      is_fresh, run.sent, buffers.at(run.inbox, jnp.maximum(row.head_inbox_slot, 0))
-    )
-    inbox = run.inbox
-    if self.units["arrival"] != "never":
-      inbox = buffers.write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
-    owner = jnp.where(is_fresh, self.table.num_stages - 1, 0)
-    result = self._head(run.result, row.head_micro, owner, y)
-    run = run._replace(inbox=inbox, result=result._replace(ticks=result.ticks + 1))
-    return run if self.units["forward"] == "never" else self._forward(run, row)
+  def head(self, result: Result, row: columns.Row, y: Tree) -> Result:
+    """Runs the head, in which every stage takes part, in the ticks that have one.
 
-  def _head(self, result: Result, micro, owner, y) -> Result:
-    """Runs the head, in which every stage takes part, in the ticks that have one."""
+    Args:
+      y: on its owner, the output of the last layer.
+    """
+    micro = row.head_micro
+    owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
 
     def head(carry, outputs):
       with jax.named_scope("head"):
-        whole = collectives.broadcast_from(y, STAGE, owner)
-        carry, out = self.functions.head(self.shared, whole, buffers.at(self.inputs, micro), carry)
+        inputs = buffers.at(self.inputs, micro)
+        picked = collectives.broadcast_from(self.functions.pick(y, inputs), STAGE, owner)
+        carry, out = self.functions.head(self.shared, picked, inputs, carry)
         carry, out = collectives.varying((carry, out))
         return carry, jax.tree.map(lambda all, one: all.at[micro].set(one), outputs, out)
 
@@ -173,7 +182,10 @@ class _Forward:
     carry, outputs = self._where("head", micro, head, lambda *given: given, given)
     return result._replace(carry=carry, outputs=outputs)
 
-  def _embed(self, micro, carry):
+  def embed(self, row: columns.Row, carry: Tree) -> Tree:
+    """Runs the embedding likewise; zeros where there is none."""
+    micro = row.embed_micro
+
     def embed(carry):
       with jax.named_scope("embed"):
         inputs = buffers.at(self.inputs, micro)
@@ -191,13 +203,42 @@ class _Forward:
       return skip(*given)
     return jax.lax.cond(micro >= 0, unit, skip, *given)
 
+
+class _Forward(Units):
+  """The pieces of a tick; holds what every tick shares."""
+
+  def run(self, carry: Tree, state: Tree) -> Result:
+    carry, state = collectives.varying((carry, state))
+    inputs = buffers.at(self.inputs, 0)
+    report_of = lambda x: self.functions.layer(
+      self.layers, 0, self.shared, x, inputs, carry, state, self.stage >= 0
+    )[2]
+    result = self.start(carry, state, report_of)
+    zeros = collectives.zeros_like
+    inbox = zeros(buffers.stacked(self.x, self.table.num_inbox_slots))
+    return self.ticks(self._tick, _Run(zeros(self.x), inbox, result)).result
+
+  def _tick(self, run: _Run, row: columns.Row) -> _Run:
+    # Read before what has just been made is on its way, so that head and transfer do not wait for
+    # each other.
+    is_fresh = row.head_is_fresh > 0
+    y = buffers.select(
+      is_fresh, run.sent, buffers.at(run.inbox, jnp.maximum(row.head_inbox_slot, 0))
+    )
+    inbox = run.inbox
+    if self.units["arrival"] != "never":
+      inbox = buffers.write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
+    result = self.head(run.result, row, y)
+    run = run._replace(inbox=inbox, result=result._replace(ticks=result.ticks + 1))
+    return run if self.units["forward"] == "never" else self._forward(run, row)
+
   def _forward(self, run: _Run, row: columns.Row) -> _Run:
     """The forward unit of this stage: its chunk of layers."""
     result = run.result
     runs = row.forward_micro >= 0
     inputs = buffers.at(self.inputs, jnp.maximum(row.forward_micro, 0))
     from_inbox = buffers.at(run.inbox, jnp.maximum(row.forward_inbox_slot, 0))
-    embedded = self._embed(row.embed_micro, result.carry)
+    embedded = self.embed(row, result.carry)
     x = buffers.select(row.forward_inbox_slot >= 0, from_inbox, embedded)
     first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
 

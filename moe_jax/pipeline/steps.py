@@ -50,12 +50,13 @@ class Step(NamedTuple):
     return self.inside_bytes + self.between_bytes > 0
 
 
-def cut(layer: Callable, example: tuple) -> tuple[Step, ...]:
+def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step, ...]:
   """Returns the layer as steps.
 
   Args:
     layer: as `Functions.layer`.
     example: (weights, shared, x, inputs) of one layer, shapes or arrays; called inside the region.
+    head_apart: whether what comes before the first cut is a step of its own.
   """
   given, tree = jax.tree.flatten(example)
   out = {}
@@ -68,7 +69,7 @@ def cut(layer: Callable, example: tuple) -> tuple[Step, ...]:
   closed = jax.make_jaxpr(flat)(*given)
   jaxpr, consts = closed.jaxpr, closed.consts
   least = _SMALL_COLLECTIVE * max(map(_sent_bytes, jaxpr.eqns), default=0.0)
-  pieces = _pieces(jaxpr.eqns, least)
+  pieces = _pieces(jaxpr.eqns, least, head_apart)
   if len(pieces) == 1:
     return (whole(layer, example),)
   num_x = len(jax.tree.leaves(example[2]))
@@ -111,16 +112,16 @@ def whole(layer: Callable, example: tuple) -> Step:
   return Step(layer, tuple(range(len(jax.tree.leaves(example[:2])))), 0.0, 0.0, 0, 0.0, 0.0)
 
 
-def _pieces(eqns, least_sent: float) -> list[list]:
+def _pieces(eqns, least_sent: float, head_apart: bool) -> list[list]:
   """Returns the equations in runs that each begin with a collective of at least so many bytes or a
-  large product; the first holds what comes before as well.
+  large product; the first holds what comes before as well, if that is not to be apart.
   """
   sent = [_sent_bytes(e) for e in eqns]
   flops = [_flops_of([e]) for e in eqns]
   if not any(sent):
     return [list(eqns)]
   least_flops = _SMALL_PRODUCT * sum(flops)
-  pieces, operand, has_head = [[]], None, False
+  pieces, operand, has_head = [[]], None, head_apart
   for eqn, num_bytes, num_flops in zip(eqns, sent, flops, strict=True):
     is_collective = num_bytes > 0 and num_bytes >= least_sent
     is_product = num_flops > 0 and num_flops >= least_flops

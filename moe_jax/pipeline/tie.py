@@ -57,12 +57,21 @@ def cost(step: Step, is_backward: bool) -> Cost:
   )
 
 
-def slots(forward: Sequence[Cost], backward: Sequence[Cost]) -> tuple[tuple[int, int], ...]:
+def slots(
+  forward: Sequence[Cost],
+  backward: Sequence[Cost],
+  after: tuple[int, int] = (0, 0),
+  exchange_first: bool = False,
+) -> tuple[tuple[int, int], ...]:
   """Returns, slot by slot, how many steps of the forward and of the backward stream it holds.
 
   Args:
     forward: of the steps in the order in which they run.
     backward: likewise, so from the layer's last step to its first.
+    after: (f, b): all but the first b steps of the backward stream need what the first f steps of
+      the forward stream make, in earlier slots.
+    exchange_first: whether an exchange between hosts may only be the first step of its stream in a
+      slot, so that it can begin with the slot.
   """
   best = {(0, 0): (0.0, ())}
   for f in range(len(forward) + 1):
@@ -70,6 +79,11 @@ def slots(forward: Sequence[Cost], backward: Sequence[Cost]) -> tuple[tuple[int,
       ways = []
       for more_f in range(min(f, _MOST_STEPS) + 1):
         for more_b in range(min(b, _MOST_STEPS) + 1):
+          if more_b and b > after[1] and f - more_f < after[0]:
+            continue
+          later = (*forward[f - more_f + 1 : f], *backward[b - more_b + 1 : b])
+          if exchange_first and any(each.between_s for each in later):
+            continue
           before = best.get((f - more_f, b - more_b))
           seconds = _slot_s(forward[f - more_f : f], backward[b - more_b : b])
           if more_f + more_b and before and seconds is not None:

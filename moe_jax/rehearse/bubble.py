@@ -11,7 +11,7 @@ from moe_jax.pipeline.table import KINDS, Table
 from moe_jax.plan.hardware import Chip
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Branch, Loop, Program
-from moe_jax.rehearse.ticks import Taken, kind_of, segments
+from moe_jax.rehearse.ticks import Taken, kind_of, loops_over_ticks, segments
 
 
 def fraction(
@@ -30,7 +30,7 @@ def unit_seconds(
   program: Program, table: Table, taken: Taken, chip: Chip, gpus_per_host: int
 ) -> Mapping[str, float] | None:
   """Returns the seconds of one unit of every kind, or None where a loop for one is missing."""
-  loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
+  loops = loops_over_ticks(program)
   pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
   if taken.unknown or len(loops) != len(pieces):
     return None

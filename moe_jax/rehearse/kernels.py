@@ -12,7 +12,7 @@ from moe_jax.rehearse.work import KernelFlops
 def _attention(name: str):
   def flops(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
     b, S, N, H = operands[0].dims
-    return flash.kernel_flops(name, b, S, N, H)
+    return flash.kernel_flops(name, b, S, N, H, num_keys=operands[1].dims[1])
 
   return flops
 

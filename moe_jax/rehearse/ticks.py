@@ -40,7 +40,7 @@ def branches_taken(program: Program, table: Table) -> Taken:
   found: dict[str, tuple[int, ...]] = {}
   unknown: collections.Counter[str] = collections.Counter()
   assumed: collections.Counter[str] = collections.Counter()
-  loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
+  loops = loops_over_ticks(program)
   pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
   matched = [loop.trips for loop in loops] == [len(piece["head"]) for piece in pieces]
   for loop, piece in zip(loops, pieces if matched else [None] * len(loops), strict=True):
@@ -57,6 +57,11 @@ def branches_taken(program: Program, table: Table) -> Taken:
   if samplings:
     assumed["conditional of sampling: every request draws within top-k and top-p"] = len(samplings)
   return Taken(found, dict(unknown), dict(assumed))
+
+
+def loops_over_ticks(program: Program) -> list[Loop]:
+  """Returns the loops of the program itself, but for those that are taken not to turn."""
+  return [unit for unit in program.entry.units if isinstance(unit, Loop) and unit.trips]
 
 
 def segments(table: Table) -> list[dict[str, np.ndarray]]:

@@ -20,10 +20,10 @@ from moe_jax.model.serving import Chunk
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
-from moe_jax.pipeline import forward
+from moe_jax.pipeline import forward, halves
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table
-from moe_jax.serve import sampling
+from moe_jax.serve import halving, sampling
 from moe_jax.serve.sampling import Wishes
 
 ROWS = P(None, EXPERT)  # [micro-batches, rows of all ranks of expert, ...]
@@ -84,23 +84,29 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
   """
   model = serving.functions(settings)
 
-  def head(shared, y, given: Batch, carry):
-    logits_bV = model.last_logits(shared, y, given.chunk)
+  def head(shared, last_bD, given: Batch, carry):
     position_b = given.chunk.starts_b + given.chunk.lengths_b
-    return carry, sampling.sample(logits_bV, given.wishes, position_b)
+    return carry, sampling.sample(model.last_logits(shared, last_bD), given.wishes, position_b)
 
-  functions = forward.Functions(
+  whole = forward.Functions(
     embed=lambda shared, given, carry: model.embed_chunk(shared, given.chunk),
     layer=lambda layers, index, shared, x, given, carry, cache, runs: model.layer_of_chunk(
       layers, index, x, given.chunk, cache, runs
     ),
     head=head,
+    pick=lambda y, given: model.pick_last(y, given.chunk),
   )
 
   def region(parameters: Parameters, cache: Cache, batch: Batch):
     layers, shared = collectives.varying(parameters)
-    table = table_of(settings, batch.chunk.tokens_bS.shape[0])
-    found = forward.run(functions, table, layers, shared, batch, state=cache)
+    num_micro_batches, *shape = batch.chunk.tokens_bS.shape
+    table = table_of(settings, num_micro_batches)
+    way = halving.way(settings, *shape)
+    if way is None:
+      found = forward.run(whole, table, layers, shared, batch, state=cache)
+    else:
+      functions = halving.functions(model, way, head)
+      found = halves.run(functions, table, layers, shared, batch, cache)
     size = batch.chunk.tokens_bS.shape[-1]
     padding = jnp.sum(size - batch.chunk.lengths_b, dtype=jnp.int32)
     return found.state, Result(
