@@ -8,12 +8,13 @@ sizes; must not know time, links or schedules.
 Letters as in the README: e, f are this device's shares.
 """
 
+import dataclasses
 import math
 
 from moe_jax.config import Config
 from moe_jax.plan import cost, steps
 from moe_jax.plan.leaves import FLOAT32_BYTES
-from moe_jax.plan.steps import Sizes, Step, activation_bytes
+from moe_jax.plan.steps import ROUNDS, ROWS, Sizes, Step, activation_bytes
 
 _FLOAT32 = FLOAT32_BYTES
 # Below this many assignments an expert, gathered dispatch leaves out the experts without any.
@@ -45,32 +46,50 @@ def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """
   if settings.moe.dispatch == "gathered":
     return _gathered_experts(settings, at)
-  model, mesh = settings.model, settings.mesh
-  width, D = at.dtype_bytes, model.d_model
-  sent = at.rows * D * width
-  arrived = mesh.tensor * sent
-  hidden = mesh.tensor * at.rows * (model.expert_hidden // mesh.tensor) * width
-  weights = model.experts // mesh.expert * D * (model.expert_hidden // mesh.tensor) * width
-  serves_all = settings.moe.dispatch in cost.EVERY_ASSIGNMENT
-  # Without loss only rows that hold an assignment are computed, whatever the buffers hold.
-  computed = at.tokens * model.experts_per_token if serves_all else at.rows
-  x = activation_bytes(settings, at)
+  model = settings.model
+  sent, x = at.rows * model.d_model * at.dtype_bytes, activation_bytes(settings, at)
+  follows = ROUNDS if settings.moe.dispatch in cost.EVERY_ASSIGNMENT else ""
+  route = Step("route", "dispatch", flops=2.0 * at.tokens * model.d_model * model.experts,
+               num_bytes=3 * sent + 4 * x, kernels=19, is_float32=True)  # fmt: skip
+  fill = ()
+  if follows:
+    route = dataclasses.replace(route, num_bytes=4 * x, kernels=16)
+    fill = (Step("fill rows", "dispatch", num_bytes=3 * sent, kernels=3, follows=follows),)
   travel = _two_levels if settings.moe.dispatch == "two_level" else _one_level
   there, back = travel(settings, at)
   return (
-    Step("route", "dispatch", flops=2.0 * at.tokens * D * model.experts,
-         num_bytes=3 * sent + 4 * x, kernels=19, is_float32=True),
+    route,
     *_count(settings),
     *_ANNOUNCE.get(settings.moe.dispatch, lambda settings, at: ())(settings, at),
+    *fill,
     *there,
-    Step(
-      "experts", "experts",
-      flops=6.0 * mesh.tensor * computed * D * (model.expert_hidden // mesh.tensor),
-      num_bytes=3 * arrived + 4 * hidden + 3 * weights + 2 * arrived, kernels=25,
-      follows_load=serves_all,
-    ),
+    *_experts(settings, at),
     *back,
-    Step("combine", "combine", num_bytes=2 * sent + 2 * x, kernels=2),
+    Step("combine", "combine", num_bytes=2 * sent + 2 * x, kernels=2, follows=follows),
+  )
+
+
+def _experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """The experts' products. Without loss only blocks with rows are multiplied, and before and after
+  them rows move from the order in which they arrived to the experts', and back.
+  """
+  model, mesh = settings.model, settings.mesh
+  width, D, f = at.dtype_bytes, model.d_model, model.expert_hidden // mesh.tensor
+  arrived, hidden = (mesh.tensor * at.rows * wide * width for wide in (D, f))
+  weights = model.experts // mesh.expert * D * f * width
+  products = Step(
+    "experts", "experts", flops=6.0 * mesh.tensor * at.rows * D * f,
+    num_bytes=5 * arrived + 4 * hidden + 3 * weights, kernels=25,
+  )  # fmt: skip
+  if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
+    return (products,)
+  computed = at.tokens * model.experts_per_token
+  return (
+    Step("place rows", "experts", num_bytes=4 * arrived, kernels=15, follows=ROUNDS),
+    dataclasses.replace(
+      products, flops=6.0 * mesh.tensor * computed * D * f,
+      num_bytes=products.num_bytes - 4 * arrived, kernels=10, follows=ROWS,
+    ),
   )  # fmt: skip
 
 
@@ -82,13 +101,13 @@ def _one_level(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[Ste
   model, mesh, moe = settings.model, settings.mesh, settings.moe
   sent = at.rows * model.d_model * at.dtype_bytes
   arrived = mesh.tensor * sent
-  follows = moe.dispatch in cost.EVERY_ASSIGNMENT
+  follows = ROUNDS if moe.dispatch in cost.EVERY_ASSIGNMENT else ""
   is_flat = moe.exchange == "flat"
   exchanged = arrived if is_flat else sent
   if moe.dispatch == "ragged":
     exchanged = at.tokens * model.experts_per_token * model.d_model * at.dtype_bytes
   step = lambda name, phase, kind, axis, operand_bytes: Step(
-    name, phase, kind, axes=(axis,), operand_bytes=operand_bytes, follows_load=follows
+    name, phase, kind, axes=(axis,), operand_bytes=operand_bytes, follows=follows
   )
   there = (
     step("to experts", "dispatch", "all-to-all", "expert", exchanged),
@@ -117,14 +136,14 @@ def _two_levels(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[St
   def step(name, phase, kind, among, operand_bytes):
     axes = ("expert",) if among else ("tensor",)
     return Step(name, phase, kind, axes=axes, among=among, operand_bytes=operand_bytes,
-                follows_load=True)  # fmt: skip
+                follows=ROUNDS)  # fmt: skip
 
   copied = crossed + 2 * passed
   return (
     (
       step("to hosts", "dispatch", "all-to-all", "hosts", crossed),
       step("choices to hosts", "dispatch", "all-to-all", "hosts", choices),
-      Step("pass on", "dispatch", num_bytes=copied, kernels=15, follows_load=True),
+      Step("pass on", "dispatch", num_bytes=copied, kernels=15, follows=ROUNDS),
       step("to ranks", "dispatch", "all-to-all", "ranks", passed),
       step("sizes to ranks", "dispatch", "all-to-all", "ranks", sizes),
       step("spread rows", "dispatch", "all-gather", "", passed),
@@ -134,7 +153,7 @@ def _two_levels(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[St
       step("sum rows", "combine", "reduce-scatter", "", mesh.tensor * passed),
       step("from ranks", "combine", "all-to-all", "ranks", passed),
       step("weights to hosts", "combine", "all-to-all", "hosts", choices),
-      Step("sum at hosts", "combine", num_bytes=copied, kernels=3, follows_load=True),
+      Step("sum at hosts", "combine", num_bytes=copied, kernels=3, follows=ROUNDS),
       step("to tokens", "combine", "all-to-all", "hosts", crossed),
     ),
   )

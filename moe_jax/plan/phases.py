@@ -19,6 +19,7 @@ from moe_jax.plan.steps import AGAIN, BACKWARD, Sizes, Step, activation_bytes, g
 
 # Positions of an attention block: of the one kernel that a GPU runs.
 KERNEL_BLOCK = 128
+_PLACED_BACK_KERNELS = 6
 _STASH_KERNELS = {"inputs": 1, "residuals": 20, "everything": 40}
 _FLOAT32 = FLOAT32_BYTES
 
@@ -47,13 +48,24 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   ]
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
-  take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept, kernels=kernels)
+  not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
+  take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
   return (take, *repeated, *back)
 
 
+def _elementwise_bytes(settings: Config, at: Sizes) -> int:
+  """Returns the bytes of the elementwise work that a backward unit runs again unless everything is
+  saved: what it makes, and as much that it reads. The transposes' bytes hold it.
+  """
+  of = lambda save: saving.saved_bytes(
+    dataclasses.replace(settings, pipeline=dataclasses.replace(settings.pipeline, save=save)), at
+  )
+  return 2 * (of("everything") - of("residuals"))
+
+
 # What a layer's backward unit runs once more, by policy; None is all. "residuals" runs elementwise
-# work again, which counts nothing here.
+# work again, whose bytes stand with the transposes.
 RUN_AGAIN: Mapping[str, frozenset[str] | None] = {
   "inputs": None,
   "residuals": frozenset(),
@@ -145,12 +157,27 @@ def _experts_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float
   arrived, hidden = (mesh.tensor * at.rows * wide * width for wide in (model.d_model, f))
   weights = model.experts // mesh.expert * model.d_model * f * width
   sums = 3 * 2 * weights / width * _FLOAT32
-  return 0.0, 19 * arrived + 17 * hidden + 6 * weights + sums, 16
+  whole, kernels = 19 * arrived + 17 * hidden + 6 * weights + sums, 16
+  if step.follows:
+    return 0.0, whole - _place_rows_back(settings, at, step)[1], kernels - _PLACED_BACK_KERNELS
+  return 0.0, whole, kernels
+
+
+def _place_rows_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  """Rows and gradients to the experts' order, gradients back."""
+  arrived = settings.mesh.tensor * at.rows * settings.model.d_model * at.dtype_bytes
+  return 0.0, 6 * arrived, _PLACED_BACK_KERNELS
 
 
 def _route_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
-  sent, x = at.rows * settings.model.d_model * at.dtype_bytes, activation_bytes(settings, at)
-  return 0.0, 4 * sent + 14 * x, 8
+  x, filled = activation_bytes(settings, at), _fill_rows_back(settings, at, step)
+  if settings.moe.dispatch in cost.EVERY_ASSIGNMENT:
+    return 0.0, 14 * x, 8 - filled[2]
+  return 0.0, filled[1] + 14 * x, 8
+
+
+def _fill_rows_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  return 0.0, 4 * at.rows * settings.model.d_model * at.dtype_bytes, 2
 
 
 def _combine_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
@@ -169,6 +196,8 @@ _BACKWARD = {
   "sum at hosts": _as_forward,
   "attention": _attention_back,
   "experts": _experts_back,
+  "place rows": _place_rows_back,
   "route": _route_back,
+  "fill rows": _fill_rows_back,
   "combine": _combine_back,
 }

@@ -72,10 +72,16 @@ def placed_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
   return places * model.d_model, places * (model.expert_hidden // mesh.tensor)
 
 
-def _num_places(settings: Config, at: Sizes) -> int:
+def rows_per_block(settings: Config, at: Sizes) -> int:
+  """Returns the rows of a block, all one expert's, in which a dropless dispatch multiplies."""
   rows, experts = _rows_and_experts(settings, at)
   wanted = max(1, rows // (experts * _BLOCKS_PER_EXPERT))
-  block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << wanted.bit_length() - 1))
+  return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << wanted.bit_length() - 1))
+
+
+def _num_places(settings: Config, at: Sizes) -> int:
+  rows, experts = _rows_and_experts(settings, at)
+  block = rows_per_block(settings, at)
   return (rows // block + experts) * block
 
 

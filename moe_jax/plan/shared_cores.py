@@ -3,9 +3,10 @@
 Nothing hides behind anything there: a step costs the sum over devices of what their units take,
 masked cells included, in seconds of all cores. A unit takes what its products take at the machine's
 rate, its bytes at the machine's bandwidth, and its collectives as copies from memory to memory; all
-but the copies times what that kind of unit took of it where it was measured. What a tick costs
-beside its units was nowhere more than noise. Knows units, tables and rates; must not know how rates
-were measured.
+but the copies times what that kind of unit took of it where it was measured. A layer that the
+executor runs outside of its loop over layers takes longer than one in it: what a step takes beside
+its units alone is put down to those. What a tick costs else was nowhere more than noise. Knows
+units, tables and rates; must not know how rates were measured.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from moe_jax.plan import links, memory, units
 from moe_jax.plan.steps import Step, group_size
 
 _OF_LAYERS = ("forward", "backward")
+_UNROLLED = 2  # layers of a unit of which none is left to a loop
 
 
 class Cores(NamedTuple):
@@ -50,19 +52,28 @@ class Model:
   Attributes:
     cores: the machine.
     factors: by kind of unit, what its work took over what the rates say.
+    outside: what a layer out of the loop takes more than one in it, as a fraction.
   """
 
   cores: Cores
   factors: Mapping[str, float]
+  outside: float
 
   def seconds(self, settings: Config) -> float:
     """Returns the predicted seconds of a step."""
-    table = memory.table(settings.pipeline, settings.mesh.stage)
     each = unit_seconds(settings, self.cores)
-    return sum(
-      (each[kind].work_s * self.factors[kind] + each[kind].sending_s) * table.ticks_by_kind[kind]
-      for kind in KINDS
-    )
+    unit_s = {kind: s.work_s * self.factors[kind] + s.sending_s for kind, s in each.items()}
+    in_units, in_layers = _ticks_seconds(settings, unit_s)
+    return in_units + in_layers * self.outside * outside_fraction(settings)
+
+
+def outside_fraction(settings: Config) -> float:
+  """Returns which part of a unit's layers the executor runs outside of its loop over layers.
+
+  The last one; and of two both, for XLA makes no loop of one turn.
+  """
+  num_layers = units.layers_per_unit(settings)
+  return 1.0 if num_layers <= _UNROLLED else 1 / num_layers
 
 
 def unit_seconds(settings: Config, cores: Cores) -> dict[str, UnitSeconds]:
@@ -81,7 +92,7 @@ def unit_seconds(settings: Config, cores: Cores) -> dict[str, UnitSeconds]:
 def calibrate(settings: Config, cores: Cores, unit_s: Mapping[str, float], step_s: float) -> Model:
   """Returns the model that one configuration's measured units and step give.
 
-  Units are taken as much longer or shorter than alone as makes up the step.
+  Layers out of the loop are taken as much longer than those of units alone as makes up the step.
 
   Args:
     settings: the configuration.
@@ -92,19 +103,23 @@ def calibrate(settings: Config, cores: Cores, unit_s: Mapping[str, float], step_
   Raises:
     ValueError: a unit took less than its collectives alone are said to.
   """
-  table = memory.table(settings.pipeline, settings.mesh.stage)
   each = unit_seconds(settings, cores)
-  in_units = sum(unit_s[kind] * table.ticks_by_kind[kind] for kind in KINDS)
-  factors = {}
-  for kind in KINDS:
-    took_s = unit_s[kind] * step_s / in_units
-    factors[kind] = (took_s - each[kind].sending_s) / each[kind].work_s
-    if factors[kind] <= 0:
+  factors = {kind: (unit_s[kind] - each[kind].sending_s) / each[kind].work_s for kind in KINDS}
+  for kind, factor in factors.items():
+    if factor <= 0:
       raise ValueError(
-        f"unit {kind} took {took_s:.4f} s, its collectives alone are said to take"
+        f"unit {kind} took {unit_s[kind]:.4f} s, its collectives alone are said to take"
         f" {each[kind].sending_s:.4f} s; measure sent_bytes_per_s and meeting_s again"
       )
-  return Model(cores, factors)
+  in_units, in_layers = _ticks_seconds(settings, unit_s)
+  return Model(cores, factors, (step_s - in_units) / (in_layers * outside_fraction(settings)))
+
+
+def _ticks_seconds(settings: Config, unit_s: Mapping[str, float]) -> tuple[float, float]:
+  """Returns the seconds of all units of a step, and of those of layers alone."""
+  ticks = memory.table(settings.pipeline, settings.mesh.stage).ticks_by_kind
+  total = lambda kinds: sum(unit_s[kind] * ticks[kind] for kind in kinds)
+  return total(KINDS), total(_OF_LAYERS)
 
 
 def _sending_seconds(step: Step, settings: Config, cores: Cores) -> float:

@@ -6,10 +6,11 @@ Knows operations, machines and loads; must not know how a load was found.
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.plan import memory, program, units
+from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
 from moe_jax.plan.program import ARRIVE, RETURN
+from moe_jax.plan.steps import ROWS, Step
 
 _AXIS_OF = {"stage": 0, "expert": 1}
 _OF_LAYERS = ("forward", "backward")
@@ -26,6 +27,7 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
   """
   table, mesh = memory.table(settings.pipeline, settings.mesh.stage), settings.mesh
   num_layers = units.layers_per_unit(settings)
+  further = _further(settings)
   now = np.zeros((mesh.stage, mesh.expert))
   stages = np.arange(mesh.stage)
   for tick, blocks in program.train(settings, tied):
@@ -37,12 +39,12 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
       for place in order.tolist():
         op = block[place]
         took = np.full(now.shape, seconds(op.step, settings, machine))
-        if op.step.follows_load and op.unit in _OF_LAYERS:
+        if op.step.follows and op.unit in _OF_LAYERS:
           chunks = getattr(table, f"{op.unit}_chunk_QZ")[tick]
           layer_Z = (np.maximum(chunks, 0) * mesh.stage + stages) * num_layers + op.layer
-          took = took * (
-            load.rounds_L[layer_Z][:, None] if op.step.is_communication else load.rows_LX[layer_Z]
-          )
+          took = took * _times(op.step, load, layer_Z)
+          if again := further.get(op.step.name):
+            took = took + seconds(again, settings, machine) * _times_again(again, load, layer_Z)
         start = np.maximum(now, free.get(occupies[place], now))
         for waited in op.after:
           start = np.maximum(start, ends[waited])
@@ -53,6 +55,26 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
       for end in ends.values():
         now = np.maximum(now, end)
   return now + replica_seconds(settings, machine)
+
+
+def _further(settings: Config) -> dict[str, Step]:
+  """Returns by each backward step the forward one that it runs again in every further round, which
+  is computed again whatever is saved. Where all is, the steps run again are those of all rounds.
+  """
+  if phases.RUN_AGAIN[settings.pipeline.save] is None:
+    return {}
+  return {f"{s.name}, back": s for s in units.unit(settings, "forward") if s.follows}
+
+
+def _times(step: Step, load: Load, layer_Z: np.ndarray) -> np.ndarray:
+  """Returns over an even load what a step takes on the layers of each stage, [stages, ranks]."""
+  return load.computed_LX[layer_Z] if step.follows == ROWS else load.rounds_L[layer_Z][:, None]
+
+
+def _times_again(step: Step, load: Load, layer_Z: np.ndarray) -> np.ndarray:
+  """Returns the same of the further rounds alone."""
+  first = load.first_LX[layer_Z] if step.follows == ROWS else 1.0
+  return _times(step, load, layer_Z) - first
 
 
 def _meet(start_ZX: np.ndarray, op: program.Op, ranks_per_host: int) -> np.ndarray:

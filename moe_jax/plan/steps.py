@@ -14,6 +14,8 @@ from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES
 
 COMPUTE = "compute"
 FORWARD, AGAIN, BACKWARD = "forward", "again", "backward"
+# What a step grows with under an uneven load.
+ROWS, ROUNDS = "rows", "rounds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Step:
     num_bytes: to and from memory.
     kernels: launched.
     is_float32: whether the products are exact float32 ones.
-    follows_load: whether it grows with the rows that reach this rank's experts.
+    follows: ROWS, where it grows with the rows that this rank's experts multiply; ROUNDS, where it
+      takes as long in every round, however full; "" where no load changes it.
     among: of a collective over `expert` in which only a part takes part: "hosts", one rank of each
       host, or "ranks", those of one host.
   """
@@ -46,7 +49,7 @@ class Step:
   num_bytes: float = 0.0
   kernels: int = 0
   is_float32: bool = False
-  follows_load: bool = False
+  follows: str = ""
   among: str = ""
 
   @property

@@ -12,19 +12,14 @@ the layer; needs two free cores: where others compute too, `--clock=cpu`.
 import argparse
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-from launch import environment
+from tests.balance import pinned
+from tests.balance.pinned import NUM_PROCESSES
 
-ROOT = Path(__file__).parents[2]
-NUM_PROCESSES, NUM_EXPERTS, NUM_CHOICES, NUM_SHADOWS, EXPONENT = 2, 16, 2, 2, 1.5
+NUM_EXPERTS, NUM_CHOICES, NUM_SHADOWS, EXPONENT = 16, 2, 2, 1.5
 LEAST_UNEVEN, MOST_STOLEN = 1.5, 1.15
-_THREADS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def main() -> int:
@@ -33,57 +28,26 @@ def main() -> int:
   parser.add_argument("--width", type=int, default=256)
   parser.add_argument("--hidden", type=int, default=1024)
   parser.add_argument("--turns", type=int, default=7)
-  parser.add_argument(
-    "--clock", choices=["wall", "cpu"], default="wall",
-    help="what the verdict goes by: cpu is the busiest rank's processor time, for shared machines",
-  )  # fmt: skip
-  parser.add_argument("--process", type=int, help="set by the program itself")
-  parser.add_argument("--port", type=int, help="likewise")
+  pinned.add_arguments(parser)
   args = parser.parse_args()
   if args.process is not None:
     return worker(args)
-  return conductor(args)
-
-
-def conductor(args) -> int:
-  """Starts the ranks, waits, and says what they found."""
-  cores = sorted(os.sched_getaffinity(0))
-  if len(cores) < NUM_PROCESSES:
-    print(f"{len(cores)} core(s) here, {NUM_PROCESSES} needed: one for each rank", file=sys.stderr)
-    return 2
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    port = listener.getsockname()[1]
   words = [f"--{name}={getattr(args, name)}" for name in ("tokens", "width", "hidden", "turns")]
-  command = [sys.executable, "-m", "tests.balance.imbalance", *words, f"--port={port}"]
-  as_launched = environment.malloc(1)
-  variables = {**os.environ, **as_launched, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS}
-  ranks = [
-    subprocess.Popen(
-      [*command, f"--process={index}"],
-      cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for index in range(NUM_PROCESSES)
-  ]  # fmt: skip
-  said = [rank.communicate(timeout=600) for rank in ranks]
-  if any(rank.returncode for rank in ranks):
-    print(*(err for _, err in said), sep="\n", file=sys.stderr)
+  try:
+    found = pinned.conduct("tests.balance.imbalance", words)
+  except ValueError as error:
+    print(error, file=sys.stderr)
     return 2
-  # gloo's threads print too.
-  found = [
-    json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out, _ in said
-  ]
   return report(found, args.clock)
 
 
 def report(found: list[dict], clock: str) -> int:
   """Prints the figures of all ranks; returns 1 where a bar is missed."""
-  names = list(found[0]["wall_s"])
-  fastest = {name: min(found[0]["wall_s"][name]) for name in names}
+  names, seconds = list(found[0]["wall_s"]), pinned.least(found)
+  fastest, busiest = seconds["wall"], seconds["cpu"]
   median = lambda values: sorted(values)[len(values) // 2]
   print(f"{'':<10}{'fastest s':>11}{'median s':>10}{'busiest cpu s':>15}{'over even':>11}"
         f"{'median':>8}{'cpu':>7}   rows of ranks")  # fmt: skip
-  busiest = {name: max(min(rank["cpu_s"][name]) for rank in found) for name in names}
   for name in names:
     print(
       f"{name:<10}{fastest[name]:>11.4f}{median(found[0]['wall_s'][name]):>10.4f}"
@@ -93,8 +57,8 @@ def report(found: list[dict], clock: str) -> int:
     )
   alone = found[0]["alone_s"]
   print(f"experts' work of the busiest rank alone, uneven over even: {alone[1] / alone[0]:.2f}")
-  seconds = {"wall": fastest, "cpu": busiest}[clock]
-  uneven, stolen = (seconds[name] / seconds["even"] for name in ("uneven", "stolen"))
+  of_clock = seconds[clock]
+  uneven, stolen = (of_clock[name] / of_clock["even"] for name in ("uneven", "stolen"))
   failed = [
     said
     for is_bad, said in (
@@ -109,35 +73,15 @@ def report(found: list[dict], clock: str) -> int:
 
 def worker(args) -> int:
   """Runs one rank and prints its figures as one line of JSON."""
-  # Before jax makes its threads: they inherit it.
-  os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process]})
-  import jax
+  pinned.join(args.process, args.port)
   import numpy as np
 
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(f"localhost:{args.port}", NUM_PROCESSES, args.process)
-  programs = _programs(args)
-  clocks = lambda: np.array([time.perf_counter(), time.process_time()])
-  seconds = {name: [] for name in programs}
-  rows = {}
-  for turn in range(args.turns + 1):
-    for name, call in programs.items():
-      start = clocks()
-      found = jax.block_until_ready(call())
-      if turn:  # the first compiles
-        seconds[name].append(clocks() - start)
-      rows[name] = np.asarray(found[-1].addressable_data(0)).tolist()
-  print(
-    json.dumps(
-      {
-        "wall_s": {name: [each[0] for each in found] for name, found in seconds.items()},
-        "cpu_s": {name: [each[1] for each in found] for name, found in seconds.items()},
-        "rows": rows,
-        "alone_s": _alone(args, rows["even"], rows["uneven"]),
-      }
-    ),
-    flush=True,
-  )
+  seconds, results = pinned.take_turns(_programs(args), args.turns)
+  rows = {
+    name: np.asarray(found[-1].addressable_data(0)).tolist() for name, found in results.items()
+  }
+  alone = _alone(args, rows["even"], rows["uneven"])
+  print(json.dumps({**pinned.by_clock(seconds), "rows": rows, "alone_s": alone}), flush=True)
   return 0
 
 

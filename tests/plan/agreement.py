@@ -2,7 +2,7 @@
 
 What is planned beside what is: memory against the compiled program (tests.plan.footprint), and
 step times against execution on eight virtual devices, which share this machine's cores. Without
-words both; exits with 1 where a case of memory is off by more than its bar.
+words both; exits with 1 where a case of memory is off by more than its bar, or times by theirs.
 
 Times are calibrated on one configuration: its units timed alone, and its step; and on the machine:
 matrix products, passes over memory, collectives of much and of nothing. Then the others, unlike it
@@ -36,6 +36,7 @@ from moe_jax.train import step
 from tests.plan import footprint
 
 _MANY, _GATHERS = 2**18, 20  # elements of a large collective; how many one after the other
+LEAST_CORRELATION, MOST_MEDIAN = 0.9, 0.15
 CALIBRATED = "1f1b 2x2x2, 8 micro-batches"
 CASES = {
   CALIBRATED: {},
@@ -64,6 +65,11 @@ CASES = {
     "moe": {"dispatch": "dense"},
   },
 }
+# The model of plan.shared_cores was made without a look at these.
+HELD_OUT = (
+  "2x1x4", "1x1x8, 16 micro-batches", "saves residuals 2x2x2", "capacity factor 2",
+  "dropless 2x2x2", "dense 4x2x1",
+)  # fmt: skip
 
 
 def settings_of(sections) -> config_lib.Config:
@@ -129,6 +135,10 @@ class Program(stopwatch.Program):
     print(model, flush=True)
     return model, min(steps)
 
+  def _compile(self, kind: str, function):
+    # An evaluation is not compared, and takes as long to compile as half a case.
+    return super()._compile(kind, function) if kind == "train" else None
+
   def _unit_cpu_seconds(self) -> Mapping[str, float]:
     given = (self._to_compute(self.state.parameters), step.normalised(self.inputs))
     found = {}
@@ -145,8 +155,8 @@ class Program(stopwatch.Program):
     return found
 
 
-def times(rounds: int) -> None:
-  """Prints predicted and executed step times of every case.
+def times(rounds: int) -> bool:
+  """Prints predicted and executed step times of every case; returns whether they keep to the bars.
 
   Each takes turns with the calibrated one, and counts as much more or less than that did beside it:
   what neighbours slow down for minutes they slow down in both.
@@ -173,19 +183,22 @@ def times(rounds: int) -> None:
       f"   ({mine:.3f} s beside {beside:.3f} s)",
       flush=True,
     )
-  print(summary(measured, predicted))
+  print(f"of the {len(HELD_OUT)} held out: ", end="")
+  summary({name: measured[name] for name in HELD_OUT}, predicted)
+  correlation, error = summary(measured, predicted)
+  return correlation >= LEAST_CORRELATION and error <= MOST_MEDIAN
 
 
-def summary(measured: Mapping[str, float], predicted: Mapping[str, float]) -> str:
-  """Returns one line over all cases."""
-  names = list(measured)
-  found, planned = ([of[name] for name in names] for of in (measured, predicted))
+def summary(measured: Mapping[str, float], predicted: Mapping[str, float]) -> tuple[float, float]:
+  """Prints and returns rank correlation and median error over the cases of `measured`."""
+  found, planned = ([of[name] for name in measured] for of in (measured, predicted))
   errors = [abs(p / m - 1) for p, m in zip(planned, found, strict=True)]
-  return (
-    f"{len(names)} configurations, calibrated on {CALIBRATED}: rank correlation"
-    f" {spearman(planned, found):.3f}, median error {statistics.median(errors):.1%},"
-    f" largest {max(errors):.1%}"
+  correlation, error = spearman(planned, found), statistics.median(errors)
+  print(
+    f"{len(measured)} configurations, calibrated on {CALIBRATED}: rank correlation"
+    f" {correlation:.3f}, median error {error:.1%}, largest {max(errors):.1%}"
   )
+  return correlation, error
 
 
 def main() -> int:
@@ -202,9 +215,8 @@ def main() -> int:
   if "memory" in given.what:
     kept, count = footprint.table(names)
     print(f"{kept} of {count} within {footprint.BAR:.0%}", flush=True)
-  if "times" in given.what:
-    times(given.rounds)
-  return 0 if kept == count else 1
+  are_timed = times(given.rounds) if "times" in given.what else True
+  return 0 if kept == count and are_timed else 1
 
 
 def spearman(a, b) -> float:

@@ -148,13 +148,16 @@ def test_rows_between_and_inside_hosts_are_those_of_two_levels(ranks, hosts_per_
   assert steps.two_level_rows(settings, 2048) == two_level.rows_per_round(setting, 8)
 
 
-def test_blocks_of_rows_are_those_of_the_grouped_products():
-  for rows, experts in ((100, 2), (5120, 2), (100_000, 3), (7, 1)):
-    wanted = max(1, rows // (experts * saving._BLOCKS_PER_EXPERT))
-    block = min(
-      saving._LARGEST_BLOCK, max(saving._SMALLEST_BLOCK, 1 << wanted.bit_length() - 1)
-    )  # fmt: skip
-    assert block == grouped.rows_per_block(rows, experts)
+@pytest.mark.parametrize("tokens, experts", [(16, 8), (512, 8), (2048, 4), (8192, 16)])
+def test_blocks_of_rows_are_those_of_the_grouped_products(tokens, experts):
+  settings = runs.settings(
+    model={"experts": experts}, moe={"dispatch": "dropless", "capacity_factor": 1.25},
+    train={"sequence": tokens},
+  )  # fmt: skip
+  at, mesh = steps.sizes(settings), settings.mesh
+  assert saving.rows_per_block(settings, at) == grouped.rows_per_block(
+    mesh.tensor * at.rows, experts // mesh.expert
+  )
 
 
 def test_the_bubble_is_that_of_the_executed_table():

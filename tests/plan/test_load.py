@@ -13,14 +13,42 @@ DROPLESS = runs.settings(moe={"dispatch": "dropless", "capacity_factor": 1.25})
 
 
 def test_zipf_by_hand():
-  """Of 8 experts on 2 ranks, 1/1 + ... + 1/8 = 2.717857; the first four have 2.083333 of it."""
+  """Of 8 experts a token draws 2: the i-th first, or another first and the i-th of the rest."""
+  weight_E = [1 / i for i in range(1, 9)]
+  total = sum(weight_E)
+  chosen_E = [
+    w / total + sum(v / total * w / (total - v) for v in weight_E if v != w) for w in weight_E
+  ]
   found = load.zipf(DROPLESS, 1.0)
-  busiest = 2.083333 / 2.717857 * 2
-  assert found.max_over_mean == pytest.approx(busiest, rel=1e-6)
-  # 1.533 times the even share, where a round takes 1.25 times: two rounds.
+  assert found.share_LE == pytest.approx(np.array([chosen_E] * 4) / 2, rel=1e-6)
+  # The first four, on the first of 2 ranks, are 0.727 of the choices: 1.45 times the even share,
+  # where a round takes 1.25 times: two rounds.
+  assert found.max_over_mean == pytest.approx(sum(chosen_E[:4]), rel=1e-6)
   assert (found.rounds_L == 2).all()
   assert found.dropped_fraction == 0
-  assert found.share_LE.shape == (4, 8)
+
+
+def test_draws():
+  weight_E = np.array([4.0, 2.0, 1.0, 1e-3])
+  assert load.drawn(weight_E, 1) == pytest.approx(weight_E / weight_E.sum(), rel=1e-6)
+  assert load.drawn(weight_E, 3).sum() == pytest.approx(3)
+  assert load.drawn(weight_E, 4).tolist() == [1] * 4
+  # However popular, an expert is chosen at most once a token.
+  assert load.zipf(DROPLESS, 4.0).share_LE.max() < 0.5
+
+
+def test_blocks_of_rows_by_hand():
+  """A source has 32 tokens, so 64 assignments, and there are 4; blocks have 64 rows, and a round
+  takes 1.25 x 32 = 40 rows from a source to a rank. Even, an expert's 4 x 8 rows are a block.
+
+  One expert with half of all and 7 with a 14th: 32 + 3 x 4.57 = 45.7 rows to the first rank. Its
+  first round: 128 rows of the first expert, 18.3 of the second, 13.7 of the third, in 2 + 1 + 1
+  blocks; the second: 4.6 of the third and 18.3 of the fourth, in 1 + 1.
+  """
+  found = load.of(DROPLESS, np.array([[7.0] + [1.0] * 7] * 4))
+  assert (found.rounds_L == 2).all()
+  assert found.computed_LX.tolist() == [[6 / 4, 1]] * 4
+  assert found.first_LX.tolist() == [[1, 1]] * 4
 
 
 def test_even_is_even():

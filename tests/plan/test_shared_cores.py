@@ -47,11 +47,24 @@ def test_masked_cells_cost_like_others():
   model = shared_cores.calibrate(settings, CORES, UNIT_S, step_s=1.0)
   table = memory.table(settings.pipeline, 4)
   assert table.ticks_by_kind["forward"] == 4 and table.units_by_kind["forward"] == 1
-  each = shared_cores.unit_seconds(settings, CORES)
-  seconds = sum(
-    (each[k].work_s * model.factors[k] + each[k].sending_s) * table.ticks_by_kind[k] for k in KINDS
+  # Four ticks of each kind but the head's and the embedding's, which are one.
+  seconds = sum(UNIT_S[k] * table.ticks_by_kind[k] for k in KINDS)
+  assert seconds == pytest.approx(4 * (0.1 + 0.3) + 0.01 + 0.05 + 0.01)
+  # One layer in each unit, so none in a loop: all of what the step takes less is theirs.
+  assert model.outside == pytest.approx((1.0 - seconds) / (4 * 0.4))
+  assert model.seconds(settings) == pytest.approx(1.0)
+
+
+def test_layers_outside_of_the_loop():
+  """Of four layers of a unit one is outside; of two both, as of one."""
+  of = lambda layers: runs.settings(
+    model={"layers": layers}, mesh={"expert": 2, "tensor": 2, "stage": 2}
   )
-  assert model.seconds(settings) == pytest.approx(seconds) == pytest.approx(1.0)
+  assert [shared_cores.outside_fraction(of(n)) for n in (2, 4, 8, 16)] == [1, 1, 1 / 4, 1 / 8]
+  model = shared_cores.calibrate(of(8), CORES, UNIT_S, step_s=3.0)
+  table = memory.table(of(8).pipeline, 2)
+  alone = sum(UNIT_S[k] * table.ticks_by_kind[k] for k in KINDS)
+  assert model.outside == pytest.approx(4 * (3.0 - alone) / (5 * 0.4))
 
 
 def test_slower_links_cost_only_what_is_sent():

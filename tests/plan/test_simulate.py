@@ -10,7 +10,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.plan import load, machine, memory, program, simulate, skew, timeline, units
+from moe_jax.plan import (
+  load,
+  machine,
+  memory,
+  program,
+  simulate,
+  skew,
+  steps,
+  timeline,
+  units,
+)
 from moe_jax.plan.calibration import Calibration
 from moe_jax.plan.hardware import CHIPS, Cluster
 from tests import runs
@@ -169,6 +179,32 @@ def test_the_busiest_rank_holds_up_the_others():
     skew.end_seconds(CASES[0], on, load.zipf(CASES[0], exponent)).max() for exponent in (0.0, 2.0)
   ]
   assert fixed[0] == fixed[1]
+
+
+@pytest.mark.parametrize("save", ["inputs", "residuals"])
+def test_a_round_more_by_hand(save):
+  """Of one micro-batch on one stage: every step of a round once more; and where the backward pass
+  runs nothing again in the first round, in the second it runs it again all the same.
+  """
+  settings = runs.settings(
+    mesh={"expert": 2, "tensor": 1, "stage": 1}, pipeline={"micro_batches": 1, "save": save},
+    moe={"dispatch": "dropless"},
+  )  # fmt: skip
+  on = machine.Machine(Cluster(CHIPS["h100"], 1, 2))
+  even = load.zipf(settings, 0.0)
+  uneven = even._replace(rounds_L=even.rounds_L + 1, first_LX=even.first_LX / 2)
+  found, without = (
+    skew.end_seconds(settings, on, each, tied=False).max() for each in (uneven, even)
+  )
+  seconds = lambda s: machine.seconds(s, settings, on)
+  of_layer = [*units.unit(settings, "forward"), *units.unit(settings, "backward")]
+  more = sum(seconds(s) for s in of_layer if s.follows == steps.ROUNDS)
+  if save == "residuals":
+    forward = units.unit(settings, "forward")
+    more += sum(seconds(s) for s in forward if s.follows == steps.ROUNDS)
+    # Half of the rows travelled in the second round.
+    more += sum(seconds(s) / 2 for s in forward if s.follows == steps.ROWS)
+  assert found - without == pytest.approx(settings.model.layers * more)
 
 
 def test_pictures_of_the_timeline(tmp_path):
