@@ -19,7 +19,7 @@ from moe_jax.moe import plan as plans
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
-from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.parallel.axes import EXPERT
 from moe_jax.pipeline.saving import residual
 
 
@@ -56,14 +56,16 @@ def rows_per_rank(num_tokens: int, num_choices: int, num_ranks: int, capacity_fa
 def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose, in as many rounds as it takes.
 
-  Communication: the exchange's, with E = X, C = 1 and D = e; all-reduce over `expert` and `tensor`
-  of one integer.
+  Communication: the exchange's, with E = X, C = 1 and D = e + 1.
   """
   del logits_tE
   num_ranks, num_rows = jax.lax.axis_size(EXPERT), rows_of_round(setting)
   waiting = queues.make(routing.experts_TK, setting.num_experts, num_ranks)
-  places = _Places(waiting, setting.exchange.to_experts(waiting.sizes_Qe[:, None, :])[0])
-  longest = jax.lax.pmax(waiting.length_Q.max(), (EXPERT, TENSOR))
+  # With its sizes every source tells all devices its longest queue, so no reduction has to.
+  longest_Q1 = jnp.broadcast_to(waiting.length_Q.max(), (num_ranks, 1))
+  told_Q1e = jnp.concatenate([waiting.sizes_Qe, longest_Q1], 1)[:, None, :]
+  told_Se = setting.exchange.to_experts(told_Q1e)[0]
+  places, longest = _Places(waiting, told_Se[:, :-1]), told_Se[:, -1].max()
   num_rounds = jnp.maximum((longest + num_rows - 1) // num_rows, 1)
   nothing_TK = jnp.zeros(routing.experts_TK.shape, bool)
   return plans.make(

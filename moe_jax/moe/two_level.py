@@ -86,7 +86,8 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose, in as many rounds as it takes.
 
   Communication: all-to-all over `expert`, (H - 1) / H * H * W * G elements, with W the most rounds
-  between hosts; all-reduce over `expert` and `tensor` of two integers.
+  between hosts; all-to-all over `expert`, (X - 1) * 2 elements; then all-to-all over `tensor`,
+  (tensor - 1) * 2 elements.
   """
   del logits_tE
   num_hosts, per_round = _num_hosts(setting), _rows_per_round(setting)
@@ -97,7 +98,8 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   pairs = queues.make(jnp.where(is_first_TK, host_TK, num_hosts), num_hosts, num_hosts)
   window_TK = jnp.take_along_axis(pairs.place_TK, first_TK, 1) // per_round.to_host
   longest_inside = _longest_inside(setting, routing.experts_TK, window_TK)
-  longest = jax.lax.pmax(jnp.stack([pairs.length_Q.max(), longest_inside]), (EXPERT, TENSOR))
+  longest = jnp.stack([pairs.length_Q.max(), longest_inside])
+  longest = collectives.max_small(longest, (EXPERT, TENSOR))
   num_between = jnp.maximum(-(-longest[0] // per_round.to_host), 1)
   num_inside = jnp.maximum(-(-longest[1] // per_round.to_rank), 1)
   nothing_TK = jnp.zeros(host_TK.shape, bool)

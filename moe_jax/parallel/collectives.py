@@ -198,9 +198,21 @@ def sum_small(x, axis_names: tuple[str, ...]):
 
   Communication: all-to-all over each axis, (n - 1) * x.size elements.
   """
+  return _reduce_small(x, axis_names, lambda x_n: x_n.sum(0, dtype=x.dtype))
+
+
+def max_small(x, axis_names: tuple[str, ...]):
+  """Returns the maximum of `x` over the axes, as `sum_small` does the sum.
+
+  Communication: all-to-all over each axis, (n - 1) * x.size elements.
+  """
+  return _reduce_small(x, axis_names, lambda x_n: x_n.max(0))
+
+
+def _reduce_small(x, axis_names, reduce):
   for name in axis_names:
     copies = jnp.broadcast_to(x[None], (jax.lax.axis_size(name), *x.shape))
-    x = exchange(varying_along(copies, name), name).sum(0, dtype=x.dtype)
+    x = reduce(exchange(varying_along(copies, name), name))
   return x
 
 

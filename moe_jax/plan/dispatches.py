@@ -208,16 +208,15 @@ def _count(settings: Config) -> tuple[Step, ...]:
 
 
 def _announce(settings: Config, at: Sizes) -> tuple[Step, ...]:
-  """Before rows travel without loss, each source says how many it has, and all agree on rounds."""
+  """Before rows travel without loss, each source says how many it has, and its longest queue."""
   del at
-  counts = _places(settings) * settings.mesh.expert * _FLOAT32
+  counts = (_places(settings) + 1) * settings.mesh.expert * _FLOAT32
   tensor = settings.mesh.tensor
   flat = settings.moe.exchange == "flat"
   return (
     Step("announce", "dispatch", "all-to-all", axes=("expert",),
          operand_bytes=counts * (tensor if flat else 1)),
     Step("announce inside", "dispatch", "all-gather", axes=("tensor",), operand_bytes=counts),
-    Step("agree on rounds", "dispatch", "all-reduce", axes=_INSIDE_STAGE, operand_bytes=_FLOAT32),
   )  # fmt: skip
 
 
@@ -249,8 +248,11 @@ def _announce_to_hosts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   return (
     Step("announce to hosts", "dispatch", "all-to-all", axes=("expert",), among="hosts",
          operand_bytes=numbers * _FLOAT32),
-    Step("agree on rounds", "dispatch", "all-reduce", axes=_INSIDE_STAGE,
-         operand_bytes=2 * _FLOAT32),
+    *(
+      Step(f"agree on rounds over {axis}", "dispatch", "all-to-all", axes=(axis,),
+           operand_bytes=2 * getattr(settings.mesh, axis) * _FLOAT32)
+      for axis in _INSIDE_STAGE
+    ),
   )  # fmt: skip
 
 

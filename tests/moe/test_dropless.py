@@ -134,13 +134,11 @@ def test_dropless_sends_what_it_declares(mesh, exchange):
   found = found_in(
     all_of, on, (*[every] * 4, weights_spec), every, *integers, struct(tokens, D), weights
   )
-  sizes_sent, _ = declared(E=X, C=1, D=E // X)
-  n = X * tensor
-  longest = ("all-reduce", f"{EXPERT}+{TENSOR}", 2 * (n - 1) / n)
+  sizes_sent, _ = declared(E=X, C=1, D=E // X + 1)
   rows = dropless.rows_per_rank(here, K, X, 1.0)
   there, back = declared(E=X, C=rows, D=D)
   once = program.summary([c for c in found if not c.num_loops])
-  assert once == sorted([*sizes_sent, longest, *there, *back])
+  assert once == sorted([*sizes_sent, *there, *back])
   again = program.summary([c for c in found if c.num_loops])
   assert again == sorted([*there, *back])  # each further round
 
@@ -180,11 +178,10 @@ def test_what_is_saved_is_not_exchanged_again(name, save, times):
   )  # fmt: skip
   count = collections.Counter(c.kind for c in found if not c.num_loops)
   # The sizes of groups travel too. two_level sends a host its rows' choices and weights as well,
-  # whose gradients come back; what it brings home in the end no gradient asks for.
-  further = {"dropless": 1, "ragged": 1, "stealing": 1, "two_level": 3}.get(name, 0)
+  # whose gradients come back, and finds out its rounds by two; what it brings home in the end no
+  # gradient asks for.
+  further = {"dropless": 1, "ragged": 1, "stealing": 1, "two_level": 5}.get(name, 0)
   apart = {"two_level": 1 - (save == "inputs")}.get(name, 0)
   assert count["all-to-all"] == times * (2 + further) + 2 + apart
-  # Stealing sums counts, sends 1 to so many shadows of three weights, and sums their gradients.
-  shadows = 3 * moe_config.shadows
-  summed, gradients = {"stealing": (1 + shadows, shadows)}.get(name, (0, 0))
-  assert count["all-reduce"] == times * ((further > 0) + summed) + gradients
+  # Stealing sums counts; its shadows travel in a loop.
+  assert count["all-reduce"] == times * (name == "stealing")

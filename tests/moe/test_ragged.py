@@ -43,9 +43,9 @@ def test_ragged_sends_what_it_declares(mesh):
     each
     for function in (ragged.send, ragged.back)
     for each in contracts.declared(function, **sizes)
-    if each[2]
+    if each[2] and each[0] != "ragged-all-to-all"  # of CUDA alone
   ]
-  # The jaxpr holds both branches, the platform's and the portable one; the plan comes first.
+  # The plan comes first.
   rows = [c for c in found if not c.num_loops and c.shape[-1:] == (served.WIDTH,)]
   assert contracts.summary(rows[: len(declared)]) == sorted(declared)
 

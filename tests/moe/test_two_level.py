@@ -103,15 +103,13 @@ def test_two_level_sends_what_it_declares(mesh, ranks_per_host):
   found = contracts.collectives(
     program(mesh, setting).__wrapped__, *given, mesh=mesh_lib.make(config.Mesh(X, tensor))
   )
-  sizes = {"H": H, "G": G, "B": rows.to_host, "C": rows.to_rank, "K": K, "tensor": tensor}
+  sizes = {"X": X, "H": H, "G": G, "B": rows.to_host, "C": rows.to_rank, "K": K, "tensor": tensor}
 
   def declared(function, **more):
     return [each for each in contracts.declared(function, **sizes, **more) if each[2]]
 
   windows = -(-HERE // rows.to_host)
   decided = declared(two_level.plan, W=windows)
-  n = X * tensor
-  decided.append(("all-reduce", "expert+tensor", 2 * (n - 1) / n * 2))
   there = declared(two_level.send, D=served.WIDTH)
   choices = ("all-to-all", "expert", (H - 1) * rows.to_host * K)
   arrived = [  # of each expert's rows
