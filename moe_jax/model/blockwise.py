@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.collectives import varying_like
+from moe_jax.pipeline import buffers
 
 BLOCK = 128  # positions; 64 and 128 are the fastest at 512 positions on CPU
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
@@ -45,9 +46,9 @@ def forward(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> tuple[jax.Array, jax.Array]:
     update = jnp.einsum(
       "bgmqk,bgkh->bgmqh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
     )
-    o = o.at[i].set(o[i] * keep[..., None] + update)
-    total = total.at[i].set(total[i] * keep + weights.sum(-1))
-    return (o, high.at[i].set(new_high), total), None
+    o = buffers.put(o, i, o[i] * keep[..., None] + update)
+    total = buffers.put(total, i, total[i] * keep + weights.sum(-1))
+    return (o, buffers.put(high, i, new_high), total), None
 
   shape = q.shape[:-1]
   start = (
@@ -90,9 +91,9 @@ def backward(
     weights = jnp.exp(_scores(q, k, segments_IbJ, i, j) - log_total[i][..., None])
     dweights = product("bgmqh,bgkh->bgmqk", do[i], v[j])
     dscores = (weights * (dweights - mean_dot[i][..., None])).astype(q.dtype)
-    dv = dv.at[j].add(product("bgmqk,bgmqh->bgkh", weights.astype(q.dtype), do[i]))
-    dq = dq.at[i].add(product("bgmqk,bgkh->bgmqh", dscores, k[j]))
-    dk = dk.at[j].add(product("bgmqk,bgmqh->bgkh", dscores, q[i]))
+    dv = buffers.add(dv, j, product("bgmqk,bgmqh->bgkh", weights.astype(q.dtype), do[i]))
+    dq = buffers.add(dq, i, product("bgmqk,bgkh->bgmqh", dscores, k[j]))
+    dk = buffers.add(dk, j, product("bgmqk,bgmqh->bgkh", dscores, q[i]))
     return (dq, dk, dv), None
 
   start = varying_like(tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q)

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.model import attention_core, blockwise, flash
 from moe_jax.parallel.collectives import varying_like
+from moe_jax.pipeline import buffers
 
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
 
@@ -94,9 +95,9 @@ def _online(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b) ->
     weights = jnp.where(seen_bqk[:, None, None], jnp.exp(scores - new_high[..., None]), 0.0)
     keep = jnp.exp(high[i] - new_high)
     update = product("bgrqk,bgkh->bgrqh", weights.astype(v_XbGJH.dtype), v_XbGJH[j])
-    o = o.at[i].set(o[i] * keep[..., None] + update)
-    total = total.at[i].set(total[i] * keep + weights.sum(-1))
-    return (o, high.at[i].set(new_high), total), None
+    o = buffers.put(o, i, o[i] * keep[..., None] + update)
+    total = buffers.put(total, i, total[i] * keep + weights.sum(-1))
+    return (o, buffers.put(high, i, new_high), total), None
 
   shape = q_IbGRJH.shape[:-1]
   start = (jnp.zeros(q_IbGRJH.shape), jnp.full(shape, _MASKED), jnp.zeros(shape))

@@ -1,7 +1,7 @@
 """What an expert computes: a SwiGLU feed-forward network, all experts of this device in one batch.
 
 Letters: e experts of this device, R rows per expert, f this tensor rank's share of the hidden
-units. Knows rows and weights; must not know where rows come from.
+units, g twice as many. Knows rows and weights; must not know where rows come from.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,36 @@ def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  gate_eRf = residual(jnp.einsum("erd,edf->erf", rows_eRD, weights.gate_eDf))
-  up_eRf = residual(jnp.einsum("erd,edf->erf", rows_eRD, weights.up_eDf))
-  return jnp.einsum("erf,efd->erd", jax.nn.silu(gate_eRf) * up_eRf, weights.down_efD)
+  # As one product, for then the rows' gradient is one too, not a sum of two arrays of rows.
+  both_eDg = jnp.concatenate([weights.gate_eDf, weights.up_eDf], -1)
+  both_eRg = residual(jnp.einsum("erd,edg->erg", rows_eRD, both_eDg))
+  return jnp.einsum("erf,efd->erd", gated(both_eRg), weights.down_efD)
+
+
+@jax.custom_vjp
+def gated(both_eRg: jax.Array) -> jax.Array:
+  """Returns `hidden_eRf`, silu of the first half of the units times the second.
+
+  Its gradient is one array made at once, where autodiff would join two.
+  """
+  gate_eRf, up_eRf = jnp.split(both_eRg, 2, -1)
+  return jax.nn.silu(gate_eRf) * up_eRf
+
+
+def _gated_forward(both_eRg):
+  return gated(both_eRg), both_eRg
+
+
+def _gated_backward(both_eRg, d_eRf):
+  # Each half reads the other, in place of halves made apart and joined: XLA:GPU fuses no joining.
+  here_eR2f = both_eRg.reshape(*d_eRf.shape[:-1], 2, -1)
+  there_eR2f = jnp.flip(here_eR2f, -2)
+  is_gate_21 = (jnp.arange(2, dtype=jnp.int32) == 0)[:, None]
+  gate_eR2f = jnp.where(is_gate_21, here_eR2f, there_eR2f)
+  sigmoid_eR2f = jax.nn.sigmoid(gate_eR2f)
+  of_gate_eR2f = there_eR2f * (1 + gate_eR2f * (1 - sigmoid_eR2f))
+  slope_eR2f = sigmoid_eR2f * jnp.where(is_gate_21, of_gate_eR2f, gate_eR2f)
+  return ((d_eRf[..., None, :] * slope_eR2f).reshape(both_eRg.shape),)
+
+
+gated.defvjp(_gated_forward, _gated_backward)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 Tree = Any
+Place = jax.Array | int | tuple[jax.Array | int, ...]
 
 
 def at(tree: Tree, index: jax.Array | int) -> Tree:
@@ -16,10 +17,28 @@ def at(tree: Tree, index: jax.Array | int) -> Tree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def put(array: jax.Array, place: Place, new: jax.Array) -> jax.Array:
+  """Returns `array` with `new` at `place`, in place, where `.at[place].set` would guard the place
+  against the range, and so read what it writes over.
+
+  Args:
+    place: indices of the first dimensions, within the range.
+  """
+  places = place if isinstance(place, tuple) else (place,)
+  new = new.astype(array.dtype)[(None,) * len(places)]
+  starts = (*places, *(0,) * (array.ndim - len(places)))
+  return jax.lax.dynamic_update_slice(array, new, [jnp.asarray(i, jnp.int32) for i in starts])
+
+
+def add(array: jax.Array, place: Place, more: jax.Array) -> jax.Array:
+  """Returns `array` with `more` added at `place`, as `put` does."""
+  return put(array, place, array[place] + more.astype(array.dtype))
+
+
 def write(tree: Tree, slot: jax.Array, entry: Tree) -> Tree:
   """Returns `tree` with `entry` at `slot`; a slot of -1 writes nothing."""
   place = jnp.maximum(slot, 0)
-  keep = lambda leaf, new: leaf.at[place].set(jnp.where(slot >= 0, new, leaf[place]))
+  keep = lambda leaf, new: put(leaf, place, jnp.where(slot >= 0, new, leaf[place]))
   return jax.tree.map(keep, tree, entry)
 
 

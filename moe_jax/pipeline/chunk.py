@@ -53,6 +53,7 @@ class Forward(NamedTuple):
       reads, if one of the two is reversed.
     is_reversed: whether the slot holds the layers last to first.
     runs: whether the cell is busy; None where every stage's is, so that nothing needs a mask.
+    is_masked: whether what an idle cell saves needs one, for its slot may be in use.
   """
 
   x: Tree
@@ -61,6 +62,7 @@ class Forward(NamedTuple):
   slot: jax.Array
   is_reversed: jax.Array
   runs: jax.Array | None
+  is_masked: bool
 
 
 class Backward(NamedTuple):
@@ -186,7 +188,8 @@ class _ForwardLayer:
   def write(self, stash: Tree) -> Tree:
     """Returns the stash with what the steps that ran since the last call keep."""
     place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
-    put = lambda leaf, new: leaf.at[place].set(self._keep(new, lambda: leaf[place]))
+    keep = self._keep if self.unit.is_masked else lambda new, old: new
+    put = lambda leaf, new: buffers.put(leaf, place, keep(new, lambda: leaf[place]))
     stash = list(stash)
     for i in range(self.num_written, len(self.kept)):
       stash[i] = jax.tree.map(put, stash[i], self.kept[i])
@@ -199,7 +202,7 @@ class _ForwardLayer:
     stash = self.write(totals.stash)
     or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
     reports = jax.tree.map(
-      lambda total, new: total.at[number].add(or_nothing(new)), totals.reports, report
+      lambda total, new: buffers.add(total, number, or_nothing(new)), totals.reports, report
     )
     total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
     return totals._replace(stash=stash, auxiliary_loss=total_loss, reports=reports), y
@@ -237,9 +240,9 @@ class _BackwardLayer:
       if i >= num_weights:
         sums[i] = total + gradient
       elif self.chunk.adds:
-        sums[i] = total.at[self.number].add(gradient)
+        sums[i] = buffers.add(total, self.number, gradient)
       else:
-        sums[i] = total.at[self.number].set(gradient)
+        sums[i] = buffers.put(total, self.number, gradient)
     g_layers, g_shared = jax.tree.unflatten(tree, sums)
     gx = jax.tree.unflatten(self.gy_tree, self.gradients)
     return totals._replace(g_layers=g_layers, g_shared=g_shared), gx

@@ -4,7 +4,7 @@ A tick is one row of the table, the same program on every stage: head of a finis
 embedding, a backward and a forward unit side by side, and what they made on its way. A stage whose
 cell is idle computes masked values, which costs nothing because another stage works in that tick.
 Ticks that have no forward, or no backward, unit on any stage form their own scan without that half;
-head and embedding, which every stage takes part in, are branches that are the same on every device.
+head and embedding, which every stage takes part in, are skipped alike by every device.
 
 The forward unit may write the slot of the stash that the backward unit beside it frees.
 
@@ -30,6 +30,10 @@ from moe_jax.pipeline.table import Table
 from moe_jax.pipeline.tie import cost, slots
 
 Tree = Any
+
+# Names the loop round a unit that some ticks have, whose turns, one or none, a compiled program's
+# text cannot say.
+SCOPE = "where_due"
 
 
 class Result(NamedTuple):
@@ -193,10 +197,10 @@ class _Executor:
       state = state._replace(inbox=buffers.write(state.inbox, row.arrival_slot, arrived))
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
-    state, gy = self._branch("head", head, row.head_micro, state, y)
+    state, gy = self._where_due("head", head, row.head_micro, state, y)
     x = None
     if has_forward:
-      _, x = self._branch("embed", self._embed, row.embed_micro, None, None)
+      _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
     totals, sent, gx = self.chunk.run(
       state.totals,
       self._forward(state, row, x) if has_forward else None,
@@ -210,29 +214,31 @@ class _Executor:
       inbox = buffers.write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
       state = state._replace(cotangent_inbox=inbox)
       unit = self._embed_gradient
-      state, _ = self._branch("embed_gradient", unit, row.embed_gradient_micro, state, gx)
+      state, _ = self._where_due("embed_gradient", unit, row.embed_gradient_micro, state, gx)
     return state._replace(ticks=state.ticks + 1)
 
-  def _branch(self, kind: str, unit: Callable, micro, state: _State | None, x):
+  def _where_due(self, kind: str, unit: Callable, micro, state: _State | None, x):
     """Runs a unit that every stage takes part in, in the ticks that have it; else it makes
     zeros.
     """
     if self.units[kind] == "always":
       return unit(micro, state, x)
-    skip = lambda sums: (sums, collectives.zeros_like(self.x))
     if self.units[kind] == "never":
-      return skip(state)
-    if state is None:
-      return jax.lax.cond(micro >= 0, lambda: unit(micro, None, x), lambda: skip(None))
-    # Only what such units add to goes through the branch.
-    sums = (state.loss, state.outputs, state.totals.g_shared)
+      return state, collectives.zeros_like(self.x)
+    # Only what such units add to goes through the loop.
+    parts = lambda state: (
+      () if state is None else (state.loss, state.outputs, state.totals.g_shared)
+    )
 
-    def run(sums):
-      into, result = unit(micro, _with(state, sums), x)
-      return (into.loss, into.outputs, into.totals.g_shared), result
+    def run(_, carry):
+      into, result = unit(micro, state and _with(state, carry[0]), x)
+      return parts(into), result
 
-    sums, result = jax.lax.cond(micro >= 0, run, skip, sums)
-    return _with(state, sums), result
+    # A loop of one turn or none: XLA adds in place in it, and copies what goes through a branch.
+    with jax.named_scope(SCOPE):
+      start = (parts(state), collectives.zeros_like(self.x))
+      sums, result = jax.lax.fori_loop(0, (micro >= 0).astype(jnp.int32), run, start)
+    return state and _with(state, sums), result
 
   def _head(self, owner, micro, state: _State, y):
     """Loss of the micro-batch whose `y` stage `owner` holds, and its cotangent."""
@@ -284,7 +290,7 @@ class _Executor:
   def _forward(self, state: _State, row: Row, x_embedded) -> Forward:
     """The forward unit of this stage: its chunk of layers, saving what the backward unit needs."""
     from_inbox = buffers.at(state.inbox, jnp.maximum(row.forward_inbox_slot, 0))
-    all_run = self.units["full"] == "always"
+    all_run, all_free = (self.units[kind] == "always" for kind in ("full", "free"))
     return Forward(
       x=buffers.select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
       inputs=self._inputs_of(row.forward_micro),
@@ -292,6 +298,7 @@ class _Executor:
       slot=jnp.maximum(row.forward_slot, 0),
       is_reversed=row.forward_is_reversed > 0,
       runs=None if all_run else row.forward_micro >= 0,
+      is_masked=not all_free,
     )
 
   def _inputs_of(self, micro: jax.Array) -> Tree:

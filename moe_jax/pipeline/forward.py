@@ -176,7 +176,7 @@ class Units:
         picked = collectives.broadcast_from(self.functions.pick(y, inputs), STAGE, owner)
         carry, out = self.functions.head(self.shared, picked, inputs, carry)
         carry, out = collectives.varying((carry, out))
-        return carry, jax.tree.map(lambda all, one: all.at[micro].set(one), outputs, out)
+        return carry, jax.tree.map(lambda all, one: buffers.put(all, micro, one), outputs, out)
 
     given = (result.carry, result.outputs)
     carry, outputs = self._where("head", micro, head, lambda *given: given, given)
@@ -247,7 +247,7 @@ class _Forward(Units):
       y, state, report = self.functions.layer(
         self.layers, first + l, self.shared, x, inputs, result.carry, state, runs
       )
-      count = lambda total, r: total.at[first + l].add(jnp.where(runs, r, jnp.zeros_like(r)))
+      count = lambda total, r: buffers.add(total, first + l, jnp.where(runs, r, jnp.zeros_like(r)))
       return (y, state, jax.tree.map(count, reports, report)), None
 
     index = jnp.arange(self.num_layers, dtype=jnp.int32)

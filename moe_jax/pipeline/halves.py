@@ -270,8 +270,8 @@ class _Tick:
 
     def leave(returned):
       y, report = returned
-      count = lambda total, new: total.at[cell.index].add(
-        jnp.where(cell.runs, new, jnp.zeros_like(new))
+      count = lambda total, new: buffers.add(
+        total, cell.index, jnp.where(cell.runs, new, jnp.zeros_like(new))
       )
       reports = jax.tree.map(count, self.result.reports, report)
       self.result = self.result._replace(reports=reports)

@@ -109,7 +109,8 @@ class Branch:
   """Runs one of its branches; which, the program's data says.
 
   Attributes:
-    op_name: of the conditional itself: the scopes that it stands in.
+    op_name: of the conditional itself, or of a loop that turns once or not at all: the scopes that
+      it stands in.
   """
 
   name: str
@@ -154,7 +155,7 @@ def read(
   text: str,
   mesh: Mapping[str, int],
   kernels: work.KernelFlops | None = None,
-  turns: Mapping[str, int] | None = None,
+  turns: Mapping[str, int | None] | None = None,
 ) -> Program:
   """Returns the schedule of a compiled program.
 
@@ -162,7 +163,8 @@ def read(
     text: of `Compiled.as_text()`.
     mesh: size of each axis by name, outermost first.
     kernels: operations of hand-written kernels by name; others of them are counted as unknown.
-    turns: how often a loop turns whose data decides that, by the scope that it stands in.
+    turns: how often a loop turns whose data decides that, by the scope that it stands in; None for
+      once or not at all, as a branch.
 
   Raises:
     ValueError: the text is not HLO, or is not scheduled.
@@ -204,7 +206,7 @@ class _Reader:
     module: Module,
     mesh: Mapping[str, int],
     kernels: work.KernelFlops,
-    turns: Mapping[str, int],
+    turns: Mapping[str, int | None],
   ):
     self.module, self.mesh, self.kernels, self.turns = module, mesh, kernels, turns
     self.unknown: collections.Counter[str] = collections.Counter()
@@ -222,7 +224,10 @@ class _Reader:
     if opcode in _FREE:
       return []
     if opcode == "while":
-      return [Loop(each.name, self._trips(each), self.block(self.module.called(each, "body")))]
+      body = self.block(self.module.called(each, "body"))
+      if self._is_branch(each):
+        return [Branch(each.name, (Block("", (), frozenset()), body), each.op_name)]
+      return [Loop(each.name, self._trips(each), body)]
     if opcode == "conditional":
       names = each.called["branches"]
       branches = tuple(self.block(self.module.computations[n]) for n in names)
@@ -280,14 +285,20 @@ class _Reader:
       self.unknown[each.opcode] += 1
     return Compute(each.name, phase_of(each.op_name), found)
 
+  def _is_branch(self, loop: Instruction) -> bool:
+    """Returns whether a loop turns once or not at all."""
+    scopes = loop.op_name.split("/")[:-1]
+    return bool(scopes) and self.turns.get(scopes[-1], 0) is None
+
   def _trips(self, loop: Instruction) -> int:
     known = loop.backend_config.get("known_trip_count", {}).get("n")
     if known is not None:
       return int(known)
     for scope in loop.op_name.split("/"):
-      if scope in self.turns:
-        self.assumed[f"loop of {scope}: {self.turns[scope]} turns"] += 1
-        return self.turns[scope]
+      turns = self.turns.get(scope)
+      if turns is not None:
+        self.assumed[f"loop of {scope}: {turns} turns"] += 1
+        return turns
     self.unknown["while without known trip count, taken as 1"] += 1
     return 1
 

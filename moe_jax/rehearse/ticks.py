@@ -11,10 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.pipeline import columns
+from moe_jax.moe import grouped, rounds
+from moe_jax.pipeline import columns, executor
 from moe_jax.pipeline.table import Table
 from moe_jax.rehearse.program import Block, Branch, Loop, Program, phase_of
 from moe_jax.serve import sampling
+
+# How often loops turn whose data decides that, for `program.read`. The load is even: nothing is
+# left for further rounds of a dispatch, and nothing is stolen.
+TURNS = {executor.SCOPE: None, rounds.SCOPE: 0, grouped.SHADOWS_SCOPE: 0}
 
 
 class Taken(NamedTuple):

@@ -21,6 +21,10 @@ _KERNEL_TARGETS = ("__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu_v2"
 _NO_FLOPS_TARGETS = ("__cub$DeviceRadixSort", "__cub$DeviceRadixSortUnassignedScratchSize", "TopK")
 _INTEGER = re.compile(r"[su]\d+|pred")
 _PASS = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
+_ELEMENTWISE = (
+  "add", "compare", "convert", "divide", "exponential", "logistic", "maximum", "minimum",
+  "multiply", "negate", "select", "subtract", "tanh", "transpose",
+)  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
 # What writes a part of its first operand, in place; the operand that holds the part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -146,17 +150,33 @@ def _parameter_bytes(module: Module, inner: Computation) -> float:
 
 def _read_bytes(inner: Computation, made: Instruction) -> float:
   """Returns how many bytes of a value are read inside a fusion: at most all, once."""
-  total = 0.0
+  return _read_part(inner, made) * made.num_bytes
+
+
+def _read_part(inner: Computation, made: Instruction) -> float:
+  """Returns which part of a value is read inside a fusion, which computes of every value only what
+  its results ask for.
+  """
+  part = 0.0
   for user in inner.users.get(made.name, ()):
     if user.opcode in _SLICES and user.operands[0] == made.name:
-      total += user.num_bytes
+      part += user.shapes[0].elements / made.shapes[0].elements
     elif user.opcode in _UPDATES and user.operands[0] == made.name:
       continue  # updated in place
-    elif user.opcode in _PASS and not user.is_root:
-      total += _read_bytes(inner, user)
+    elif _asks_evenly(user, made) and not user.is_root:
+      part += _read_part(inner, user)
     else:
-      return made.num_bytes
-  return min(total, made.num_bytes)
+      return 1.0
+  return min(part, 1.0)
+
+
+def _asks_evenly(user: Instruction, made: Instruction) -> bool:
+  """Returns whether a part of the user asks for an equal part of the value."""
+  if user.opcode == "reduce":
+    return user.operands[0] == made.name
+  return user.opcode in _PASS or (
+    user.opcode in _ELEMENTWISE and user.shapes[0].elements == made.shapes[0].elements
+  )
 
 
 def _written_bytes(inner: Computation, root: Instruction) -> float:
