@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.saving import residual
 
 
@@ -26,10 +27,29 @@ def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  # As one product, for then the rows' gradient is one too, not a sum of two arrays of rows.
-  both_eDg = jnp.concatenate([weights.gate_eDf, weights.up_eDf], -1)
-  both_eRg = residual(jnp.einsum("erd,edg->erg", rows_eRD, both_eDg))
+  weights = varying_like(weights, rows_eRD)
+  both_eRg = residual(_gate_and_up(rows_eRD, weights.gate_eDf, weights.up_eDf))
   return jnp.einsum("erf,efd->erd", gated(both_eRg), weights.down_efD)
+
+
+@jax.custom_vjp
+def _gate_and_up(rows_eRD, gate_eDf, up_eDf) -> jax.Array:
+  """Returns `both_eRg`; its gradient by the rows is one product, not a sum of two."""
+  product = lambda weights_eDf: jnp.einsum("erd,edf->erf", rows_eRD, weights_eDf)
+  return jnp.concatenate([product(gate_eDf), product(up_eDf)], -1)
+
+
+def _gate_and_up_forward(rows_eRD, gate_eDf, up_eDf):
+  return _gate_and_up(rows_eRD, gate_eDf, up_eDf), (rows_eRD, gate_eDf, up_eDf)
+
+
+def _gate_and_up_backward(saved, d_eRg):
+  rows_eRD, gate_eDf, up_eDf = saved
+  d_eRD = jnp.einsum("erg,edg->erd", d_eRg, jnp.concatenate([gate_eDf, up_eDf], -1))
+  return d_eRD, *jnp.split(jnp.einsum("erd,erg->edg", rows_eRD, d_eRg), 2, -1)
+
+
+_gate_and_up.defvjp(_gate_and_up_forward, _gate_and_up_backward)
 
 
 @jax.custom_vjp

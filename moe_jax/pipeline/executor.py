@@ -230,8 +230,11 @@ class _Executor:
       () if state is None else (state.loss, state.outputs, state.totals.g_shared)
     )
 
-    def run(_, carry):
-      into, result = unit(micro, state and _with(state, carry[0]), x)
+    def run(turn, carry):
+      # XLA moves what no turn changes out of a loop, where every tick would pay for it. A barrier
+      # each: one for both would type the micro-batch's number as different on all devices.
+      here, given = (jax.lax.optimization_barrier((each, turn))[0] for each in (micro, x))
+      into, result = unit(here, state and _with(state, carry[0]), given)
       return parts(into), result
 
     # A loop of one turn or none: XLA adds in place in it, and copies what goes through a branch.

@@ -7,6 +7,7 @@ What is small beside the layer's largest collective or beside all of its product
 Knows a layer as a function, and reads its jaxpr; must not know schedules or models.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import jax.extend.core as jex
 from moe_jax.parallel.axes import TENSOR
 
 _COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum_invariant", "reduce_scatter")
+_RESIDUAL = "name"  # as `saving.residual` marks it
 _CALLS = ("closed_call", "custom_vjp_call", "jit", "remat2")
 _SMALL_COLLECTIVE = 0.05  # of the bytes of the largest
 _SMALL_PRODUCT = 0.03  # of the FLOPs of all
@@ -113,27 +115,47 @@ def whole(layer: Callable, example: tuple) -> Step:
 
 
 def _pieces(eqns, least_sent: float, head_apart: bool) -> list[list]:
-  """Returns the equations in runs that each begin with a collective of at least so many bytes or a
-  large product; the first holds what comes before as well, if that is not to be apart.
+  """Returns the equations in runs that each hold a collective of at least so many bytes or a large
+  product, and what comes after it; the first holds what comes before as well, if that is not to be
+  apart.
+
+  A collective begins its run. What comes before a product may be cut off wherever least crosses: of
+  what enters a run much is kept for the backward pass.
   """
   sent = [_sent_bytes(e) for e in eqns]
   flops = [_flops_of([e]) for e in eqns]
   if not any(sent):
     return [list(eqns)]
   least_flops = _SMALL_PRODUCT * sum(flops)
-  pieces, operand, has_head = [[]], None, head_apart
-  for eqn, num_bytes, num_flops in zip(eqns, sent, flops, strict=True):
+  begins, operand, last, has_head = [], None, 0, head_apart
+  for place, (eqn, num_bytes, num_flops) in enumerate(zip(eqns, sent, flops, strict=True)):
     is_collective = num_bytes > 0 and num_bytes >= least_sent
     is_product = num_flops > 0 and num_flops >= least_flops
+    if not (is_collective or is_product):
+      continue
     # Products of one operand stay together: XLA makes one of them.
-    shares = is_product and operand is not None and operand is eqn.invars[0]
-    if (is_collective or is_product) and not shares:
+    if not (is_product and operand is not None and operand is eqn.invars[0]):
       if has_head:
-        pieces.append([])
+        begins.append(place if is_collective else _narrowest(eqns, last, place))
       has_head = True
       operand = eqn.invars[0] if is_product else None
-    pieces[-1].append(eqn)
-  return pieces
+    last = place + 1
+  return [list(eqns[a:b]) for a, b in itertools.pairwise([0, *begins, len(eqns)])]
+
+
+def _narrowest(eqns, start: int, stop: int) -> int:
+  """Returns the last of the places between equations, from start to stop, that the fewest bytes
+  cross; but for residuals, which are kept wherever they are made.
+  """
+  last_use = {id(v): place for place, eqn in enumerate(eqns) for v in eqn.invars}
+  crossing = [0.0] * (stop + 1)
+  for place, eqn in enumerate(eqns[:stop]):
+    if eqn.primitive.name == _RESIDUAL:
+      continue
+    for var in eqn.outvars:
+      for between in range(place + 1, min(last_use.get(id(var), 0), stop) + 1):
+        crossing[between] += var.aval.size * var.aval.dtype.itemsize
+  return max(range(start, stop + 1), key=lambda place: (-crossing[place], place))
 
 
 def _alive_between(pieces, x_vars, globals_, outvars) -> list[list]:

@@ -18,8 +18,8 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
 
   inputs: the layer's input. residuals: that, the gathered positions, attention's queries, keys,
   values, output and logarithms, its sum with the input, rows that arrived and rows that came back,
-  gate and up, and where rows lie. everything: those, what elementwise steps made of the hidden
-  units, norms in float32, and the turns of the rotary embedding.
+  gate and up, and where rows lie. everything: those, the product of gate and up of a batched layer,
+  norms in float32, and the turns of the rotary embedding.
   """
   model, tensor = settings.model, settings.mesh.tensor
   activation = at.tokens * model.d_model * at.dtype_bytes
@@ -34,12 +34,12 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
   attention = heads + gathered
   is_dropless = settings.moe.dispatch in cost.EVERY_ASSIGNMENT
   if settings.pipeline.save == "residuals":
-    # What enters a step of the tied layer is kept too: the product of gate and up, or the tokens;
-    # and the router's logits, of which the layer's last step takes statistics.
-    entering = activation if is_dropless else hidden
+    # What enters a step of the tied layer is kept too: of a dropless one the tokens; and the
+    # router's logits, of which the layer's last step takes statistics.
+    entering = activation if is_dropless else 0
     routed = at.tokens * (model.experts_per_token + model.experts) * FLOAT32_BYTES
     return attention + rows + 2 * activation + entering + routed
-  made_of_hidden = 0 if is_dropless else 4 * hidden
+  made_of_hidden = 0 if is_dropless else hidden
   norms = (5 * model.d_model + 2 * model.experts + 8) * at.tokens * FLOAT32_BYTES
   return attention + rows + made_of_hidden + norms + turns_bytes(settings, at)
 

@@ -101,7 +101,7 @@ def declared(function: Callable, **sizes: float) -> list[tuple[str, str, float]]
 
 
 def _walk(jaxpr: core.Jaxpr, sizes, num_loops) -> Iterator[Collective]:
-  for equation in jaxpr.eqns:
+  for equation in _used(jaxpr):
     name, params = equation.primitive.name, equation.params
     if name in _KINDS:
       axes = params.get("axes", params.get("axis_name"))
@@ -117,6 +117,16 @@ def _walk(jaxpr: core.Jaxpr, sizes, num_loops) -> Iterator[Collective]:
       raise ValueError(f"primitive {name} runs over mesh axes and is not known: {params}")
     for inner in _inner(params):
       yield from _walk(inner, sizes, num_loops + (name in _LOOPS))
+
+
+def _used(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+  """Returns the equations whose results something asks for; the others a compiled program lacks."""
+  asked, used = set(map(id, jaxpr.outvars)), []
+  for equation in reversed(jaxpr.eqns):
+    if any(id(v) in asked for v in equation.outvars):
+      used.append(equation)
+      asked |= set(map(id, equation.invars))
+  return used[::-1]
 
 
 def _inner(params) -> Iterator[core.Jaxpr]:

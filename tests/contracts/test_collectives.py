@@ -326,9 +326,10 @@ def test_executor_sends_what_it_declares(schedule, is_forward_only):
   activation = (toy.NUM_ROWS, toy.WIDTH)
   in_loops = [c for c in found if c.num_loops and c.axes == (STAGE,)]
   assert {c.shape for c in in_loops} == {activation}
-  # The loop over ticks, not that over layers; and for head and embedding one of at most one turn.
-  depth = {"collective-permute": {1}, "all-reduce": {1} if is_forward_only else {2}}
-  assert all(c.num_loops in depth[c.kind] for c in in_loops)
+  # The loop over ticks, not that over layers; and for head and embedding, where not every tick has
+  # one, a loop of at most one turn.
+  deepest = {"collective-permute": 1, "all-reduce": 1 if is_forward_only else 2}
+  assert all(1 <= c.num_loops <= deepest[c.kind] for c in in_loops)
 
   # Each run of ticks that have the same halves is a loop of its own.
   halves = [

@@ -74,7 +74,7 @@ def test_a_compiled_step_sends_what_was_planned(name):
   mesh = mesh_lib.make(settings.mesh, jax.devices()[:8])
   with jax.numpy_dtype_promotion("standard"):
     compiled = lowering.train(settings, mesh)
-  read = rehearsed.read(compiled.text, dict(mesh.shape))
+  read = rehearsed.read(compiled.text, dict(mesh.shape), turns=ticks.TURNS)
   taken = ticks.branches_taken(read, step_lib.table(settings))
   assert read.unknown == taken.unknown == {}
   run = Simulator(CHIPS["h100"], 4, taken.branch_of_turn).run(read)

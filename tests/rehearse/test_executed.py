@@ -55,7 +55,7 @@ def step(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(tiny, step):
   text, mesh, _ = step
-  read = program.read(text, mesh)
+  read = program.read(text, mesh, turns=ticks.TURNS)
   taken = ticks.branches_taken(read, step_lib.table(tiny))
   assert read.unknown == taken.unknown == {}
   return Simulator(CHIPS["h100"], 4, taken.branch_of_turn).run(read)
