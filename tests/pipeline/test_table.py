@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from moe_jax.pipeline import columns
 from moe_jax.pipeline.picture import picture
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import CLASSIC_COSTS, KINDS, Table, check, to_text
@@ -33,6 +34,34 @@ def changed(table, **values_by_array):
 def small():
   """1f1b, 2 stages, 2 micro-batches. Stage 0: F0 F1 . B0 B1, stage 1: . F0 (B0 F1) B1."""
   return SCHEDULES["1f1b"](2, 2, 1)
+
+
+@hypothesis.given(
+  name=st.sampled_from(sorted(SCHEDULES)), stages=st.sampled_from([1, 2, 4, 8]),
+  micro_batches=st.integers(1, 17), chunks=st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_idle_cells_write_where_nothing_waits(name, stages, micro_batches, chunks):
+  """Played on a stash: what a unit writes is there, whole, when its backward unit reads it."""
+  table = SCHEDULES[name](stages, micro_batches, chunks if name == "interleaved" else 1)
+  slot_QZ = columns.stash_slots(table)
+  busy_QZ = table.forward_micro_QZ >= 0
+  assert (slot_QZ[busy_QZ] == table.forward_slot_QZ[busy_QZ]).all()
+  forward_QZ, backward_QZ = columns.directions(table, slot_QZ)
+  for stage in range(stages):
+    # Of each slot two layers; of each layer whose unit wrote it.
+    stash = [[None, None] for _ in range(table.peak_in_flight)]
+    for tick in range(table.num_ticks):
+      read, written = table.backward_slot_QZ[tick, stage], slot_QZ[tick, stage]
+      unit = (table.forward_micro_QZ[tick, stage], table.forward_chunk_QZ[tick, stage])
+      for layer in (0, 1):
+        if read >= 0:
+          number = 1 - layer
+          place = 1 - number if backward_QZ[tick, stage] else number
+          wanted = table.backward_micro_QZ[tick, stage], table.backward_chunk_QZ[tick, stage]
+          assert stash[read][place] == (*wanted, number)
+        if written >= 0:
+          place = 1 - layer if forward_QZ[tick, stage] else layer
+          stash[written][place] = (*unit, layer)
 
 
 def test_small_table_by_hand():

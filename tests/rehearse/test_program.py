@@ -62,6 +62,39 @@ def test_a_loop_turns_as_often_as_is_assumed_of_its_scope(text):
   }
 
 
+def test_a_loop_of_at_most_one_turn_is_a_branch(text):
+  text = text.replace('"known_trip_count":{"n":"3"}', '"other":1').replace(
+    'op_name="jit(step)/while"', 'op_name="jit(step)/where_due/while"'
+  )
+  found = program.read(text, golden.MESH, turns={"where_due": None})
+  (branch,) = found.entry.units
+  assert isinstance(branch, Branch) and found.unknown == found.assumed == {}
+  nothing, body = branch.branches
+  assert nothing.units == () and len(body.units) > 3
+
+
+@pytest.mark.parametrize(("half", "num_bytes"), [("[0:2]", 16 + 4 + 8), ("[0:4]", 32 + 4 + 16)])
+def test_a_fusion_reads_what_its_results_ask_for(half, num_bytes):
+  """A sum over the first dimension, of which half is taken, reads half of what is summed."""
+  size = 2 if half == "[0:2]" else 4
+  text = golden.LISTED.replace(
+    "%gemm.1 =",
+    "%parts = f32[2,4]{1,0} constant({...})\n  %zero = f32[] constant(0)\n"
+    f"  %summed = f32[{size}]{{0}} fusion(%parts, %zero), kind=kLoop, calls=%halved\n  %gemm.1 =",
+    1,
+  ).replace(
+    "\n%sum",
+    "\n%halved (parts: f32[2,4], zero: f32[]) -> f32[2] {\n"
+    "  %parts.1 = f32[2,4]{1,0} parameter(0)\n  %zero.1 = f32[] parameter(1)\n"
+    "  %whole = f32[4]{0} reduce(%parts.1, %zero.1), dimensions={0}, to_apply=%sum\n"
+    f"  ROOT %part = f32[{size}]{{0}} slice(%whole), slice={{{half}}}\n}}\n\n%sum",
+    1,
+  )
+  kernels = [u for u, _ in program.flat(program.read(text, golden.MESH).entry)]
+  (kernel,) = (u for u in kernels if u.name == "summed")
+  assert kernel.work.num_bytes == num_bytes
+
+
 def test_a_kernel_counts_by_its_declared_formula():
   call = (
     '%call.1 = bf16[4]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton",'
