@@ -346,14 +346,5 @@ def _together(slots, first: list[_Part], second: list[_Part], x: tuple[Tree, Tre
   for num_ahead, num_behind in slots:
     ahead.run(num_ahead)
     behind.run(num_behind)
-    ahead.carry, behind.carry = _tie((ahead.carry, behind.carry))
+    ahead.carry, behind.carry = jax.lax.optimization_barrier((ahead.carry, behind.carry))
   return ahead.carry, behind.carry
-
-
-def _tie(carries: Tree) -> Tree:
-  """Returns the carries, of which nothing is used before all of it is there; but for scalars, such
-  as how many rounds a dispatch takes, which may come as late as they are used.
-  """
-  leaves, tree = jax.tree.flatten(carries)
-  tied = iter(jax.lax.optimization_barrier([leaf for leaf in leaves if leaf.ndim >= 0]))
-  return tree.unflatten([next(tied) if leaf.ndim >= 0 else leaf for leaf in leaves])
