@@ -119,7 +119,7 @@ class LayerArrays:
     # What `_rows` lists as well.
     rows = 0
     if self._save == "residuals" and not self._has_rounds:
-      rows = self._arrived + 3 * self._hidden + self._sent
+      rows = self._arrived + 2 * self._hidden + self._sent
     found = [Array(self._saved - rows, early, Moment.ATTENTION)]
     if self._is_straight:
       found.append(Array(rows, Moment.HEAD, Moment.HEAD))
@@ -151,18 +151,16 @@ class LayerArrays:
     found = [
       Array(arrived, Moment.HIDDEN, used_by_down),  # cotangent
       Array(self._partial_hidden(), Moment.HIDDEN, Moment.HIDDEN),  # of the product of gate and up
-      Array(hidden, Moment.HIDDEN, used_by_gate),  # of gate
-      Array(hidden, Moment.ROWS, used_by_gate),  # of up
+      Array(2 * hidden, Moment.ROWS, used_by_gate),  # of gate and up, one array
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
     if self._save == "everything":
       return found
-    number = 2 if self._save == "residuals" else 1  # gate and up, computed again, are one array
     last = Moment.HIDDEN if is_tied else Moment.ROWS
     return [
       *found,
       Array(arrived, Moment.HIDDEN, used_by_gate),
-      *[Array(2 * hidden // number, Moment.HIDDEN, last)] * number,
+      Array(2 * hidden, Moment.HIDDEN, last),  # gate and up
       Array(hidden, Moment.HIDDEN if is_tied else Moment.ROWS, used_by_down),  # gate x up
       *[Array(self._sent, Moment.AHEAD, Moment.DOWN)] * 2,
       Array(self._sent, Moment.ATTENTION, Moment.ATTENTION),
@@ -178,14 +176,13 @@ class LayerArrays:
     return number * num_bytes // self._at.dtype_bytes * FLOAT32_BYTES
 
   def _partial_rows(self) -> list[int]:
-    """The rows' cotangent by gate and by up, each perhaps in parts, and the sum of the parts."""
+    """The rows' cotangent by gate and up, perhaps in parts, and the sum of the parts."""
     number = splits.parts(
-      self._experts, self._rows_per_expert, self._settings.model.d_model, self._width
+      self._experts, self._rows_per_expert, self._settings.model.d_model, 2 * self._width
     )
     if number == 1:
-      return [self._arrived] * 2
-    partial = self._parts_bytes(self._arrived, number)
-    return [partial, partial, self._arrived]
+      return [self._arrived]
+    return [self._parts_bytes(self._arrived, number), self._arrived]
 
   def _rounds(self) -> list[Array]:
     """Of a dispatch in rounds: rows and hidden units in blocks, and sums of weights' gradients."""
