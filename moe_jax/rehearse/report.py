@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import config
-from moe_jax.moe import grouped, rounds
 from moe_jax.pipeline.table import Table
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import (
@@ -31,8 +30,6 @@ from moe_jax.rehearse.pod import Pod
 from moe_jax.rehearse.workload import Workload
 
 _PLANNED = CHIPS["planned"]
-# The load is even: nothing is left for further rounds of a dispatch, and nothing is stolen.
-_TURNS = {rounds.SCOPE: 0, grouped.SHADOWS_SCOPE: 0}
 
 
 class Report(NamedTuple):
@@ -82,15 +79,10 @@ def make(
       "name": pod.name,
       "topology": pod.topology,
       "gpus": len(pod.devices),
+      "unit": "GPU",
       "memory_bytes": pod.chip.memory_bytes,
     },
-    "workload": {
-      "step": step,
-      "sequences": workload.sequences,
-      "tokens_each": workload.tokens_each,
-      "cached_tokens": workload.cached_tokens,
-      "micro_batches": workload.micro_batches,
-    },
+    "workload": workloads.as_dict(workload),
     "binding": figures.binding(parts["compiled"]["prediction"]),
     "fits": bytes_by_part["total"] <= pod.chip.memory_bytes,
     "memory_bytes": bytes_by_part,
@@ -149,7 +141,7 @@ def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress) -> _Sched
 
 
 def _simulated(compiled: lowering.Compiled, table: Table, pod: Pod, mesh) -> _Simulated:
-  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, _TURNS)
+  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, workloads.TURNS)
   taken = ticks.branches_taken(found, table)
   simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
   return _Simulated(found, taken, simulator, simulator.run(found))

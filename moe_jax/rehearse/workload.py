@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from moe_jax import config
+from moe_jax.moe import grouped, rounds
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import cost
 from moe_jax.serve import decode as decode_lib
@@ -14,6 +15,9 @@ from moe_jax.serve import prefill as prefill_lib
 from moe_jax.train import step as step_lib
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
+# How often a loop turns whose data decides that, by its scope. The load is even: nothing is left
+# for further rounds of a dispatch, and nothing is stolen.
+TURNS = {rounds.SCOPE: 0, grouped.SHADOWS_SCOPE: 0}
 
 
 class Workload(NamedTuple):
@@ -76,3 +80,9 @@ def decode(settings: config.Config) -> Workload:
 
 
 WORKLOADS = {TRAIN: train, PREFILL: prefill, DECODE: decode}
+
+
+def as_dict(workload: Workload) -> dict[str, str | int]:
+  """Returns what a report says of it."""
+  names = ("step", "sequences", "tokens_each", "cached_tokens", "micro_batches")
+  return {name: getattr(workload, name) for name in names}
