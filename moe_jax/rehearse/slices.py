@@ -19,6 +19,12 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.plan.hardware import TPUS, Tpu
 
 _EXAMPLE = "tpu:v5p:4x4x4"
+# The compiler would ask the machine which TPU it is in, and keep it for one process.
+_NO_TPU_HERE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +104,8 @@ def describe(text: str) -> Slice:
       f" --pod=tpu:{kind}:{'x'.join(['4'] * dimensions)}"
     )
   _check_installed()
-  # The compiler would ask the machine which TPU it is in.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  for name, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(name, value)
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=text[len("tpu:") :]
