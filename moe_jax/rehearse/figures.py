@@ -49,8 +49,14 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
 def exposure(rows: list[dict], compute_s: float) -> dict:
   """Returns how much communication is hidden, and how much could be at most.
 
-  Per link, what can be hidden is min(communication, computation): each link carries one collective
-  at a time, and all computation might run meanwhile. For an axis, likewise with its own share.
+  hideable = sum over links of min(seconds of its collectives, seconds of all kernels)
+
+  A link carries one collective at a time, so what is hidden on it is at most its own time and at
+  most the computation's; both links may hide behind the same kernel. `hidden_of_hideable` is
+  therefore at most 1. The limit is of times alone: computation that a collective waits for, or that
+  waits for it, counts as well, so that a program with dependencies may not reach it. An axis has
+  its own share of each link for "its collectives": the axes' limits do not add up to the whole. All
+  collectives count, with their latency, however small.
 
   Args:
     rows: of `collectives`.
