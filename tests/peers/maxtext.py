@@ -6,7 +6,11 @@ Ours is compiled here; needs the extra rehearse, no GPU. MaxText's figures are f
 not by this command: its own tool for compiling ahead of time asks a live GPU what it is, and had to
 be patched. The sizes are those of both: pod64 with a vocabulary of 32,768, sequence 2,048, batch
 128, bfloat16, 16 micro-batches. What a collective results in counts as many bytes as its result has
-on one GPU, once for each time that it runs, where its group has devices on several hosts.
+on one GPU, once for each time that it runs, where its group has devices on several hosts; ours runs
+embedding and head in the ticks in which a stage has one.
+
+save=inputs computes every layer again, its exchanges too, as MaxText does; save=residuals keeps the
+results of products and exchanges.
 """
 
 import argparse
