@@ -1,9 +1,10 @@
 """Compiles a deployment for a pod that is not there, and says what it would do.
 
   python -m launch.rehearse --config=configs/pod64.py --pod=h100:16x4 --json=report.json
+  python -m launch.rehearse --config=configs/pod64.py --pod=tpu:v5p:4x4x4
 
-Needs no GPU: XLA's GPU compiler alone, two wheels that a first run names. Memory is XLA's; times
-are a model's, of the compiled schedule (moe_jax/rehearse).
+Needs no GPU and no TPU: XLA's compiler for them alone, wheels that a first run names. Memory is
+XLA's; times are a model's, of the compiled schedule (moe_jax/rehearse), and of GPUs only.
 """
 
 import json
@@ -17,7 +18,11 @@ from launch import environment
 from launch.flags import run
 
 _POD = flags.DEFINE_string(
-  "pod", None, "CHIP:HOSTSxGPUS, such as h100:16x4; chips are a100, h100, h200, b200", required=True
+  "pod",
+  None,
+  "CHIP:HOSTSxGPUS, such as h100:16x4, of a100, h100, h200, b200; or tpu:CHIP:SHAPE, such as"
+  " tpu:v5p:4x4x4, of v5p, v5e, v6e.",
+  required=True,
 )
 _STEP = flags.DEFINE_enum(
   "step", "train", ["train", "prefill", "decode"],
@@ -41,11 +46,16 @@ _DOES_NOT_FIT = 1
 def main(config) -> int:
   environment.described_devices()
   # jax takes seconds to import, which a mistyped flag need not wait for.
-  from moe_jax.rehearse import memory, picture, pod, report, text
+  from moe_jax.rehearse import memory, picture, pod, report, slice_report, slices, text
 
   start = time.perf_counter()
   progress = lambda what: print(f"[{time.perf_counter() - start:5.1f} s] {what}", file=sys.stderr)
-  found, events, profile = report.make(_STEP.value, config, pod.describe(_POD.value), progress)
+  described = pod.describe(_POD.value)
+  if isinstance(described, slices.Slice):
+    _refuse_times()
+    found, events, profile = slice_report.make(_STEP.value, config, described, progress), [], ""
+  else:
+    found, events, profile = report.make(_STEP.value, config, described, progress)
   progress("done")
   print(text.render(found))
   if _JSON.value:
@@ -61,13 +71,27 @@ def main(config) -> int:
     print("XLA's own guess schedules this program better; no profile written", file=sys.stderr)
   if not found["fits"]:
     total, capacity = found["memory_bytes"]["total"], found["pod"]["memory_bytes"]
-    advice = memory.advice(found["memory_bytes"], config)
+    advice, unit = memory.advice(found["memory_bytes"], config), found["pod"]["unit"]
     print(
-      f"the program needs {total / 1e9:.1f} GB, the GPU has {capacity / 1e9:.0f} GB; {advice}",
+      f"the program needs {total / 1e9:.1f} GB, the {unit} has {capacity / 1e9:.0f} GB; {advice}",
       file=sys.stderr,
     )
     return _DOES_NOT_FIT
   return 0
+
+
+def _refuse_times() -> None:
+  """Refuses what shows times, of which a TPU's program has none.
+
+  Raises:
+    ValueError: it is asked for.
+  """
+  for flag in (_PICTURE, _PROFILE):
+    if flag.value:
+      raise ValueError(
+        f"--{flag.name} shows times, which are not read for TPUs; leave it out, or choose a pod of"
+        " GPUs"
+      )
 
 
 def _write(path: pathlib.Path, content: str) -> None:

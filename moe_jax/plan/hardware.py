@@ -120,6 +120,67 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (_A100, _H100, _H200, _
 
 
 @dataclasses.dataclass(frozen=True)
+class Tpu:
+  """One TPU chip of a slice: chips in a torus, each linked to its next ones along every dimension.
+
+  Attributes:
+    name: as users type it.
+    peak_flops_per_s: dense matrix products, by dtype of the operands.
+    memory_bytes, memory_bytes_per_s: of the chip's own memory.
+    ici_bytes_per_s: over all links between chips together, one direction.
+    dimensions: of the torus.
+    source: where the figures stand.
+  """
+
+  name: str
+  peak_flops_per_s: Mapping[str, float]
+  memory_bytes: float
+  memory_bytes_per_s: float
+  ici_bytes_per_s: float
+  dimensions: int
+  source: str
+
+  def __hash__(self):
+    return hash(self.name)  # peaks are a mapping
+
+
+# The vendor's tables give both directions of the links together, and memory as GB on one page and
+# GiB on another: half of the one, and the smaller of the other, are taken.
+TPUS: Mapping[str, Tpu] = {
+  chip.name: chip
+  for chip in (
+    Tpu(
+      name="v5p",
+      peak_flops_per_s={"bfloat16": 459e12},
+      memory_bytes=95e9,
+      memory_bytes_per_s=2.765e12,
+      ici_bytes_per_s=600e9,
+      dimensions=3,
+      source="https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GB, 1,200 GB/s ICI",
+    ),
+    Tpu(
+      name="v5e",
+      peak_flops_per_s={"bfloat16": 197e12},
+      memory_bytes=16e9,
+      memory_bytes_per_s=0.8e12,
+      ici_bytes_per_s=200e9,
+      dimensions=2,
+      source="https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 400 GB/s ICI",
+    ),
+    Tpu(
+      name="v6e",
+      peak_flops_per_s={"bfloat16": 918e12},
+      memory_bytes=32e9,
+      memory_bytes_per_s=1.6e12,
+      ici_bytes_per_s=400e9,
+      dimensions=2,
+      source="https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 3,200 Gb/s ICI",
+    ),
+  )
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Cluster:
   """Hosts of GPUs of one kind; consecutive GPUs share a host.
 

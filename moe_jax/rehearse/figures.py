@@ -49,8 +49,14 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
 def exposure(rows: list[dict], compute_s: float) -> dict:
   """Returns how much communication is hidden, and how much could be at most.
 
-  Per link, what can be hidden is min(communication, computation): each link carries one collective
-  at a time, and all computation might run meanwhile. For an axis, likewise with its own share.
+  hideable = sum over links of min(seconds of its collectives, seconds of all kernels)
+
+  A link carries one collective at a time, so what is hidden on it is at most its own time and at
+  most the computation's; both links may hide behind the same kernel. `hidden_of_hideable` is
+  therefore at most 1. The limit is of times alone: computation that a collective waits for, or that
+  waits for it, counts as well, so that a program with dependencies may not reach it. An axis has
+  its own share of each link for "its collectives": the axes' limits do not add up to the whole. All
+  collectives count, with their latency, however small.
 
   Args:
     rows: of `collectives`.
@@ -63,18 +69,18 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
     "seconds": seconds,
     "hidden_seconds": hidden,
     "seconds_by_link": by_link,
-    "hidden_fraction": _ratio(hidden, seconds),
-    "hideable_fraction": _ratio(hideable, seconds),
-    "hidden_of_hideable": _ratio(hidden, hideable),
+    "hidden_fraction": ratio(hidden, seconds),
+    "hideable_fraction": ratio(hideable, seconds),
+    "hidden_of_hideable": ratio(hidden, hideable),
   }
   by_axis = collections.defaultdict(dict)
   for axis in sorted({row["axis"] for row in rows}):
     axis_s = _sum(rows, "seconds", axis=axis)
     axis_hidden = _sum(rows, "hidden_seconds", axis=axis)
     can = sum(min(_sum(rows, "seconds", axis=axis, link=link), compute_s) for link in by_link)
-    by_axis["hidden_fraction_by_axis"][axis] = _ratio(axis_hidden, axis_s)
-    by_axis["hideable_fraction_by_axis"][axis] = _ratio(can, axis_s)
-    by_axis["hidden_of_hideable_by_axis"][axis] = _ratio(axis_hidden, can)
+    by_axis["hidden_fraction_by_axis"][axis] = ratio(axis_hidden, axis_s)
+    by_axis["hideable_fraction_by_axis"][axis] = ratio(can, axis_s)
+    by_axis["hidden_of_hideable_by_axis"][axis] = ratio(axis_hidden, can)
   return {**found, **by_axis}
 
 
@@ -105,7 +111,7 @@ def prediction(
     INSIDE: _sum(rows, "bytes_per_gpu", link=INSIDE) / chip.inside_bytes_per_s,
     BETWEEN: _sum(rows, "bytes_per_gpu", link=BETWEEN) / chip.between_bytes_per_s,
   }
-  rate = lambda seconds: _ratio(workload.tokens / gpus / 1e3, seconds)
+  rate = lambda seconds: ratio(workload.tokens / gpus / 1e3, seconds)
   model_flops = workload.model_flops
   peak = flops_per_s(chip, _HLO_DTYPES[settings.model.dtype])
   return {
@@ -174,5 +180,6 @@ def _sum(rows: list[dict], field: str, **where: str) -> float:
   return sum(row[field] for row in rows if all(row[k] == v for k, v in where.items()))
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
+  """Returns the ratio, or None of nothing."""
   return part / whole if whole else None

@@ -12,8 +12,8 @@ import jax
 from jax.experimental import topologies
 
 from moe_jax import config
-from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.plan.hardware import CHIPS, Chip
+from moe_jax.rehearse import slices
 from moe_jax.rehearse.targets import TARGETS, description
 
 _EXAMPLE = "h100:16x4"
@@ -47,29 +47,23 @@ class Pod:
     Raises:
       ValueError: the pod has another number of GPUs than the mesh.
     """
-    if len(self.devices) != sizes.num_devices:
-      hosts, left_over = divmod(sizes.num_devices, self.gpus_per_host)
-      fit = f"--pod={self.chip.name}:{sizes.num_devices}x1"
-      if not left_over:
-        fit = f"--pod={self.chip.name}:{hosts}x{self.gpus_per_host}"
-      raise ValueError(
-        f"mesh expert={sizes.expert} x tensor={sizes.tensor} x stage={sizes.stage} needs"
-        f" {sizes.num_devices} GPUs, pod {self.name} has {len(self.devices)}; choose {fit}, or a"
-        f" mesh of {len(self.devices)}"
-      )
-    return mesh_lib.make(sizes, self.devices)
+    hosts, left_over = divmod(sizes.num_devices, self.gpus_per_host)
+    fit = f"{sizes.num_devices}x1" if left_over else f"{hosts}x{self.gpus_per_host}"
+    fit = f"choose --pod={self.chip.name}:{fit}"
+    return slices.fitting_mesh(sizes, self.name, self.devices, "GPUs", fit)
 
 
-def describe(text: str) -> Pod:
-  """Returns the pod that `text` names, such as h100:16x4 for 16 hosts with 4 H100 each.
+def describe(text: str) -> Pod | slices.Slice:
+  """Returns the pod that `text` names, such as h100:16x4 for 16 hosts with 4 H100 each, or
+  tpu:v5p:4x4x4.
 
   Raises:
     ValueError: `text` is not CHIP:HOSTSxGPUS, or the chip is not known.
     NotImplementedError: the compiler for it is not installed.
   """
-  match = re.fullmatch(r"(\w+):(\d+)x(\d+)", text)
   if text.startswith("tpu:"):
-    raise NotImplementedError(f"--pod={text}: TPUs are not built yet; choose --pod={_EXAMPLE}")
+    return slices.describe(text)
+  match = re.fullmatch(r"(\w+):(\d+)x(\d+)", text)
   if not match:
     raise ValueError(f"--pod={text} is not CHIP:HOSTSxGPUS; write it as --pod={_EXAMPLE}")
   kind, hosts, gpus_per_host = match[1], int(match[2]), int(match[3])

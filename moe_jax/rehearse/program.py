@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.observe import trace
-from moe_jax.rehearse import groups, hlo, work
+from moe_jax.rehearse import groups, hlo, trips, work
 from moe_jax.rehearse.hlo import Computation, Instruction, Module
 
 PHASES = (*trace.PHASES, "optimizer")
@@ -85,6 +85,13 @@ class Collective:
       "all-to-all": (n - 1) / n,
       "collective-permute": 1,
     }[self.kind]  # fmt: skip
+
+  @property
+  def result_bytes(self) -> int:
+    """Bytes that this device holds of the result."""
+    n = self.groups.size
+    scale = {"all-gather": (n, 1), "reduce-scatter": (1, n)}.get(self.kind, (1, 1))
+    return self.operand_bytes * scale[0] // scale[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,7 +234,7 @@ class _Reader:
       body = self.block(self.module.called(each, "body"))
       if self._is_branch(each):
         return [Branch(each.name, (Block("", (), frozenset()), body), each.op_name)]
-      return [Loop(each.name, self._trips(each), body)]
+      return [Loop(each.name, self._trips(computation, each), body)]
     if opcode == "conditional":
       names = each.called["branches"]
       branches = tuple(self.block(self.module.computations[n]) for n in names)
@@ -238,7 +245,7 @@ class _Reader:
     if collective is not None:
       if opcode.endswith("-start"):
         started[each.name] = each.name
-      return [self._begun(where, collective, each)]
+      return [self._begun(computation, where, collective, each)]
     if opcode == "call":
       return list(self.block(self.module.called(each, "to_apply")).units)
     return [self._compute(computation, each)]
@@ -264,14 +271,19 @@ class _Reader:
         return inner, found[0]
     return None, None
 
-  def _begun(self, where: Computation, collective: Instruction, each: Instruction) -> Collective:
-    op_name = collective.op_name or each.op_name
+  def _begun(
+    self, computation: Computation, where: Computation, collective: Instruction, each: Instruction
+  ) -> Collective:
+    operands = where.operands_of(collective)
+    # One that XLA made up belongs to what it sends.
+    made_by = (collective, each, *operands, *computation.operands_of(each))
+    op_name = next((maker.op_name for maker in made_by if maker.op_name), "")
     return Collective(
       name=each.name,
       phase=phase_of(op_name),
-      kind=collective.opcode.removesuffix("-start"),
+      kind=_kind(where, collective),
       is_async=each.opcode.endswith("-start"),
-      operand_bytes=sum(operand.num_bytes for operand in where.operands_of(collective)),
+      operand_bytes=sum(operand.num_bytes for operand in operands),
       groups=groups.parse(collective.attributes, self.mesh),
       is_backward="transpose(" in op_name,
     )
@@ -290,10 +302,10 @@ class _Reader:
     scopes = loop.op_name.split("/")[:-1]
     return bool(scopes) and self.turns.get(scopes[-1], 0) is None
 
-  def _trips(self, loop: Instruction) -> int:
-    known = loop.backend_config.get("known_trip_count", {}).get("n")
+  def _trips(self, computation: Computation, loop: Instruction) -> int:
+    known = trips.known(self.module, computation, loop)
     if known is not None:
-      return int(known)
+      return known
     for scope in loop.op_name.split("/"):
       turns = self.turns.get(scope)
       if turns is not None:
@@ -308,3 +320,12 @@ class _Reader:
       for names in each.called.values():
         for name in names:
           yield from self._op_names(self.module.computations[name])
+
+
+def _kind(where: Computation, collective: Instruction) -> str:
+  """Returns the kind of a collective; a fusion of all-reduce and a slice of it, as XLA's TPU back
+  end writes a reduce-scatter, is one.
+  """
+  kind = collective.opcode.removesuffix("-start")
+  sliced = where.root.opcode == "dynamic-slice" and where.root.operands[0] == collective.name
+  return "reduce-scatter" if kind == "all-reduce" and sliced else kind

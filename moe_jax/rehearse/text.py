@@ -10,9 +10,10 @@ from moe_jax.rehearse.memory import PARTS
 
 def render(report: Mapping) -> str:
   """Returns the report as sections, what binds the step first."""
-  sections = (
-    _heading, _memory, _communication, _exposure, _prediction, _claims, _assumed, _unknown,
-  )  # fmt: skip
+  times = (_exposure, _prediction, _claims)
+  if "not_read" in report["prediction"]:
+    times = (_limits_only,)
+  sections = (_heading, _memory, _communication, *times, _assumed, _unknown)
   return "\n\n".join("\n".join(section(report)) for section in sections if any(section(report)))
 
 
@@ -20,8 +21,8 @@ def _heading(report) -> Iterable[str]:
   pod, seconds = report["pod"], report["seconds"]
   yield report["binding"]
   yield (
-    f"pod {pod['name']}, {pod['gpus']} GPUs, compiled for topology {pod['topology']} by jax"
-    f" {report['jax']} in {seconds['lower'] + seconds['compile']:.0f} s"
+    f"pod {pod['name']}, {pod['gpus']} {pod['unit']}s, compiled for topology {pod['topology']} by"
+    f" jax {report['jax']} in {seconds['lower'] + seconds['compile']:.0f} s"
   )
   work = report["workload"]
   after = f" after {work['cached_tokens']:,} cached" if work["cached_tokens"] else ""
@@ -33,15 +34,20 @@ def _heading(report) -> Iterable[str]:
 
 def _memory(report) -> Iterable[str]:
   found, capacity = report["memory_bytes"], report["pod"]["memory_bytes"]
-  yield "MEMORY PER GPU"
+  yield f"MEMORY PER {report['pod']['unit']}"
+  # Arguments are told apart by their elements; TPUs pad arrays to whole tiles.
+  rest = {"inputs": "inputs, and tiles' padding"} if report["pod"]["unit"] == "TPU" else {}
   for part in (part for part in (*PARTS, "total") if found[part]):
-    yield f"  {part.replace('_', ' '):<26}{found[part] / 1e6:>12,.1f} MB"
+    yield f"  {rest.get(part, part.replace('_', ' ')):<26}{found[part] / 1e6:>12,.1f} MB"
   verdict = "fits" if report["fits"] else "DOES NOT FIT"
   yield f"  {verdict}: {found['total'] / capacity:.1%} of {capacity / 1e9:.0f} GB"
 
 
 def _communication(report) -> Iterable[str]:
-  yield f"COMMUNICATION, one GPU and step, on {report['prediction']['chip']}"
+  yield (
+    f"COMMUNICATION, one {report['pod']['unit']} and step, on {report['prediction']['chip']}"
+    + (", ms at least" if "not_read" in report["exposure"] else "")
+  )
   yield (
     f"  {'link':<9}{'axis':<20}{'kind':<20}{'phase':<18}{'':<6}{'count':>6}{'MB':>10}{'ms':>9}"
     f"{'hidden':>8}"
@@ -51,8 +57,26 @@ def _communication(report) -> Iterable[str]:
     yield (
       f"  {row['link']:<9}{row['axis']:<20}{row['kind']:<20}{row['phase']:<18}{way:<6}"
       f"{row['count']:>6}{row['bytes_per_gpu'] / 1e6:>10,.2f}{row['seconds'] * 1e3:>9.3f}"
-      f"{_percent(row['hidden_seconds'] / row['seconds'] if row['seconds'] else None):>8}"
+      f"{_percent(_hidden(row)):>8}"
     )
+
+
+def _hidden(row) -> float | None:
+  read = row["hidden_seconds"] is not None and row["seconds"]
+  return row["hidden_seconds"] / row["seconds"] if read else None
+
+
+def _limits_only(report) -> Iterable[str]:
+  exposure = report["exposure"]
+  count = sum(row["count"] for row in report["collectives"])
+  yield "HIDDEN COMMUNICATION AND STEP TIME"
+  yield f"  {exposure['not_read']}"
+  at_once = exposure["waited_for_at_once"]
+  yield f"  {at_once:,} of {count:,} collectives are waited for where they begin"
+  yield f"LIMITS, tokens/ms/{report['pod']['unit']}, of what any schedule would take"
+  for name, limit in report["prediction"]["limits_tokens_per_ms_per_gpu"].items():
+    yield f"  {name:<42}{_number(limit):>12}"
+  yield "  links: each chip sends over all of its links at once, and no byte passes a third chip"
 
 
 def _exposure(report) -> Iterable[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from moe_jax.moe import grouped, rounds
 from moe_jax.pipeline import columns, executor
 from moe_jax.pipeline.table import Table
-from moe_jax.rehearse.program import Block, Branch, Loop, Program, phase_of
+from moe_jax.rehearse.program import Block, Branch, Done, Loop, Program, phase_of
 from moe_jax.serve import sampling
 
 # How often loops turn whose data decides that, for `program.read`. The load is even: nothing is
@@ -62,6 +62,42 @@ def branches_taken(program: Program, table: Table) -> Taken:
   if samplings:
     assumed["conditional of sampling: every request draws within top-k and top-p"] = len(samplings)
   return Taken(found, dict(unknown), dict(assumed))
+
+
+def executions(block: Block, branch_of_turn: Mapping[str, tuple[int, ...]]) -> collections.Counter:
+  """Returns how often each kernel and each collective of a block runs, its loops' turns multiplied.
+
+  Args:
+    block: the program's entry, or a part of it.
+    branch_of_turn: of `Taken`; of a conditional that is not there the last branch always runs.
+  """
+  found: collections.Counter = collections.Counter()
+  for unit in block.units:
+    if isinstance(unit, Loop):
+      for turn, turns in _kinds_of_turn(unit, branch_of_turn):
+        taken = {name: (branches[turn],) for name, branches in _in(unit, branch_of_turn).items()}
+        for inner, count in executions(unit.body, {**branch_of_turn, **taken}).items():
+          found[inner] += turns * count
+    elif isinstance(unit, Branch):
+      found += executions(unit.branches[branch_of_turn.get(unit.name, (-1,))[0]], branch_of_turn)
+    elif not isinstance(unit, Done):
+      found[unit] += 1
+  return found
+
+
+def _in(loop: Loop, branch_of_turn: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  """Returns the part of `branch_of_turn` that is of a loop's own conditionals."""
+  own = [unit.name for unit in loop.body.units if isinstance(unit, Branch)]
+  return {name: branch_of_turn[name] for name in own if name in branch_of_turn}
+
+
+def _kinds_of_turn(loop: Loop, branch_of_turn: Mapping) -> list[tuple[int, int]]:
+  """Returns (a first turn, how many are like it) for each way that a loop's conditionals go."""
+  own = _in(loop, branch_of_turn)
+  ways: dict[tuple[int, ...], list[int]] = {}
+  for turn in range(loop.trips if own else min(loop.trips, 1)):
+    ways.setdefault(tuple(branches[turn] for branches in own.values()), []).append(turn)
+  return [(turns[0], len(turns) if own else loop.trips) for turns in ways.values()]
 
 
 def loops_over_ticks(program: Program) -> list[Loop]:

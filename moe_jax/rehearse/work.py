@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+from moe_jax.rehearse import convolution
 from moe_jax.rehearse.hlo import Computation, Instruction, Module, Shape
 
 # (operand shapes, result shapes) -> operations, by the name of a hand-written kernel.
@@ -54,13 +55,19 @@ def of(
   for where, each in _inside(module, computation, instruction):
     if each.opcode == "dot":
       flops[_dot_dtype(where, each)] += _dot_flops(where, each)
+    elif each.opcode == "convolution":
+      counted = convolution.flops(where, each)
+      if counted is None:
+        unknown.append("convolution in groups")
+      else:
+        flops[_dot_dtype(where, each)] += counted
     elif each.opcode == "custom-call":
       counted = _custom_call_flops(where, each, kernels)
       if counted is None:
         unknown.append(f"custom-call {_target(each)}")
       elif counted:
         flops[_call_dtype(where, each)] += counted
-    elif each.opcode in ("convolution", "fft", "triangular-solve", "cholesky"):
+    elif each.opcode in ("fft", "triangular-solve", "cholesky"):
       unknown.append(each.opcode)
   return Work(dict(flops), _num_bytes(module, computation, instruction), tuple(unknown))
 

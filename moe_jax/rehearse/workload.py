@@ -76,3 +76,9 @@ def decode(settings: config.Config) -> Workload:
 
 
 WORKLOADS = {TRAIN: train, PREFILL: prefill, DECODE: decode}
+
+
+def as_dict(workload: Workload) -> dict[str, str | int]:
+  """Returns what a report says of it."""
+  names = ("step", "sequences", "tokens_each", "cached_tokens", "micro_batches")
+  return {name: getattr(workload, name) for name in names}

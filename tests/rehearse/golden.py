@@ -103,3 +103,60 @@ WRAPPED = _TEMPLATE.format(
 )
 
 FORMS = {"listed": LISTED, "wrapped": WRAPPED}
+
+# As XLA's TPU back end prints it: layouts in tiles and memory spaces, a product as a convolution,
+# a loop whose turns only its counter tells, a copy of the counter's begin.
+_TILED = {
+  "{1,0}": "{1,0:T(8,128)(2,1)}",
+  "{2,1,0}": "{2,1,0:T(8,128)(2,1)S(1)}",
+  "dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}": (
+    "convolution(%p0, %p1), dim_labels=bf_io->bf"
+  ),
+  ', backend_config={"known_trip_count":{"n":"3"}}': "",
+  "ROOT %more = pred[] constant(true)": """%turn = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %end = s32[]{:T(128)} constant(3)
+  ROOT %more = pred[]{:T(512)} compare(%turn, %end), direction=LT""",
+  "  ROOT %next = (s32[],": """  %one = s32[]{:T(128)} constant(1)
+  %i.1 = s32[]{:T(128)S(6)} copy(%i)
+  %following = s32[]{:T(128)} add(%i.1, %one)
+  ROOT %next = (s32[],""",
+  "tuple(%i, ": "tuple(%following, ",
+  "  %while.1 =": """  %zero = s32[]{:T(128)} constant(0)
+  %first = s32[]{:T(128)} copy(%zero)
+  %x.0 = bf16[1000,1000]{1,0} get-tuple-element(%start), index=1
+  %rows.0 = bf16[2,100,1000]{2,1,0} get-tuple-element(%start), index=2
+  %partial.0 = bf16[500,1000]{1,0} get-tuple-element(%start), index=3
+  %begin = (s32[], bf16[1000,1000], bf16[2,100,1000], bf16[500,1000]) tuple(%first, %x.0, %rows.0, %partial.0)
+  %while.1 =""",
+  "while(%start)": "while(%begin)",
+}
+TILED = LISTED
+for _old, _new in _TILED.items():
+  assert _old in TILED
+  TILED = TILED.replace(_old, _new)
+
+# A reduce-scatter as a fusion of an all-reduce and this device's slice of it.
+SCATTERED = """HloModule scattered, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter (p: f32[30,8]) -> f32[16,8] {
+  %p = f32[30,8]{1,0:T(8,128)} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[32,8]{1,0:T(8,128)} pad(%p, %zero), padding=0_2x0_0
+  %all-reduce = f32[32,8]{1,0:T(8,128)} all-reduce(%pad), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%sum
+  %from = u32[] partition-id()
+  %begin = u32[] constant(0)
+  ROOT %dynamic-slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce, %from, %begin), dynamic_slice_sizes={16,8}
+}
+
+ENTRY %main (x: f32[30,8]) -> f32[16,8] {
+  %x = f32[30,8]{1,0:T(8,128)} parameter(0)
+  %made = f32[30,8]{1,0:T(8,128)} negate(%x), metadata={op_name="jit(step)/experts/neg"}
+  ROOT %fusion = f32[16,8]{1,0:T(8,128)} fusion(%made), kind=kCustom, calls=%all-reduce-scatter
+}
+"""

@@ -1,0 +1,39 @@
+"""How often everything runs: loops multiplied, branches as the table says."""
+
+import pytest
+
+from moe_jax.rehearse import program, ticks
+from moe_jax.rehearse.exposure import Simulator
+from moe_jax.rehearse.program import Block, Branch, Compute, Loop, Program
+from moe_jax.rehearse.work import Work
+from tests.rehearse import golden
+
+
+def kernel(name):
+  return Compute(name, "head", Work({"bf16": 1e9}, 0.0))
+
+
+def block(name, *units):
+  return Block(name, units, frozenset())
+
+
+def test_executions_follow_the_branches_of_each_turn():
+  head, embed, layer, idle, after, never = map(kernel, ["h", "e", "l", "i", "a", "n"])
+  inner = Loop("inner", 5, block("inner body", layer))
+  by_table = Branch("by table", (block("no", idle), block("yes", head, inner)))
+  other = Branch("other", (block("first", never), block("last", embed)))
+  body = block("body", by_table, other, layer)
+  entry = block("main", Loop("ticks", 4, body), Loop("none", 0, block("empty", never)), after)
+  branch_of_turn = {"by table": (0, 1, 1, 0)}
+  found = ticks.executions(entry, branch_of_turn)
+  assert found == {idle: 2, head: 2, layer: 2 * 5 + 4, embed: 4, after: 1}
+  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, branch_of_turn).run(Program(entry, {}))
+  assert found == simulated.times
+
+
+@pytest.mark.parametrize("text", golden.FORMS.values(), ids=golden.FORMS)
+def test_executions_of_the_golden_program_are_the_simulators(text):
+  found = program.read(text, golden.MESH)
+  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}).run(found)
+  assert ticks.executions(found.entry, {}) == simulated.times
+  assert set(simulated.times.values()) == {golden.TURNS}
