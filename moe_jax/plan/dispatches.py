@@ -59,7 +59,8 @@ def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   there, back = travel(settings, at)
   return (
     route,
-    *_count(settings),
+    # A stealing dispatch decides by the same counts, and passes them on.
+    *(() if settings.moe.dispatch == "stealing" else _count(settings)),
     *_ANNOUNCE.get(settings.moe.dispatch, lambda settings, at: ())(settings, at),
     *fill,
     *there,
@@ -227,17 +228,12 @@ def _places(settings: Config) -> int:
 
 
 def _decide(settings: Config, at: Sizes) -> tuple[Step, ...]:
-  """What stealing adds: all see the counts before they decide, and own weights and shadows lie in
-  one array. An even load sends no shadow.
-  """
-  model, tensor = settings.model, settings.mesh.tensor
-  weights = 3 * _places(settings) * model.d_model * model.expert_hidden // tensor * at.dtype_bytes
+  """What stealing adds: all see the counts before they decide. An even load sends no shadow."""
   return (
     Step("count before stealing", "dispatch", "all-reduce", axes=_INSIDE_STAGE,
-         operand_bytes=model.experts * _FLOAT32),
+         operand_bytes=settings.model.experts * _FLOAT32),
     Step("decide", "dispatch", num_bytes=0.0, kernels=40),
     *_announce(settings, at),
-    Step("hold", "dispatch", num_bytes=2 * weights, kernels=6),
   )  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 A backward layer, the forward layer beside it, and what is ready early of the layer that comes next.
 Which arrays are there together is read off XLA's buffer assignment of compiled steps; their sizes
-follow from shapes. Not listed is what the branches of a stealing dispatch hold: of a small program
-a sixth of the memory. Knows sizes of a layer; must not know head, embedding or schedules.
+follow from shapes. Knows sizes of a layer; must not know head, embedding or schedules.
 """
 
 import enum
@@ -195,6 +194,20 @@ class LayerArrays:
       *[Array(self._arrived, Moment.HIDDEN, Moment.DOWN)] * 2,
       *[Array(self._sent, Moment.HIDDEN, Moment.ATTENTION)] * 3,
       *[Array(sums, Moment.HIDDEN, Moment.ATTENTION)] * _WEIGHTS,
+      *self._shadows(rows),
+    ]
+
+  def _shadows(self, rows: int) -> list[Array]:
+    """What the loop over a stealing dispatch's shadows holds: cotangents of all rows up to then and
+    those by one shadow; of one expert the weights, their gradients, and what is sent home of them.
+    """
+    if self._settings.moe.dispatch != "stealing":
+      return []
+    one = self._weight_elements // self._experts
+    of_one = one * FLOAT32_BYTES, one * self._at.dtype_bytes, one * self._at.dtype_bytes
+    return [
+      *[Array(rows, Moment.HIDDEN, Moment.DOWN)] * 2,
+      *[Array(each, Moment.HIDDEN, Moment.DOWN) for each in of_one] * _WEIGHTS,
     ]
 
   def _gradients(self) -> list[Array]:

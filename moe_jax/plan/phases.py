@@ -191,7 +191,6 @@ def _as_forward(settings: Config, at: Sizes, step: Step) -> tuple[float, float, 
 
 
 _BACKWARD = {
-  "hold": _as_forward,
   "pass on": _as_forward,
   "sum at hosts": _as_forward,
   "attention": _attention_back,

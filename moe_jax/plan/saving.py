@@ -92,12 +92,12 @@ def _rows_and_experts(settings: Config, at: Sizes) -> tuple[int, int]:
 
 
 def _kept_more(settings: Config, at: Sizes) -> int:
-  """Returns what single dispatches keep besides: the shadows' weights; rows, choices and weights of
-  tokens on their way between hosts, and where they were passed on to.
+  """Returns what single dispatches keep besides: which experts are the shadows; rows, choices and
+  weights of tokens on their way between hosts, and where they were passed on to.
   """
   model, mesh, moe = settings.model, settings.mesh, settings.moe
   if moe.dispatch == "stealing":
-    return 3 * moe.shadows * model.d_model * model.expert_hidden // mesh.tensor * at.dtype_bytes
+    return _INT_BYTES * moe.shadows
   if moe.dispatch != "two_level":
     return 0
   crossed = mesh.expert // moe.expert_ranks_per_host * two_level_rows(settings, at.tokens)[0]

@@ -1,4 +1,4 @@
-"""python -m tests.plan.agreement [memory [CASE ...]] [times] [--rounds=3]
+"""python -m tests.plan.agreement [memory [CASE ...]] [times [CASE ...]] [--rounds=3] [--json=PATH]
 
 What is planned beside what is: memory against the compiled program (tests.plan.footprint), and
 step times against execution on eight virtual devices, which share this machine's cores. Without
@@ -9,12 +9,17 @@ matrix products, passes over memory, collectives of much and of nothing. Then th
 in mesh, schedule, micro-batches and dispatch, are predicted (plan.shared_cores) and run; printed
 are both, the rank correlation and the median error. Seconds are of this process on all cores, which
 neighbours disturb least. Ten minutes each on 2 quiet cores; on a busy machine times are worth less.
+With `--json` times may be stopped anywhere: the calibration and each case are written when they are
+done, and the same command goes on with the others.
 """
 
 import argparse
+import dataclasses
+import json
+import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from launch import environment
 
@@ -155,38 +160,66 @@ class Program(stopwatch.Program):
     return found
 
 
-def times(rounds: int) -> bool:
-  """Prints predicted and executed step times of every case; returns whether they keep to the bars.
+class Times:
+  """Measured and predicted seconds of each case, kept in a file where there is one."""
+
+  def __init__(self, path: str):
+    self._path = pathlib.Path(path) if path else None
+    known = json.loads(self._path.read_text()) if path and self._path.exists() else {}
+    self.calibration, self.measured = known.get("calibration"), known.get("measured", {})
+
+  def keep(self) -> None:
+    if self._path:
+      found = {"calibration": self.calibration, "measured": self.measured}
+      self._path.write_text(json.dumps(found, indent=2) + "\n")
+
+  @property
+  def model(self) -> shared_cores.Model:
+    cores, *rest = self.calibration["model"]
+    return shared_cores.Model(shared_cores.Cores(*cores), *rest)
+
+
+def times(rounds: int, names: Sequence[str], path: str) -> bool:
+  """Prints predicted and executed step times of some cases, of none all; returns whether those that
+  are known by then keep to the bars.
 
   Each takes turns with the calibrated one, and counts as much more or less than that did beside it:
   what neighbours slow down for minutes they slow down in both.
   """
+  found = Times(path)
   settings = settings_of(CASES[CALIBRATED])
   reference = Program(settings)
   reference.train()
-  model, reference_s = reference.calibrate(settings, rounds)
-  measured, predicted = {}, {}
-  for name in CASES:
-    if name == CALIBRATED:
-      continue
-    settings = settings_of(CASES[name])
-    run = Program(settings)
-    run.train()
-    turns = [(run.train().time.cpu_s, reference.train().time.cpu_s) for _ in range(rounds)]
-    mine, beside = (min(each) for each in zip(*turns, strict=True))
-    measured[name] = mine / beside * reference_s
-    del run
-    predicted[name] = model.seconds(settings)
-    error = predicted[name] / measured[name] - 1
-    print(
-      f"{name:<32}{measured[name]:>8.3f} s{predicted[name]:>9.3f} s{error:>+8.1%}"
-      f"   ({mine:.3f} s beside {beside:.3f} s)",
-      flush=True,
-    )
-  print(f"of the {len(HELD_OUT)} held out: ", end="")
-  summary({name: measured[name] for name in HELD_OUT}, predicted)
-  correlation, error = summary(measured, predicted)
+  if not found.calibration:
+    model, step_s = reference.calibrate(settings, rounds)
+    found.calibration = {"model": dataclasses.astuple(model), "step_s": step_s}
+    found.keep()
+  for name in names or CASES:
+    if name != CALIBRATED and name not in found.measured:
+      found.measured[name] = _measured(name, reference, rounds) * found.calibration["step_s"]
+      found.keep()
+  predicted = {name: found.model.seconds(settings_of(CASES[name])) for name in found.measured}
+  for name, measured_s in found.measured.items():
+    error = predicted[name] / measured_s - 1
+    print(f"{name:<32}{measured_s:>8.3f} s{predicted[name]:>9.3f} s{error:>+8.1%}")
+  held_out = {name: s for name, s in found.measured.items() if name in HELD_OUT}
+  if len(held_out) > 1:
+    print(f"of the {len(held_out)} held out: ", end="")
+    summary(held_out, predicted)
+  if len(found.measured) < 2:
+    return True
+  correlation, error = summary(found.measured, predicted)
   return correlation >= LEAST_CORRELATION and error <= MOST_MEDIAN
+
+
+def _measured(name: str, reference: Program, rounds: int) -> float:
+  """Returns what a case took over what the calibrated one did beside it."""
+  run = Program(settings_of(CASES[name]))
+  run.train()
+  turns = [(run.train().time.cpu_s, reference.train().time.cpu_s) for _ in range(rounds)]
+  mine_s, beside_s = (min(each) for each in zip(*turns, strict=True))
+  print(f"{name:<32}{mine_s:>8.3f} s beside {beside_s:.3f} s", flush=True)
+  return mine_s / beside_s
 
 
 def summary(measured: Mapping[str, float], predicted: Mapping[str, float]) -> tuple[float, float]:
@@ -205,17 +238,24 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
   parser.add_argument("what", nargs="*", default=["memory", "times"])
   parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--json", default="", help="where measured times are kept, and gone on from")
   given = parser.parse_args()
   names = [word for word in given.what if word not in ("memory", "times")]
-  if unknown := [name for name in names if name not in footprint.CASES]:
-    known = ", ".join(name for name, case in footprint.CASES.items() if case)
-    print(f"{unknown[0]!r} is no case; choose from {known}", file=sys.stderr)
+  are_asked = {
+    "memory": (footprint.CASES, "memory" in given.what), "times": (CASES, "times" in given.what)
+  }  # fmt: skip
+  known = [name for cases, is_asked in are_asked.values() if is_asked for name in cases]
+  if unknown := [name for name in names if name not in known]:
+    print(f"{unknown[0]!r} is no case; choose from {', '.join(known)}", file=sys.stderr)
     return 2
+  asked_of = lambda cases: [name for name in names if name in cases]
   kept = count = 0
-  if "memory" in given.what:
-    kept, count = footprint.table(names)
+  if "memory" in given.what and (asked_of(footprint.CASES) or not names):
+    kept, count = footprint.table(asked_of(footprint.CASES))
     print(f"{kept} of {count} within {footprint.BAR:.0%}", flush=True)
-  are_timed = times(given.rounds) if "times" in given.what else True
+  are_timed = True
+  if "times" in given.what and (asked_of(CASES) or not names):
+    are_timed = times(given.rounds, asked_of(CASES), given.json)
   return 0 if kept == count and are_timed else 1
 
 

@@ -122,6 +122,11 @@ CASES = {
     {"mesh": {"expert": 4, "tensor": 1}, "model": {"d_model": 256},
      "pipeline": {"micro_batches": 8}},
   ),
+  "tiny 4x1x2, stealing, residuals": (
+    "tiny", "h100:2x4",
+    {"mesh": {"expert": 4, "tensor": 1}, "moe": {"dispatch": "stealing"},
+     "pipeline": {"save": "residuals"}},
+  ),
   "pod64 8x2x4, 2 chunks, saves inputs": (
     "pod64", "h100:16x4",
     {"mesh": {"tensor": 2, "stage": 4}, "pipeline": {"save": "inputs", "chunks": 2}},

@@ -66,10 +66,12 @@ def test_ragged_sends_the_filled_rows_of_dropless():
   assert rest(settings("ragged")) == rest(DROPLESS)
 
 
-def test_stealing_under_an_even_load_only_adds():
-  added = set(forward(settings("stealing"))) - set(forward(DROPLESS))
-  assert added == {"count before stealing", "decide", "hold"}
-  assert sent(settings("stealing"), links.BETWEEN) > sent(DROPLESS, links.BETWEEN)
+def test_stealing_under_an_even_load_counts_otherwise_and_decides():
+  stealing, dropless = forward(settings("stealing", shadows=3)), forward(DROPLESS)
+  assert set(stealing) - set(dropless) == {"count before stealing", "decide"}
+  assert set(dropless) - set(stealing) == {"count over expert", "count over tensor"}
+  # Of one expert of its own, and of three shadows.
+  assert stealing["announce"].operand_bytes == 4 * dropless["announce"].operand_bytes
   assert simulate.step_seconds(settings("stealing"), ON) > simulate.step_seconds(DROPLESS, ON)
 
 

@@ -97,7 +97,7 @@ def test_a_layer_reports_as_many_numbers_as_are_planned():
   assert counts + losses == units.REPORTED
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "stealing"])
 @pytest.mark.parametrize("save", ["inputs", "residuals", "everything"])
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2)], ids=str)
 def test_a_layer_saves_what_was_planned(mesh, save, dispatch):

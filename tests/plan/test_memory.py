@@ -52,10 +52,14 @@ def _size(shape):
   not importlib.util.find_spec("jax_plugins"), reason="the rehearse extra is not installed"
 )
 def test_the_total_is_the_compiled_programs():
-  """Small cases and the pod; `python -m tests.plan.agreement memory` has them all."""
-  names = ["tiny", "laptop 1x2x4, gpipe", "pod64"]
+  """Unequal meshes, schedules, policies and dispatches; `python -m tests.plan.agreement memory` has
+  them all."""
+  names = [
+    "tiny", "tiny 1x2x4, gpipe, everything", "laptop 4x1x2, residuals", "laptop 1x2x4, gpipe",
+    "laptop, dropless", "laptop, stealing", "pod64",
+  ]  # fmt: skip
   words = [sys.executable, "-m", "tests.plan.agreement", "memory", *names]
-  found = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
+  found = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True, timeout=900)
   assert found.returncode == 0, found.stdout + found.stderr
   assert all(name in found.stdout for name in names)
 
