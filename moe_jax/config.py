@@ -99,9 +99,13 @@ class Pipeline:
   chunks: int = 1  # pieces of consecutive layers on each stage
   save: str = "inputs"
   gradient_dtype: str = "float32"  # of the sums over micro-batches
+  # Layers whose attention weights are gathered along mesh.expert before they are used; until then
+  # each rank holds a share (ZeRO-3). 0: each holds them whole.
+  prefetch_layers: int = 0
 
   def __post_init__(self):
     checks.positive(self, "pipeline", "micro_batches", "chunks")
+    checks.not_negative(self, "pipeline", "prefetch_layers")
     checks.one_of(self, "pipeline", "schedule", SCHEDULES)
     checks.one_of(self, "pipeline", "save", SAVE)
     checks.one_of(self, "pipeline", "gradient_dtype", DTYPES)
@@ -278,6 +282,7 @@ class Config:
     checks.divides(
       "model.layers", model.layers, "mesh.stage x pipeline.chunks", mesh.stage * pipeline.chunks
     )
+    _check_prefetch(self)
     checks.divides("train.sequence", train.sequence, "mesh.tensor", mesh.tensor)
     checks.divides(
       "train.batch", train.batch,
@@ -287,6 +292,23 @@ class Config:
       raise ValueError(
         f"model.vocab={model.vocab} cannot hold bytes; data.tokenizer=bytes needs at least 256"
       )
+
+
+def _check_prefetch(config: Config):
+  """Checks that layers gathered ahead have somebody to be gathered from, and are not all."""
+  ahead, mesh = config.pipeline.prefetch_layers, config.mesh
+  if ahead and mesh.expert == 1:
+    raise ValueError(
+      f"pipeline.prefetch_layers={ahead} gathers weights along mesh.expert, got mesh.expert=1,"
+      " which holds them whole; choose prefetch_layers=0 or a larger mesh.expert"
+    )
+  of_stage = config.model.layers // mesh.stage
+  if ahead and ahead >= of_stage:
+    raise ValueError(
+      f"pipeline.prefetch_layers={ahead} holds as many layers whole as a stage has"
+      f" ({config.model.layers} layers on mesh.stage={mesh.stage}: {of_stage}); choose at most"
+      f" {of_stage - 1}, or 0 for no streaming"
+    )
 
 
 def _check_hosts(config: Config):

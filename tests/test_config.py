@@ -206,6 +206,17 @@ def test_an_unknown_name_is_refused(name):
       "pipeline.chunks=2 needs pipeline.schedule=interleaved, got 1f1b;"
       " choose chunks=1 or schedule=interleaved",
     ),
+    (
+      {"pipeline": {"prefetch_layers": 1}},
+      "pipeline.prefetch_layers=1 gathers weights along mesh.expert, got mesh.expert=1, which holds"
+      " them whole; choose prefetch_layers=0 or a larger mesh.expert",
+    ),
+    (
+      {"pipeline": {"prefetch_layers": 4}, "mesh": {"expert": 2}},
+      "pipeline.prefetch_layers=4 holds as many layers whole as a stage has (4 layers on"
+      " mesh.stage=1: 4); choose at most 3, or 0 for no streaming",
+    ),
+    ({"pipeline": {"prefetch_layers": -1}}, "pipeline.prefetch_layers=-1 is negative; choose 0"),
     ({"model": {"layers": 0}}, "model.layers=0 is not positive; choose at least 1"),
     ({"moe": {"capacity_factor": 0}}, "moe.capacity_factor=0.0 is not positive; choose a number"),
     ({"train": {"clip_norm": 10**400}}, "train.clip_norm=1000"),

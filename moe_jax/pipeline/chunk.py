@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from moe_jax.pipeline import buffers
 from moe_jax.pipeline.saving import SavedLayer
+from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
 
@@ -33,6 +34,7 @@ class Totals(NamedTuple):
     reports: [layers of this stage, ...].
     g_layers: [layers of this stage, ...].
     g_shared: of the parameters outside the layers.
+    rings: weights gathered ahead, for forward and for backward units.
   """
 
   stash: Tree
@@ -40,6 +42,7 @@ class Totals(NamedTuple):
   reports: Tree
   g_layers: Tree
   g_shared: Tree
+  rings: tuple[Tree, Tree]
 
 
 class Forward(NamedTuple):
@@ -49,6 +52,7 @@ class Forward(NamedTuple):
     x: of the first layer.
     inputs: of the micro-batch.
     first: number of the chunk's first layer.
+    coming: what it gathers, where weights lie in shares.
     slot: of the stash, where the layers save; may be the one that the backward unit beside it
       reads, if one of the two is reversed.
     is_reversed: whether the slot holds the layers last to first.
@@ -59,6 +63,7 @@ class Forward(NamedTuple):
   x: Tree
   inputs: Tree
   first: jax.Array
+  coming: Coming | None
   slot: jax.Array
   is_reversed: jax.Array
   runs: jax.Array | None
@@ -73,6 +78,7 @@ class Backward(NamedTuple):
     g_auxiliary: cotangent of each layer's auxiliary loss.
     inputs: of the micro-batch.
     first: number of the chunk's first layer.
+    coming: what it gathers, where weights lie in shares.
     slot: of the stash, where the layers saved.
     is_reversed: whether the slot holds the layers last to first.
   """
@@ -81,6 +87,7 @@ class Backward(NamedTuple):
   g_auxiliary: jax.Array
   inputs: Tree
   first: jax.Array
+  coming: Coming | None
   slot: jax.Array
   is_reversed: jax.Array
 
@@ -91,7 +98,8 @@ class Chunk(NamedTuple):
   Attributes:
     steps: of a layer, with what they save.
     slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
-    layers: weights, [layers of this stage, ...].
+    quiet: first and last of the slots beside which weights to come are gathered.
+    weights: of this stage's layers.
     shared: parameters outside the layers.
     num_layers: of a chunk.
     adds: whether gradients add to those of other units; else they are written.
@@ -99,7 +107,8 @@ class Chunk(NamedTuple):
 
   steps: SavedLayer
   slots: tuple[tuple[int, int], ...]
-  layers: Tree
+  quiet: tuple[int, int]
+  weights: Whole | Streamed
   shared: Tree
   num_layers: int
   adds: bool
@@ -110,7 +119,7 @@ class Chunk(NamedTuple):
     """Returns the totals, `y` of the forward unit and `gx` of the backward unit, None for one that
     is not there.
 
-    Communication: that of the layer.
+    Communication: that of the layer, and of what the weights gather for each.
     """
     layer = functools.partial(self._layer, forward, backward)
     last = self.num_layers - 1
@@ -131,10 +140,14 @@ class Chunk(NamedTuple):
 
   def _layer(self, forward, backward, l, totals: Totals, x, gy, saved):
     """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied."""
-    ahead = forward and _ForwardLayer(self, forward, l, x)
-    back = backward and _BackwardLayer(self, backward, self.num_layers - 1 - l, gy, saved)
+    rings = totals.rings
+    ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
+    back = backward and _BackwardLayer(self, backward, l, gy, saved, rings[1])
+    coming = [each.coming for each in (ahead, back) if each]
     num_done = 0  # steps whose weights' gradients must be there at the end of the slot
-    for num_ahead, num_back in self.slots:
+    for number, (num_ahead, num_back) in enumerate(self.slots):
+      if number == self.quiet[0]:
+        coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
         ahead.run(num_ahead)
@@ -142,12 +155,20 @@ class Chunk(NamedTuple):
         back.run(num_back)
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
+        is_tied = number in (self.quiet[0] - 1, self.quiet[1])
         tied = (x, totals.stash, back.gradients, back.of_parameters[:num_done])
-        tied = jax.lax.optimization_barrier(tied)
+        tied, there = jax.lax.optimization_barrier((tied, coming if is_tied else []))
         x, stash, back.gradients, back.of_parameters[:num_done] = tied
+        coming = there if is_tied else coming
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
         num_done = len(back.of_parameters)
+    found = iter(coming)
+    rings = (
+      ahead.put(next(found)) if ahead else rings[0],
+      back.put(next(found)) if back else rings[1],
+    )
+    totals = totals._replace(rings=rings)
     if back:
       totals, gy = back.finish(totals)
     if ahead:
@@ -168,9 +189,9 @@ class Chunk(NamedTuple):
 class _ForwardLayer:
   """One layer on its way forwards."""
 
-  def __init__(self, chunk: Chunk, unit: Forward, l: jax.Array, x: Tree):
+  def __init__(self, chunk: Chunk, unit: Forward, l: jax.Array, x: Tree, ring: Tree):
     self.chunk, self.unit, self.l, self.carry = chunk, unit, l, x
-    self.weights = buffers.at(chunk.layers, unit.first + l)
+    self.weights, self.ring, self.coming = chunk.weights.take(unit.first + l, l, unit.coming, ring)
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
 
@@ -196,6 +217,10 @@ class _ForwardLayer:
     self.num_written = len(self.kept)
     return tuple(stash)
 
+  def put(self, gathered: Tree) -> Tree:
+    """Returns the ring with the weights of the layer that is to come."""
+    return self.chunk.weights.put(self.l, self.unit.coming, self.ring, gathered)
+
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     y, auxiliary_loss, report = self.carry
     number = self.unit.first + self.l
@@ -214,9 +239,13 @@ class _ForwardLayer:
 class _BackwardLayer:
   """One layer on its way backwards."""
 
-  def __init__(self, chunk: Chunk, unit: Backward, l: jax.Array, gy: Tree, saved: Tree):
-    self.chunk, self.unit, self.number = chunk, unit, unit.first + l
-    self.weights = buffers.at(chunk.layers, self.number)
+  def __init__(
+    self, chunk: Chunk, unit: Backward, place: jax.Array, gy: Tree, saved: Tree, ring: Tree
+  ):
+    self.chunk, self.unit = chunk, unit
+    self.number = unit.first + (chunk.num_layers - 1 - place)
+    self.place = place
+    self.weights, self.ring, self.coming = chunk.weights.take(self.number, place, unit.coming, ring)
     self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
     self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
@@ -228,6 +257,10 @@ class _BackwardLayer:
         self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
       )
       self.of_parameters.append(of_parameters)
+
+  def put(self, gathered: Tree) -> Tree:
+    """Returns the ring with the weights of the layer that is to come."""
+    return self.chunk.weights.put(self.place, self.unit.coming, self.ring, gathered)
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))

@@ -27,7 +27,8 @@ from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
-from moe_jax.pipeline.tie import cost, slots
+from moe_jax.pipeline.tie import cost, quiet, slots
+from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
 
@@ -72,7 +73,7 @@ class _State(NamedTuple):
 def run(
   functions: Functions,
   table: Table,
-  layers: Tree,
+  layers: Tree | Streamed,
   shared: Tree,
   inputs: Tree,
   *,
@@ -84,7 +85,8 @@ def run(
   Args:
     functions: the model.
     table: the schedule; with backward units gradients are returned, without them none.
-    layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major.
+    layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major; with
+      backward units they may be `Streamed`.
     shared: parameters outside the layers.
     inputs: leaves [micro-batches, ...].
     save: what each layer keeps for its backward unit, a key of `saving.SAVE`.
@@ -92,11 +94,13 @@ def run(
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
   of a cotangent backwards; per micro-batch an all-reduce of an activation for the head and one of a
-  cotangent for each of head and embedding gradient. And what the functions do.
+  cotangent for each of head and embedding gradient. And what the functions do, and the gathers of
+  streamed layers: of each layer of a forward or backward unit, and of the rings' once.
   """
   if table.is_forward_only:
     return _evaluate(functions, table, layers, shared, inputs)
-  return _Executor(functions, table, layers, shared, inputs, save, gradient_dtype).run()
+  weights = layers if isinstance(layers, Streamed) else Whole(layers)
+  return _Executor(functions, table, weights, shared, inputs, save, gradient_dtype).run()
 
 
 def _evaluate(functions: Functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
@@ -120,40 +124,44 @@ def _evaluate(functions: Functions, table: Table, layers: Tree, shared: Tree, in
 class _Executor:
   """The pieces of a tick; holds what every tick shares."""
 
-  def __init__(self, functions, table, layers, shared, inputs, save, gradient_dtype):
+  def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype):
     self.functions, self.table = functions, table
     self.shared, self.inputs = shared, inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
     x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
-    of_layer = lambda: (buffers.at(layers, 0), shared, collectives.varying(buffers.at(inputs, 0)))
+    of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
     example = jax.eval_shape(of_layer)
     whole = (*example[:2], x, example[2])
     steps = cut(functions.layer, whole)
     costs = [[cost(step, is_backward) for step in steps] for is_backward in (False, True)]
+    given = costs[0], costs[1][::-1]
+    side_by_side = slots(*given)
     self.chunk = Chunk(
       SAVE[save](steps, whole),
-      slots(costs[0], costs[1][::-1]),
-      layers,
+      side_by_side,
+      quiet(side_by_side, *given),
+      weights,
       shared,
-      num_layers=jax.tree.leaves(layers)[0].shape[0] // table.num_chunks,
+      num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
     )
-    self.x = x
+    self.x, self.layer = x, example[0]
     self.report = jax.eval_shape(functions.layer, *whole)[2]
     self.output = jax.eval_shape(functions.head, shared, x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
+    coming = self.chunk.weights.coming(self.table, self.stage)
     for start, stop in columns.segments(self.table):
       piece = slice(start, stop)
       self.units = {
         kind: columns.presence(at_Q[piece]) for kind, at_Q in columns.units(self.table).items()
       }
-      body = lambda state, row: (self._tick(state, row), None)
-      state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], rows))
+      body = lambda state, given: (self._tick(state, *given), None)
+      state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], (rows, coming)))
     totals = state.totals
     gradients = (totals.g_layers, totals.g_shared)
     return Result(
@@ -177,13 +185,14 @@ class _Executor:
         stash=zeros(stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)),
         auxiliary_loss=scalar(),
         reports=zeros(stacked(self.report, table.num_chunks * chunk.num_layers)),
-        g_layers=zeros(gradient(chunk.layers)),
+        g_layers=zeros(gradient(stacked(self.layer, table.num_chunks * chunk.num_layers))),
         g_shared=zeros(gradient(self.shared)),
+        rings=chunk.weights.start(table, self.stage),
       ),
       ticks=jnp.zeros((), jnp.int32),
     )
 
-  def _tick(self, state: _State, row: Row) -> _State:
+  def _tick(self, state: _State, row: Row, coming: tuple[Coming | None, Coming | None]) -> _State:
     has_forward, has_backward = (self.units[kind] != "never" for kind in ("forward", "backward"))
     # An output that has just been made is read where it was made: were the head to wait for it on
     # stage 0, it would wait for the transfer.
@@ -203,8 +212,8 @@ class _Executor:
       _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
     totals, sent, gx = self.chunk.run(
       state.totals,
-      self._forward(state, row, x) if has_forward else None,
-      self._backward(state, row, gy) if has_backward else None,
+      self._forward(state, row, x, coming[0]) if has_forward else None,
+      self._backward(state, row, gy, coming[1]) if has_backward else None,
     )
     state = state._replace(totals=totals)
     if has_forward:
@@ -271,7 +280,7 @@ class _Executor:
       x = self.functions.embed(self.shared, buffers.at(self.inputs, micro))
     return state, collectives.varying(x)
 
-  def _backward(self, state: _State, row: Row, gy_head) -> Backward:
+  def _backward(self, state: _State, row: Row, gy_head, coming: Coming | None) -> Backward:
     """The backward unit of this stage: its layers in reverse, from what they saved."""
     runs = row.backward_micro >= 0
     last = (self.stage == self.table.num_stages - 1) & (
@@ -286,11 +295,12 @@ class _Executor:
       g_auxiliary=collectives.varying(runs.astype(jnp.float32)),
       inputs=self._inputs_of(row.backward_micro),
       first=jnp.maximum(row.backward_chunk, 0) * self.chunk.num_layers,
+      coming=coming,
       slot=jnp.maximum(row.backward_slot, 0),
       is_reversed=row.backward_is_reversed > 0,
     )
 
-  def _forward(self, state: _State, row: Row, x_embedded) -> Forward:
+  def _forward(self, state: _State, row: Row, x_embedded, coming: Coming | None) -> Forward:
     """The forward unit of this stage: its chunk of layers, saving what the backward unit needs."""
     from_inbox = buffers.at(state.inbox, jnp.maximum(row.forward_inbox_slot, 0))
     all_run, all_free = (self.units[kind] == "always" for kind in ("full", "free"))
@@ -298,6 +308,7 @@ class _Executor:
       x=buffers.select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
       inputs=self._inputs_of(row.forward_micro),
       first=jnp.maximum(row.forward_chunk, 0) * self.chunk.num_layers,
+      coming=coming,
       slot=jnp.maximum(row.forward_slot, 0),
       is_reversed=row.forward_is_reversed > 0,
       runs=None if all_run else row.forward_micro >= 0,

@@ -93,6 +93,30 @@ def slots(
   return best[len(forward), len(backward)][1]
 
 
+def quiet(
+  slots: Sequence[tuple[int, int]], forward: Sequence[Cost], backward: Sequence[Cost]
+) -> tuple[int, int]:
+  """Returns the first and the last of the slots beside which more may be sent between hosts: those
+  in a row that send nothing there and compute longest; all, where there are none.
+
+  Args:
+    slots: as `slots` returns them.
+    forward, backward: as it takes them.
+  """
+  best, most_s, first, seconds = (0, len(slots) - 1), 0.0, 0, 0.0
+  f = b = 0
+  for number, (more_f, more_b) in enumerate(slots):
+    both = (*forward[f : f + more_f], *backward[b : b + more_b])
+    f, b = f + more_f, b + more_b
+    if any(each.between_s for each in both):
+      first, seconds = number + 1, 0.0
+      continue
+    seconds += sum(each.compute_s for each in both)
+    if seconds > most_s:
+      best, most_s = (first, number), seconds
+  return best
+
+
 def _slot_s(forward: Sequence[Cost], backward: Sequence[Cost]) -> float | None:
   """Returns the seconds of a slot, None if it must not be."""
   both = (*forward, *backward)

@@ -10,6 +10,7 @@ import jax
 from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.rehearse.lowering import Compiled
+from moe_jax.train import streaming
 
 # In this order they add up to "total", which is XLA's own sum.
 PARTS = (
@@ -74,15 +75,27 @@ def _region_bytes(settings: config.Config, mesh: jax.sharding.Mesh) -> tuple[int
   dtype = jax.numpy.dtype(settings.model.dtype)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
   cast = jax.eval_shape(lambda tree: transformer.cast(tree, dtype), shapes)
-  specs = transformer.specs(settings.model)
-  elements = jax.tree.map(
-    lambda leaf, spec: math.prod(
+
+  def elements(specs):
+    of = lambda leaf, spec: math.prod(
       jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape)
-    ),
-    shapes,
-    specs,
-  )  # fmt: skip
+    )
+    return jax.tree.map(of, shapes, specs)
+
+  whole, lying = (
+    elements(specs)
+    for specs in (transformer.specs(settings.model), streaming.specs(settings, mesh))
+  )
   gradient_bytes = jax.numpy.dtype(settings.pipeline.gradient_dtype).itemsize
-  gradients = gradient_bytes * sum(jax.tree.leaves(elements))
-  copies = jax.tree.map(lambda count, leaf: count * leaf.dtype.itemsize, elements, cast)
+  gradients = gradient_bytes * sum(jax.tree.leaves(whole))
+  # What lies in shares is whole in the layers that are gathered ahead, forwards and backwards.
+  ahead = 2 * settings.pipeline.prefetch_layers * settings.mesh.stage
+  copies = jax.tree.map(
+    lambda share, all_, leaf: (
+      leaf.dtype.itemsize * (share + (share < all_) * all_ * ahead // settings.model.layers)
+    ),
+    lying,
+    whole,
+    cast,
+  )
   return gradients, sum(jax.tree.leaves(copies))

@@ -24,7 +24,7 @@ from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table, check
-from moe_jax.train import router_bias
+from moe_jax.train import router_bias, streaming
 from moe_jax.train.state import State
 
 
@@ -81,8 +81,9 @@ def table(settings: config.Config) -> Table:
 def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   """Returns (parameters, inputs) -> (Losses, gradients as Parameters).
 
-  Parameters come in the compute dtype, laid out by `transformer.specs`; gradients leave in float32,
-  split over `expert` as well where a dimension divides (`sharding.zero_spec`).
+  Parameters come in the compute dtype, laid out by `streaming.specs`; gradients leave in float32,
+  split over `expert` as well where a dimension divides (`sharding.zero_spec`). Until then they are
+  summed whole on every device, of streamed weights too.
 
   Communication: the pipeline's; then each gradient once: a reduce-scatter over `expert` of what is
   replicated there, all-reduces over the other axes of what is replicated on those.
@@ -92,11 +93,12 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   gradient_specs = jax.tree.map(lambda s, a: sharding.zero_spec(s, a.shape, mesh), specs, shapes)
   functions = transformer.loss_functions(settings)
   schedule = table(settings)
+  to_weights = streaming.streamed(settings, mesh)
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
     result = executor.run(
-      functions, schedule, layers, shared, inputs,
+      functions, schedule, to_weights(layers), shared, inputs,
       save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
     )  # fmt: skip
     gradients = jax.tree.map(
@@ -104,8 +106,9 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
     )
     return _sum_losses(result), gradients
 
+  in_specs = (streaming.specs(settings, mesh), inputs_spec())
   return jax.shard_map(
-    region, mesh=mesh, in_specs=(specs, inputs_spec()), out_specs=(_losses_spec(), gradient_specs)
+    region, mesh=mesh, in_specs=in_specs, out_specs=(_losses_spec(), gradient_specs)
   )
 
 
@@ -131,7 +134,7 @@ def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTra
   counted.
   """
   gradients_of = loss_and_gradients(settings, mesh)
-  to_compute = compute_parameters(settings, mesh)
+  to_compute = compute_parameters(settings, mesh, streaming.specs(settings, mesh))
 
   def step(state: State, inputs: Inputs) -> tuple[State, Metrics]:
     computed = to_compute(state.parameters)
@@ -163,12 +166,20 @@ def evaluate_step(settings: config.Config, mesh: Mesh) -> Callable:
   return lambda state, inputs: evaluate_region(to_compute(state.parameters), normalised(inputs))
 
 
-def compute_parameters(settings: config.Config, mesh: Mesh) -> Callable[[Parameters], Parameters]:
+def compute_parameters(
+  settings: config.Config, mesh: Mesh, specs: Parameters | None = None
+) -> Callable[[Parameters], Parameters]:
   """Returns the function from master weights (float32, split by ZeRO-1) to the region's parameters.
 
-  Communication: all-gather over `expert`, in the compute dtype, of what ZeRO-1 splits there.
+  Args:
+    settings: the deployment.
+    mesh: that they lie on.
+    specs: as they are to lie there; default whole, by `transformer.specs`.
+
+  Communication: all-gather over `expert`, in the compute dtype, of what ZeRO-1 splits there and
+  `specs` does not.
   """
-  specs = transformer.specs(settings.model)
+  specs = specs or transformer.specs(settings.model)
   dtype = jnp.dtype(settings.model.dtype)
 
   def convert(parameters: Parameters) -> Parameters:

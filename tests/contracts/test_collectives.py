@@ -213,8 +213,11 @@ def test_embedding_and_head_send_what_they_declare(mesh):
 
 
 @functools.cache
-def step_program(mesh, schedule="1f1b", chunks=1, save="inputs"):
-  pipeline = {"schedule": schedule, "chunks": chunks, "micro_batches": 4, "save": save}
+def step_program(mesh, schedule="1f1b", chunks=1, save="inputs", ahead=0):
+  pipeline = {
+    "schedule": schedule, "chunks": chunks, "micro_batches": 4, "save": save,
+    "prefetch_layers": ahead,
+  }  # fmt: skip
   settings = settings_of(mesh, pipeline=pipeline)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
   rows = (4, 8, SEQUENCE)
@@ -242,17 +245,18 @@ def is_shape(node):
 
 
 @pytest.mark.parametrize(
-  ("mesh", "schedule", "chunks", "save"),
+  ("mesh", "schedule", "chunks", "save", "ahead"),
   [
-    ((2, 2, 2), "1f1b", 1, "inputs"),
-    ((2, 2, 2), "interleaved", 2, "everything"),
-    ((2, 2, 2), "gpipe", 1, "residuals"),
-    ((4, 2, 1), "1f1b", 1, "inputs"),
-    ((2, 1, 4), "1f1b", 1, "everything"),
+    ((2, 2, 2), "1f1b", 1, "inputs", 0),
+    ((2, 2, 2), "interleaved", 2, "everything", 0),
+    ((2, 2, 2), "gpipe", 1, "residuals", 0),
+    ((4, 2, 1), "1f1b", 1, "inputs", 0),
+    ((2, 1, 4), "1f1b", 1, "everything", 0),
+    ((4, 2, 1), "1f1b", 1, "inputs", 3),
   ],
 )
-def test_no_gradient_of_a_parameter_is_summed_in_a_loop(mesh, schedule, chunks, save):
-  settings, on, found = step_program(mesh, schedule, chunks, save)
+def test_no_gradient_of_a_parameter_is_summed_in_a_loop(mesh, schedule, chunks, save, ahead):
+  settings, on, found = step_program(mesh, schedule, chunks, save, ahead)
   assert summed_in_loops(found, parameter_shapes(settings, on)) == []
   assert [c for c in found if c.kind == "all-to-all" and c.num_loops]  # loops are looked into
 
@@ -312,6 +316,43 @@ def test_each_gradient_is_summed_once_after_the_loops(mesh):
     }
   )
   assert outside == expected
+
+
+@pytest.mark.parametrize(
+  ("mesh", "schedule", "chunks", "ahead"),
+  [
+    ((2, 2, 2), "1f1b", 1, 1),
+    ((4, 2, 1), "1f1b", 1, 3),
+    ((2, 1, 2), "interleaved", 2, 1),
+  ],
+)
+def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule, chunks, ahead):
+  """Over `expert`, attention's weights of one layer: `ahead` times for each direction before the
+  ticks; then in each loop over ticks once for each unit that it has in the loop over a chunk's
+  layers, if that has more than one, and once behind it, for the chunk's last. Nothing else changes.
+  """
+  settings, _, found = step_program(mesh, schedule, chunks, "inputs", ahead)
+  model, X, tensor = settings.model, settings.mesh.expert, settings.mesh.tensor
+  attention_size = model.d_model * model.head_dim * 2 * (model.heads + model.kv_heads) // tensor
+  is_gather = lambda c: c.kind == "all-gather" and c.axes == (EXPERT,)
+  sent = collections.Counter()
+  for gather in filter(is_gather, found):
+    sent[gather.num_loops] += gather.elements
+  of_layer = (X - 1) / X * attention_size
+  layers = model.layers // (settings.mesh.stage * chunks)
+  has_forward, has_backward = (
+    (of >= 0).any(1)
+    for of in (step.table(settings).forward_micro_QZ, step.table(settings).backward_micro_QZ)
+  )
+  loops = [both for both, _ in itertools.groupby(zip(has_forward, has_backward, strict=True))]
+  num_units = sum(int(f) + int(b) for f, b in loops)
+  expected = {0: 2 * ahead * of_layer, 1: num_units * of_layer, 2: num_units * of_layer}
+  assert sent == {loops: n for loops, n in expected.items() if loops < 2 or layers > 1}
+  without = step_program(mesh, schedule, chunks, "inputs")[2]
+  assert not any(map(is_gather, without))
+  assert collections.Counter(itertools.filterfalse(is_gather, found)) == (
+    collections.Counter(without)
+  )
 
 
 @pytest.mark.parametrize("is_forward_only", [False, True], ids=["train", "forward_only"])

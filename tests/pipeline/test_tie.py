@@ -69,3 +69,18 @@ def test_cost_counts_every_part(is_backward):
   assert product.compute_s == pytest.approx((1 + is_backward) * at_half_of_peak_s, rel=0.1)
   assert tie.cost(nothing._replace(inside_bytes=1e6), is_backward).inside_s > 0
   assert tie.cost(nothing._replace(between_bytes=1e6), is_backward).between_s > 0
+
+
+def test_weights_travel_beside_the_longest_row_of_slots_that_leave_the_hosts_link_alone():
+  work, inside, between = Cost(5.0, 0, 0), Cost(0.0, 1.0, 0), Cost(0.0, 0, 2.0)
+  long = Cost(9.0, 0, 0)
+  # Slots: an exchange; work and work; a gather and work; an exchange; the longest, alone.
+  ahead, back = [between, work, inside, work, long], [work, work, between]
+  slots = [(1, 0), (1, 1), (1, 1), (1, 1), (1, 0)]
+  assert tie.quiet(slots, ahead, back) == (1, 2)
+  assert tie.quiet(slots, [*ahead[:4], Cost(16.0, 0, 0)], back) == (4, 4)
+
+
+def test_weights_travel_beside_all_slots_where_each_has_an_exchange():
+  between = Cost(1.0, 0, 2.0)
+  assert tie.quiet([(1, 0), (0, 1), (1, 0)], [between, between], [between]) == (0, 2)

@@ -140,6 +140,17 @@ CASES = {
     {"model": {"experts": 32}, "mesh": {"expert": 32, "tensor": 2, "stage": 1},
      "pipeline": {**_PLAIN, "micro_batches": 4}},
   ),
+  "tiny 4x2x1, streams 1 layer": (
+    "tiny", "h100:2x4",
+    {"mesh": {"expert": 4, "stage": 1}, "pipeline": {"prefetch_layers": 1}},
+  ),
+  "laptop 8x1x1, 8 layers, streams 3": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 8, "tensor": 1, "stage": 1}, "model": {"layers": 8},
+     "pipeline": {**_PLAIN, "micro_batches": 4, "prefetch_layers": 3}},
+  ),
+  "pod64_10b, streams 1 layer": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 1}}),
+  "pod64_10b, streams 3 layers": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 3}}),
 }  # fmt: skip
 BAR = 0.02
 

@@ -141,6 +141,21 @@ def test_resumed_on_the_same_mesh_it_is_bit_identical_and_passes_over_a_damaged_
   assert (copy / "checkpoints" / "8.damaged").is_dir()
 
 
+def test_resumed_with_streamed_weights_it_goes_on_from_the_same_files(whole, copy):
+  """A checkpoint knows nothing of it: streaming may begin, and end, at any step."""
+  workdir, never_stopped = whole
+  shutil.rmtree(copy / "checkpoints" / "8")
+  streamed = runs.settings(pipeline=PIPELINE | {"prefetch_layers": 1})
+  stopped = run(copy, streamed, stop_after=2)
+  assert "resumed after step 4" in stopped.text
+  assert "pipeline.prefetch_layers 0 -> 1" in stopped.text
+  assert stopped.outcome.step == 6
+  resumed = run(copy, runs.settings(pipeline=PIPELINE))
+  assert "resumed after step 6" in resumed.text
+  assert losses(copy) == pytest.approx(losses(workdir), rel=1e-5)
+  assert resumed.outcome.eval_loss == pytest.approx(never_stopped.outcome.eval_loss, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_resumed_on_other_meshes_it_goes_on_to_float_tolerance(whole, copy):
   workdir, never_stopped = whole

@@ -58,6 +58,37 @@ CASES = {
   "2x2x2-dropless-everything": (
     (2, 2, 2), {"moe": {"dispatch": "dropless"}, "pipeline": {"save": "everything"}},
   ),
+  "2x2x2-1f1b-streamed-1": ((2, 2, 2), {"pipeline": {"prefetch_layers": 1}}),
+  "2x2x2-1f1b-streamed-3-residuals": (
+    (2, 2, 2), {"pipeline": {"prefetch_layers": 3, "save": "residuals"}},
+  ),
+  "4x2x1-1f1b-streamed-1-everything-gqa": (
+    (4, 2, 1),
+    {
+      "model": {"kv_heads": 2},
+      "pipeline": {"micro_batches": 3, "save": "everything", "prefetch_layers": 1},
+    },
+  ),
+  "4x2x1-gpipe-streamed-3": (
+    (4, 2, 1), {"pipeline": {"schedule": "gpipe", "prefetch_layers": 3}},
+  ),
+  "4x1x2-interleaved-streamed-1-residuals": (
+    (4, 1, 2),
+    {
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 2, "micro_batches": 5, "save": "residuals",
+        "prefetch_layers": 1,
+      },
+    },
+  ),
+  "4x1x2-interleaved-streamed-3": (
+    (4, 1, 2),
+    {
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 4, "micro_batches": 3, "prefetch_layers": 3,
+      },
+    },
+  ),
   "2x2x2-ragged": ((2, 2, 2), {"moe": {"dispatch": "ragged"}}),
   "2x1x4-interleaved": (
     (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},

@@ -1,0 +1,79 @@
+"""Which weights of a layer lie in shares over `expert` in a step, and how they become whole.
+
+ZeRO-1 leaves the master weights in shares already; with `pipeline.prefetch_layers` the copy that
+the step computes with stays in the same shares, and the pipeline gathers one layer at a time. It is
+the large matrices that every rank of `expert` would hold alike, attention's; norms and routers,
+float32 and small, stay whole. Knows parameters and the mesh; must not know schedules.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config
+from moe_jax.model import transformer
+from moe_jax.model.transformer import Parameters
+from moe_jax.parallel import collectives, sharding
+from moe_jax.parallel.axes import EXPERT
+from moe_jax.pipeline.weights import Streamed
+
+
+def specs(settings: config.Config, mesh: Mesh) -> Parameters:
+  """Returns the PartitionSpec of every parameter that a training step computes with."""
+  whole = transformer.specs(settings.model)
+  if not settings.pipeline.prefetch_layers:
+    return whole
+  shapes = _shapes(settings.model)
+  tree = jax.tree.structure(shapes)
+  placed = [
+    spec if dimension is None else sharding.zero_spec(spec, shape.shape, mesh)
+    for spec, shape, dimension in zip(
+      jax.tree.leaves(whole.layers), jax.tree.leaves(shapes), _dimensions(settings, mesh),
+      strict=True,
+    )
+  ]  # fmt: skip
+  return whole._replace(layers=jax.tree.unflatten(tree, placed))
+
+
+def streamed(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Streamed]:
+  """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
+
+  Communication: none; the pipeline's gathers are, for each weight that lies in shares, an
+  all-gather over `expert` of a layer.
+  """
+  if not settings.pipeline.prefetch_layers:
+    return lambda layers: layers
+  gathers = [
+    # Of one layer: the dimension of the layers is gone.
+    None if dimension is None else functools.partial(
+      collectives.gather, axis_name=EXPERT, dimension=dimension - 1
+    )
+    for dimension in _dimensions(settings, mesh)
+  ]  # fmt: skip
+  return lambda layers: Streamed(layers, gathers, settings.pipeline.prefetch_layers)
+
+
+def _dimensions(settings: config.Config, mesh: Mesh) -> list[int | None]:
+  """Returns along which dimension each leaf of the layers lies in shares; None: it does not."""
+  variables = jax.tree.leaves(_shapes(settings.model), is_leaf=_is_variable)
+  specs = jax.tree.leaves(transformer.specs(settings.model).layers)
+  return [_dimension(variable, spec, mesh) for variable, spec in zip(variables, specs, strict=True)]
+
+
+def _dimension(variable: nnx.Param, spec: P, mesh: Mesh) -> int | None:
+  if variable.get_metadata("keep_float32"):
+    return None
+  # ZeRO-1 may split the dimension of the layers, where no other is larger: those stay whole.
+  return sharding.zero_dimension(spec, variable.get_value().shape, mesh) or None
+
+
+def _shapes(model: config.Model) -> nnx.State:
+  return jax.eval_shape(lambda: transformer.init(jax.random.key(0), model)).layers
+
+
+def _is_variable(node) -> bool:
+  return isinstance(node, nnx.Variable)
