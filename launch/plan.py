@@ -156,7 +156,8 @@ def _workload(settings: config_lib.Config) -> serve.Workload | None:
 def _scaled(settings: config_lib.Config, gpus: int) -> config_lib.Config:
   """Returns `settings` with as many sequences for each GPU on a cluster of another size."""
   batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices)
-  mesh, pipeline = config_lib.Mesh(), dataclasses.replace(settings.pipeline, micro_batches=1)
+  mesh = config_lib.Mesh()
+  pipeline = dataclasses.replace(settings.pipeline, micro_batches=1, prefetch_layers=0)
   train = dataclasses.replace(settings.train, batch=batch)
   return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, train=train)
 

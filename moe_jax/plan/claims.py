@@ -324,7 +324,8 @@ def _rest(found: Figures) -> Iterator[Claim]:
     ("latency of exchanges measured: 4 GPUs per node, 16 nodes", "2 and 4 ms", _RUNNING),
     ("double buffering", "95%", _XLA),
     ("expert prefetch", "3 layers ahead, 90% accuracy",
-     "weights are resident: nothing is prefetched between layers; routing is not known ahead"),
+     "experts' weights are resident, and routing is not known ahead; attention's are gathered ahead"
+     " with pipeline.prefetch_layers"),
     ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking", _XLA),
     ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers", _RUNNING),
     ("work stealing", "< 5 ms", _RUNNING),

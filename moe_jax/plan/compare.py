@@ -46,6 +46,7 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
     "micro-batches": f"{pipeline.micro_batches}",
     "schedule": f"{pipeline.schedule}, {pipeline.chunks} chunks",
     "saves": pipeline.save,
+    "layers gathered ahead": f"{pipeline.prefetch_layers or 'none: weights lie whole'}",
     "dispatch": f"{settings.moe.dispatch}, {settings.moe.exchange}",
     "memory per GPU": f"{plan.memory_bytes / 1e9:.3f} GB",
     "fits": "yes" if plan.memory_bytes <= machine.cluster.chip.memory_bytes else "NO",

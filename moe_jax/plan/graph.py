@@ -14,13 +14,14 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.pipeline.table import Table
-from moe_jax.plan import memory, units
+from moe_jax.plan import memory, phases, units
 from moe_jax.plan.steps import Step
 
 DATA, TRANSFER, COLLECTIVE, PREFETCH = range(4)
 EDGE_KINDS = ("data", "transfer", "collective", "weight prefetch")
 UNITS = (
   "begin", "embed", "forward", "arrive", "head", "backward", "return", "embed_gradient", "end",
+  "prefetch",
 )  # fmt: skip
 
 
@@ -114,6 +115,8 @@ class _Builder:
       self.after(backward[0], gradient, DATA)
       for unit in (embed, head, *forward, *backward):
         self.after(begin, unit, PREFETCH)
+      for unit in (*forward, *backward):
+        self.prefetch(begin, unit)
       ends += [*backward, head, gradient]
     end = self.unit("end", self.all_stages, [(s, -1) for s in units.end(settings)])
     for unit in ends:
@@ -130,12 +133,20 @@ class _Builder:
     num_layers = units.layers_per_unit(self.settings)
     first = virtual * num_layers
     order = range(first, first + num_layers)
-    steps = units.unit(self.settings, kind)
+    steps = [step for step in units.unit(self.settings, kind) if step.name not in phases.AHEAD]
     stage = virtual % self.mesh.stage
     chain = [
       (s, layer) for layer in (order if kind == "forward" else reversed(order)) for s in steps
     ]
     return self.unit(kind, range(stage, stage + 1), chain, micro, virtual)
+
+  def prefetch(self, begin: _Unit, unit: _Unit) -> None:
+    """Appends the gathers of the streamed weights of a unit's layers, which come before it."""
+    chain = [(s, -1) for s in phases.stream(self.settings)] * units.layers_per_unit(self.settings)
+    if chain:
+      ahead = self.unit("prefetch", unit.stages, chain)
+      self.after(begin, ahead, DATA)
+      self.after(ahead, unit, PREFETCH)
 
   def move(self, kind: str, micro: int, virtual: int, source: _Unit, target: _Unit) -> None:
     """Appends the transfer of what a unit made to the unit of another stage."""

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from moe_jax.config import Mesh, Model
+from moe_jax.config import Config, Mesh, Model
 
 # Logical axis -> mesh axes, as parallel.sharding.RULES; a test holds the two equal.
 _RULES: Mapping[str, tuple[str, ...]] = {
@@ -67,6 +67,15 @@ class Leaf:
   def is_zero_split(self, mesh: Mesh) -> bool:
     """Whether ZeRO-1 splits the leaf's state over `expert` as well."""
     return self.zero_dimension(mesh) is not None
+
+  def is_streamed(self, settings: Config) -> bool:
+    """Whether a step's copy lies in the shares of ZeRO-1, and is gathered layer by layer.
+
+    Source: as train.streaming.
+    """
+    if not settings.pipeline.prefetch_layers or self.axes[0] != "layers" or self.is_float32:
+      return False
+    return bool(self.zero_dimension(settings.mesh))
 
   def state_axes(self, mesh: Mesh) -> list[frozenset[str]]:
     """Returns, for each dimension, the mesh axes of more than one device that its state is split

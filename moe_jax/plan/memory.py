@@ -27,7 +27,7 @@ class Memory:
     inputs: the step's tokens, targets, positions, segments and weights.
     gradients: sums over micro-batches.
     compute_copies: weights that are not as the optimizer holds them: gathered, or in the compute
-      dtype.
+      dtype; of streamed ones the layers that are gathered ahead.
     stash: what units in flight saved.
     buffers: activations and cotangents that wait for another stage.
     kv_cache: keys and values of sequences being served.

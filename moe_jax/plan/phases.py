@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from moe_jax.config import Config
 from moe_jax.plan import cost, dispatches, saving
-from moe_jax.plan.leaves import FLOAT32_BYTES
+from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
 from moe_jax.plan.steps import AGAIN, BACKWARD, Sizes, Step, activation_bytes, group_size
 
 # Positions of an attention block: of the one kernel that a GPU runs.
@@ -22,24 +22,48 @@ KERNEL_BLOCK = 128
 _PLACED_BACK_KERNELS = 6
 _STASH_KERNELS = {"inputs": 1, "residuals": 20, "everything": 40}
 _FLOAT32 = FLOAT32_BYTES
+# Of a layer that runs later: what stands beside it does not wait.
+AHEAD = frozenset({"gather ahead", "put and take"})
 
 
 def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the forward steps of one layer: attention, dispatch, experts, combine.
 
-  Communication: as the docstrings of model/attention.py and of `dispatches.forward` say.
+  Communication: as the docstrings of model/attention.py and of `dispatches.forward` say; and of
+  streamed weights, of a layer to come, an all-gather over `expert`.
   """
   kept = saving.saved_bytes(settings, at)
   # Written where it was made, then into the stash, which is a loop's and not the layer's.
   keep = Step("keep", "other", num_bytes=4 * kept, kernels=_STASH_KERNELS[settings.pipeline.save])
-  return (*_attention(settings, at), *dispatches.forward(settings, at), keep)
+  layer = (*_attention(settings, at), *dispatches.forward(settings, at), keep)
+  return (*stream(settings), *layer)
+
+
+def stream(settings: Config) -> tuple[Step, ...]:
+  """Returns the gather of one layer's streamed weights, as pipeline.weights makes it."""
+  share = sum(
+    leaf.state_elements(settings.mesh)
+    for leaf in leaves(settings.model)
+    if leaf.is_streamed(settings)
+  )
+  of_layer = share * settings.mesh.stage // settings.model.layers
+  if not of_layer:
+    return ()
+  num_bytes = of_layer * DTYPE_BYTES[settings.model.dtype]
+  whole = num_bytes * settings.mesh.expert
+  return (
+    Step("gather ahead", "other", "all-gather", axes=("expert",), operand_bytes=num_bytes),
+    # Into the ring and out of it.
+    Step("put and take", "other", num_bytes=4 * whole, kernels=2),
+  )
 
 
 def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the backward steps of one layer: what is run again by the saving policy, then the
   transposes.
   """
-  forward = layer_forward(settings, at)
+  ahead = stream(settings)
+  forward = layer_forward(settings, at)[len(ahead) :]
   again = RUN_AGAIN[settings.pipeline.save]
   repeated = [
     dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN)
@@ -51,7 +75,7 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
-  return (take, *repeated, *back)
+  return (*ahead, take, *repeated, *back)
 
 
 def _elementwise_bytes(settings: Config, at: Sizes) -> int:

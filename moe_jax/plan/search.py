@@ -249,14 +249,18 @@ class _Ranking:
     # A prefill saves nothing, and all schedules of one chunk are the same forwards.
     saves = SAVE[:1] if self.workload else SAVE
     per_rank = batch // mesh.expert
+    # As given, where the mesh lets it: it costs time and saves little, so it is not searched for.
+    most_ahead = model.layers // mesh.stage - 1 if mesh.expert > 1 else 0
+    ahead = min(given.pipeline.prefetch_layers, most_ahead)
     micro_batches = [n for n in _divisors(per_rank) if n <= _MOST_MICRO_BATCHES]
     for moe, save in itertools.product(self._ways(mesh), saves):
       for count, (schedule, chunks) in itertools.product(
         micro_batches, self._schedules(model.layers // mesh.stage, mesh.stage)
       ):
         pipeline = dataclasses.replace(
-          given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save
-        )
+          given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save,
+          prefetch_layers=ahead,
+        )  # fmt: skip
         yield dataclasses.replace(given, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
 
   def _ways(self, mesh: Mesh) -> Iterator[Moe]:

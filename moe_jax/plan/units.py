@@ -64,9 +64,18 @@ def begin(settings: Config) -> tuple[Step, ...]:
   """
   mesh = settings.mesh
   held = leaves(settings.model)
-  gathered = sum(leaf.state_elements(mesh) for leaf in held if leaf.is_zero_split(mesh))
-  copies = sum(leaf.elements(mesh) for leaf in held)
+  gathered = sum(
+    leaf.state_elements(mesh)
+    for leaf in held
+    if leaf.is_zero_split(mesh) and not leaf.is_streamed(settings)
+  )
+  copies = sum(
+    leaf.state_elements(mesh) if leaf.is_streamed(settings) else leaf.elements(mesh)
+    for leaf in held
+  )
   dtype = DTYPE_BYTES[settings.model.dtype]
+  # The first layers of both directions; the others are gathered beside those before them.
+  ahead = 2 * settings.pipeline.prefetch_layers
   return (
     # Of the targets' weights, which are to sum to 1 over the step.
     Step("sum the weights", "other", "all-reduce", axes=("expert",), operand_bytes=_FLOAT32),
@@ -78,6 +87,11 @@ def begin(settings: Config) -> tuple[Step, ...]:
       operand_bytes=gathered * _FLOAT32,
     ),
     Step("cast parameters", "other", num_bytes=copies * (_FLOAT32 + dtype), kernels=14),
+    *[
+      dataclasses.replace(step, name=f"{step.name} {number}")
+      for step in phases.stream(settings)
+      for number in range(ahead)
+    ],
   )
 
 

@@ -58,9 +58,17 @@ def copy_bytes(settings: Config, leaf: Leaf) -> int:
   mesh, dtype = settings.mesh, DTYPE_BYTES[settings.model.dtype]
   is_cast = not leaf.is_float32 and dtype != FLOAT32_BYTES
   is_gathered = mesh.expert > 1 and leaf.is_zero_split(mesh)
+  if leaf.is_streamed(settings):
+    return is_cast * leaf.state_elements(mesh) * dtype + _ring_bytes(settings, leaf)
   if not is_cast and not is_gathered:
     return 0
   return leaf.elements(mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)
+
+
+def _ring_bytes(settings: Config, leaf: Leaf) -> int:
+  """Returns the bytes of a streamed weight in the layers gathered ahead, for both directions."""
+  of_layer = leaf.elements(settings.mesh) * settings.mesh.stage // settings.model.layers
+  return 2 * settings.pipeline.prefetch_layers * of_layer * DTYPE_BYTES[settings.model.dtype]
 
 
 def _layers(settings: Config, at: Sizes, kind: str) -> list[Array]:

@@ -135,6 +135,8 @@ CASES = {
     {"model": {"experts": 32}, "mesh": {"expert": 32, "tensor": 2, "stage": 1},
      "pipeline": {**_PLAIN, "micro_batches": 4}},
   ),
+  "pod64_10b, streams 1 layer": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 1}}),
+  "pod64_10b, streams 3 layers": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 3}}),
 }  # fmt: skip
 BAR = 0.02
 

@@ -24,6 +24,7 @@ from moe_jax.rehearse import pod, report
 CASES = {
   "pod64": ("pod64", "h100:16x4", {}),
   "pod64_10b": ("pod64_10b", "h100:16x4", {}),
+  "pod64_10b, streams 1 layer": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 1}}),
   "pod64, one stage": (
     "pod64", "h100:16x4",
     {"mesh": {"expert": 16, "stage": 1},

@@ -8,13 +8,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from moe_jax.plan import export, graph, units
+from moe_jax.plan import export, graph, phases, units
 from tests import runs
 
 CASES = {
   "1f1b": runs.settings(),
   "interleaved": runs.settings(pipeline={"schedule": "interleaved", "chunks": 2}),
   "one device": runs.settings(mesh={"expert": 1, "tensor": 1, "stage": 1}),
+  "streamed": runs.settings(mesh={"stage": 1, "expert": 4}, pipeline={"prefetch_layers": 2}),
   "four stages": runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
 }
 each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
@@ -26,7 +27,8 @@ def test_it_is_whole_and_has_no_cycle(settings):
   graph.check(built)
   mesh = settings.mesh
   assert len(np.unique(built.module)) == mesh.num_devices
-  layer_steps = len(units.unit(settings, "forward")) + len(units.unit(settings, "backward"))
+  in_unit = lambda kind: [s for s in units.unit(settings, kind) if s.name not in phases.AHEAD]
+  layer_steps = len(in_unit("forward")) + len(in_unit("backward"))
   in_layers = np.isin(built.unit, [graph.UNITS.index(k) for k in ("forward", "backward")]).sum()
   micro, layers = settings.pipeline.micro_batches, settings.model.layers
   assert in_layers == layer_steps * micro * layers * mesh.expert * mesh.tensor
@@ -39,6 +41,19 @@ def test_each_stage_runs_its_own_layers(settings):
   chunk = units.layers_per_unit(settings)
   there = built.layer >= 0
   assert (built.stage[there] == built.layer[there] // chunk % mesh.stage).all()
+
+
+def test_a_unit_waits_for_the_weights_of_its_layers_and_they_for_no_unit():
+  settings = CASES["streamed"]
+  built = graph.build(settings)
+  number = graph.UNITS.index
+  ends_at = built.unit[built.target[built.unit[built.source] == number("prefetch")]]
+  assert set(ends_at.tolist()) == {number("prefetch"), number("forward"), number("backward")}
+  before = built.unit[built.source[built.unit[built.target] == number("prefetch")]]
+  assert set(before.tolist()) == {number("prefetch"), number("begin")}
+  gathers = [step.name for step in built.steps].index("gather ahead")
+  micro, layers, mesh = settings.pipeline.micro_batches, settings.model.layers, settings.mesh
+  assert (built.step == gathers).sum() == 2 * micro * layers * mesh.expert * mesh.tensor
 
 
 def test_a_collective_waits_for_all_of_its_group():

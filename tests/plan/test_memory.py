@@ -53,7 +53,7 @@ def _size(shape):
 )
 def test_the_total_is_the_compiled_programs():
   """Small cases and the pod; `python -m tests.plan.agreement memory` has them all."""
-  names = ["tiny", "laptop 1x2x4, gpipe", "pod64"]
+  names = ["tiny", "laptop 1x2x4, gpipe", "pod64", "pod64_10b, streams 1 layer"]
   words = [sys.executable, "-m", "tests.plan.agreement", "memory", *names]
   found = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
   assert found.returncode == 0, found.stdout + found.stderr
@@ -119,6 +119,27 @@ def test_weights_that_the_optimizer_holds_whole_have_no_copy():
   assert _train(mesh=one).compute_copies == 0
   assert _train(mesh=one, model={"dtype": "bfloat16"}).compute_copies > 0
   assert 0 < _train().compute_copies < _train().gradients
+
+
+def test_streamed_weights_by_hand():
+  """Attention of a layer, 16 x (8 + 8 + 8 + 8) x 4 float32 on 2 tensor ranks: 4,096 bytes.
+
+  Of 4 layers whole copies take 16,384 bytes. Streamed, the optimizer's own shares are what the step
+  computes with, and one layer is whole for each direction; 3 layers ahead that is more than all.
+  """
+  mesh = {"expert": 4, "tensor": 2, "stage": 1}
+  whole, one, three = (
+    _train(mesh=mesh, model={"layers": 4}, pipeline={"prefetch_layers": k}) for k in (0, 1, 3)
+  )
+  of_layer = 16 * (8 + 8 + 8 + 8) * 4 * 4 // 2
+  assert of_layer == 4_096
+  assert whole.compute_copies - one.compute_copies == (4 - 2 * 1) * of_layer
+  assert whole.compute_copies - three.compute_copies == (4 - 2 * 3) * of_layer
+  assert (one.parameters, one.gradients) == (whole.parameters, whole.gradients)
+  narrow = {"layers": 4, "dtype": "bfloat16"}
+  whole, one = (_train(mesh=mesh, model=narrow, pipeline={"prefetch_layers": k}) for k in (0, 1))
+  saved = whole.compute_copies - one.compute_copies
+  assert saved == (4 - 4 / 4 - 2) * of_layer / 2  # a share of the cast copy stays
 
 
 def test_attentions_kernels_pad_as_the_planner_says():

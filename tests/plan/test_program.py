@@ -17,6 +17,9 @@ CASES = {
   ),
   "gpipe": runs.settings(pipeline={"schedule": "gpipe", "save": "everything"}),
   "one stage": runs.settings(mesh={"stage": 1, "expert": 4}, moe={"exchange": "flat"}),
+  "streamed": runs.settings(
+    mesh={"stage": 1, "expert": 4}, pipeline={"save": "residuals", "prefetch_layers": 1}
+  ),
   "four stages": runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
 }
 each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
@@ -101,6 +104,25 @@ def test_tying_never_costs_and_only_moves_what_is_hidden():
     assert tied.schedule_s <= untied.schedule_s * (1 + 1e-9)
     assert tied.compute_s == pytest.approx(untied.compute_s)
     assert tied.bytes_by_link == pytest.approx(untied.bytes_by_link)
+
+
+def test_streaming_sends_a_layer_with_each_layer_of_a_unit():
+  """The mesh has 4 x 2 devices, the model 4 layers: in each of 4 micro-batches' ticks, forwards and
+  backwards, 4 layers of attention come as (4 - 1) / 4 of 16 x 32 x 4 float32 on 2 tensor ranks, and
+  1 for each direction before the ticks; which those of all layers then no longer do.
+  """
+  settings = CASES["streamed"]
+  pipeline = dataclasses.replace(settings.pipeline, prefetch_layers=0)
+  whole = dataclasses.replace(settings, pipeline=pipeline)
+  table = memory.table(settings.pipeline, 1)
+  ticks = table.ticks_by_kind["forward"] + table.ticks_by_kind["backward"]
+  of_layer = 3 / 4 * 16 * (4 * 8) * 4 * 4 / 2
+  streamed, before = (simulate.train(each, H100) for each in (settings, whole))
+  sent = lambda run: sum(run.bytes_by_link.values())
+  layers = settings.model.layers
+  assert (layers, table.num_micro_batches) == (4, 4)
+  assert sent(streamed) - sent(before) == pytest.approx((ticks * layers + 2 - layers) * of_layer)
+  assert streamed.schedule_s > before.schedule_s
 
 
 def test_every_policy_saves_what_it_does_not_run_again():
