@@ -77,8 +77,8 @@ class LayerArrays:
     # Untied, weights' gradients come last: no token waits for them.
     found = [*self._kept(), *self._rows(is_tied=False)]
     if self._of_chunk == 2:
-      # Both layers are computed again at once.
-      second = 2 * self._arrived + 3 * self._hidden + self._again_bytes()
+      # Both layers are computed again at once; the other's gate and up wait.
+      second = 2 * self._hidden + self._again_bytes()
       found.append(Array(second, Moment.HIDDEN, Moment.ATTENTION))
       # What the kernel returned for the one waits beside the other's.
       of_kernel = Array(self._padded_bytes(), Moment.ATTENTION, Moment.ATTENTION)
@@ -151,6 +151,8 @@ class LayerArrays:
       Array(arrived, Moment.HIDDEN, used_by_down),  # cotangent
       Array(self._partial_hidden(), Moment.HIDDEN, Moment.HIDDEN),  # of the product of gate and up
       Array(2 * hidden, Moment.ROWS, used_by_gate),  # of gate and up, one array
+      # Their weights as one.
+      Array(2 * self._weight_elements * self._at.dtype_bytes, Moment.ROWS, Moment.ROWS),
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
     if self._save == "everything":
@@ -175,13 +177,11 @@ class LayerArrays:
     return number * num_bytes // self._at.dtype_bytes * FLOAT32_BYTES
 
   def _partial_rows(self) -> list[int]:
-    """The rows' cotangent by gate and up, perhaps in parts, and the sum of the parts."""
+    """The rows' cotangent by gate and up, perhaps in parts."""
     number = splits.parts(
       self._experts, self._rows_per_expert, self._settings.model.d_model, 2 * self._width
     )
-    if number == 1:
-      return [self._arrived]
-    return [self._parts_bytes(self._arrived, number), self._arrived]
+    return [self._arrived if number == 1 else self._parts_bytes(self._arrived, number)]
 
   def _rounds(self) -> list[Array]:
     """Of a dispatch in rounds: rows and hidden units in blocks, and sums of weights' gradients."""
@@ -215,6 +215,10 @@ class LayerArrays:
     if self._has_rounds:
       return []
     found, d_model = [], self._settings.model.d_model
+    if self._of_chunk == 2 and self._save != "inputs":
+      # Those of the layer before wait: XLA adds both layers' at once.
+      waiting = self._weight_elements * FLOAT32_BYTES
+      found += [Array(waiting, Moment.HIDDEN, Moment.ROWS)] * _WEIGHTS
     for weights, made in ((2, Moment.GATE_AND_UP), (1, Moment.DOWN)):
       number = splits.parts(self._experts, weights * self._width, d_model, self._rows_per_expert)
       whole = weights * self._weight_elements * FLOAT32_BYTES
@@ -237,7 +241,6 @@ class LayerArrays:
     ]
     if self._of_chunk == 2:
       found += [Array(each, *whole)] * _WEIGHTS
-    if self._at.dtype_bytes == FLOAT32_BYTES or self._of_chunk == 1:
       # XLA cuts the sums of gradients with the weights where it can make one kernel of it.
       sums = self._weight_elements * FLOAT32_BYTES
       found += [Array(sums, *whole)] * _WEIGHTS
