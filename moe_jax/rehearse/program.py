@@ -10,6 +10,7 @@ Source: https://openxla.org/xla/operation_semantics and https://openxla.org/xla/
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -306,7 +307,8 @@ class _Reader:
     known = trips.known(self.module, computation, loop)
     if known is not None:
       return known
-    for scope in loop.op_name.split("/"):
+    # Backwards a scope reads transpose(jvp(scope)).
+    for scope in re.findall(r"\w+", loop.op_name):
       turns = self.turns.get(scope)
       if turns is not None:
         self.assumed[f"loop of {scope}: {turns} turns"] += 1

@@ -50,9 +50,10 @@ def test_what_is_not_known_is_counted(text):
   }
 
 
-def test_a_loop_turns_as_often_as_is_assumed_of_its_scope(text):
+@pytest.mark.parametrize("scope", ["further_rounds", "transpose(jvp(further_rounds))"])
+def test_a_loop_turns_as_often_as_is_assumed_of_its_scope(text, scope):
   text = text.replace('"known_trip_count":{"n":"3"}', '"other":1').replace(
-    'op_name="jit(step)/while"', 'op_name="jit(step)/further_rounds/while"'
+    'op_name="jit(step)/while"', f'op_name="jit(step)/{scope}/while"'
   )
   found = program.read(text, golden.MESH, turns={"further_rounds": 0, "another": 5})
   assert [loop.trips for loop in found.entry.units] == [0]
