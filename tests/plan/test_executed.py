@@ -16,7 +16,7 @@ from moe_jax.moe import grouped, router, two_level
 from moe_jax.moe import plan as plan_lib
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.pipeline import executor
+from moe_jax.pipeline import executor, weights
 from moe_jax.plan import links, program, saving, simulate, steps, units
 from moe_jax.plan.hardware import CHIPS, Cluster
 from moe_jax.plan.machine import Machine
@@ -120,8 +120,8 @@ def saved_by(settings):
   def region(parameters, inputs):
     layers, shared = collectives.varying(parameters)
     made = executor._Executor(
-      transformer.loss_functions(settings), step_lib.table(settings), layers, shared, inputs,
-      settings.pipeline.save, jnp.float32,
+      transformer.loss_functions(settings), step_lib.table(settings), weights.Whole(layers), shared,
+      inputs, settings.pipeline.save, jnp.float32,
     )  # fmt: skip
     found["saved"] = made.chunk.steps.saved
     return jnp.zeros(())
