@@ -86,7 +86,7 @@ def compiled(schedule: str, save: str) -> Row:
   settings, described = config.from_mapping(deployment), pod.describe(POD)
   mesh = described.mesh(settings.mesh)
   made = lowering.train(settings, mesh)
-  found = program.read(made.text, dict(mesh.shape), kernels.FLOPS)
+  found = program.read(made.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
   taken = ticks.branches_taken(found, step.table(settings))
   if found.unknown or taken.unknown:
     raise ValueError(f"the program could not be read in full: {found.unknown} {taken.unknown}")
