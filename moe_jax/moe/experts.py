@@ -29,7 +29,7 @@ def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
   """
   weights = varying_like(weights, rows_eRD)
   both_eRg = residual(_gate_and_up(rows_eRD, weights.gate_eDf, weights.up_eDf))
-  return jnp.einsum("erf,efd->erd", gated(both_eRg), weights.down_efD)
+  return jnp.einsum("erf,efd->erd", _gated(both_eRg), weights.down_efD)
 
 
 @jax.custom_vjp
@@ -53,7 +53,7 @@ _gate_and_up.defvjp(_gate_and_up_forward, _gate_and_up_backward)
 
 
 @jax.custom_vjp
-def gated(both_eRg: jax.Array) -> jax.Array:
+def _gated(both_eRg: jax.Array) -> jax.Array:
   """Returns `hidden_eRf`, silu of the first half of the units times the second.
 
   Its gradient is one array made at once, where autodiff would join two.
@@ -63,7 +63,7 @@ def gated(both_eRg: jax.Array) -> jax.Array:
 
 
 def _gated_forward(both_eRg):
-  return gated(both_eRg), both_eRg
+  return _gated(both_eRg), both_eRg
 
 
 def _gated_backward(both_eRg, d_eRf):
@@ -78,4 +78,4 @@ def _gated_backward(both_eRg, d_eRf):
   return ((d_eRf[..., None, :] * slope_eR2f).reshape(both_eRg.shape),)
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+_gated.defvjp(_gated_forward, _gated_backward)

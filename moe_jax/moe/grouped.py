@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from moe_jax.moe import grouped_kernels
 from moe_jax.moe.experts import Weights
 from moe_jax.parallel.collectives import varying_like
+from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512  # rows; below, slicing and summing outweigh multiplying
@@ -230,7 +231,7 @@ def _blocks_values(weights, rows_RD, groups):
   def block(n, y_NJD, one: Weights):
     # Each block's rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
-    return _write(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
+    return put(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
 
   y_NJD, _ = _loop(weights, groups, block, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
@@ -241,7 +242,11 @@ def _blocks_forward(weights, rows_RD, groups, shadows=None):
     gate_NJf, up_NJf, y_NJD = buffers
     gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
-    return _write(gate_NJf, n, gate_Jf), _write(up_NJf, n, up_Jf), _write(y_NJD, n, y_JD)
+    return (
+      put(gate_NJf, n, gate_Jf),
+      put(up_NJf, n, up_Jf),
+      put(y_NJD, n, y_JD),
+    )
 
   def of_shadow(h, buffers):
     return _walk(shadows.fetch(h), groups, e + h, block, buffers)[0]
@@ -264,7 +269,7 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, sh
     )
     dgate_Jf, dup_Jf = activation_vjp(dy_JD @ one.down_efD.T)
     dx_JD = dgate_Jf @ one.gate_eDf.T + dup_Jf @ one.up_eDf.T
-    return _write(d_NJD, n, dx_JD), Weights(
+    return put(d_NJD, n, dx_JD), Weights(
       sums.gate_eDf + _outer(x_JD, dgate_Jf),
       sums.up_eDf + _outer(x_JD, dup_Jf),
       sums.down_efD + _outer(hidden_Jf, dy_JD),
@@ -331,11 +336,6 @@ def _block(rows_RD, groups, n):
 
 def _read(x_NJi, n):
   return jax.lax.dynamic_index_in_dim(x_NJi, n, keepdims=False)
-
-
-def _write(x_NJi, n, x_Ji):
-  """Returns x_NJi with block n set, in place: `.at[n].set` would guard n against the range."""
-  return jax.lax.dynamic_update_index_in_dim(x_NJi, x_Ji, n, 0)
 
 
 def _received(y_NJD, groups):

@@ -164,10 +164,10 @@ class Chunk(NamedTuple):
         totals = totals._replace(stash=stash)
         num_done = len(back.of_parameters)
     found = iter(coming)
-    rings = (
-      ahead.put(next(found)) if ahead else rings[0],
-      back.put(next(found)) if back else rings[1],
+    put = lambda each, ring: (
+      self.weights.put(l, each.unit.coming, each.ring, next(found)) if each else ring
     )
+    rings = (put(ahead, rings[0]), put(back, rings[1]))
     totals = totals._replace(rings=rings)
     if back:
       totals, gy = back.finish(totals)
@@ -217,10 +217,6 @@ class _ForwardLayer:
     self.num_written = len(self.kept)
     return tuple(stash)
 
-  def put(self, gathered: Tree) -> Tree:
-    """Returns the ring with the weights of the layer that is to come."""
-    return self.chunk.weights.put(self.l, self.unit.coming, self.ring, gathered)
-
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     y, auxiliary_loss, report = self.carry
     number = self.unit.first + self.l
@@ -244,7 +240,6 @@ class _BackwardLayer:
   ):
     self.chunk, self.unit = chunk, unit
     self.number = unit.first + (chunk.num_layers - 1 - place)
-    self.place = place
     self.weights, self.ring, self.coming = chunk.weights.take(self.number, place, unit.coming, ring)
     self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
@@ -257,10 +252,6 @@ class _BackwardLayer:
         self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
       )
       self.of_parameters.append(of_parameters)
-
-  def put(self, gathered: Tree) -> Tree:
-    """Returns the ring with the weights of the layer that is to come."""
-    return self.chunk.weights.put(self.place, self.unit.coming, self.ring, gathered)
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))

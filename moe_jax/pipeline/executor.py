@@ -2,7 +2,7 @@
 
 A tick is one row of the table, the same program on every stage: head of a finished micro-batch,
 embedding, a backward and a forward unit side by side, and what they made on its way. A stage whose
-cell is idle computes masked values, which costs nothing because another stage works in that tick.
+cell is idle computes what nobody reads; that costs nothing, for another stage works in that tick.
 Ticks that have no forward, or no backward, unit on any stage form their own scan without that half;
 head and embedding, which every stage takes part in, are skipped alike by every device.
 

@@ -176,8 +176,7 @@ class _Tick:
 
   def __init__(self, halves: _Halves, run: _Run, row: columns.Row):
     self.halves, self.before, self.row = halves, run, row
-    self.functions, self.result = halves.functions, run.result
-    self.inbox = list(run.inbox)
+    self.inbox, self.result = list(run.inbox), run.result
     self.handed: Tree = ()
     # Read before what arrives is written over it.
     self.to_head = buffers.at(run.inbox, jnp.maximum(row.head_inbox_slot, 0))
@@ -235,7 +234,7 @@ class _Tick:
   def _drain(self) -> _Run:
     """A tick without forward units: the second half ends its layer by itself."""
     run = self.before
-    stream = _Stream([self._end(1, run.last, [])], run.second)
+    stream = _Stream([self._end(1, run.last)], run.second)
     stream.run(len(self.halves.end[1]))
     self._store(0, run.arrived)
     self._store(1, collectives.shift(stream.carry, STAGE, +1))

@@ -149,7 +149,7 @@ class Streamed(NamedTuple):
   def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
     """Returns the ring with what was gathered, where `take` took."""
     slot = self._slot(place, coming)
-    return [leaf.at[slot].set(new) for leaf, new in zip(ring, gathered, strict=True)]
+    return [buffers.put(leaf, slot, new) for leaf, new in zip(ring, gathered, strict=True)]
 
   def _slot(self, place: int, coming: Coming) -> jax.Array:
     return (coming.slot + place) % self.ahead
