@@ -155,6 +155,9 @@ class LayerArrays:
       Array(2 * self._weight_elements * self._at.dtype_bytes, Moment.ROWS, Moment.ROWS),
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
+    if self._save != "inputs":
+      # A slot ends between the two, so the halves lie apart until they are joined.
+      found.append(Array(2 * hidden, Moment.HIDDEN, Moment.HIDDEN))
     if self._save == "everything":
       return found
     last = Moment.HIDDEN if is_tied else Moment.ROWS
