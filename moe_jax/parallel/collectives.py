@@ -216,6 +216,29 @@ def _reduce_small(x, axis_names, reduce):
   return x
 
 
+def after(first, then):
+  """Returns `then`, on XLA:CPU as values that wait for `first`.
+
+  There a loop runs beside whatever needs nothing of it, and each device starts the collectives of
+  both in an order of its own: they hang, or meet another's. Between a loop with collectives and
+  another collective there must be an array that one makes and the other needs.
+
+  Args:
+    first, then: trees of arrays; `then` comes out varying along the axes along which `first` is.
+  """
+  leaves = [leaf for leaf in jax.tree.leaves(first) if leaf.size]
+  names = tuple({name: None for leaf in leaves for name in _varies_over(leaf)})
+  zero = lambda *_: _cast(jnp.zeros((), jnp.int32), names)
+  nothing = jax.lax.platform_dependent(*leaves, cpu=_nothing, default=zero)
+  return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), then)
+
+
+def _nothing(*leaves):
+  # Nothing times a float may be NaN, so XLA cannot know that this is 0; as an integer it is.
+  first = [leaf.ravel()[0].astype(jnp.float32) for leaf in leaves]
+  return sum((0 * x).astype(jnp.int32) for x in first)
+
+
 def shift(tree, axis_name: str, by: int):
   """Returns what the device `by` places before this one on the ring of `axis_name` holds.
 

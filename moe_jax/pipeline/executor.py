@@ -194,6 +194,7 @@ class _Executor:
 
   def _tick(self, state: _State, row: Row, coming: tuple[Coming | None, Coming | None]) -> _State:
     has_forward, has_backward = (self.units[kind] != "never" for kind in ("forward", "backward"))
+    row = collectives.after(state.ticks, row)
     # An output that has just been made is read where it was made: were the head to wait for it on
     # stage 0, it would wait for the transfer.
     y = buffers.select(
@@ -201,19 +202,22 @@ class _Executor:
       state.sent,
       buffers.at(state.inbox, jnp.maximum(row.head_inbox_slot, 0)),
     )
+    made, x = state.sent, None
+    if has_forward:
+      _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
+      made, y = collectives.after(x, (made, y))
     if self.units["arrival"] != "never":
-      arrived = collectives.shift(state.sent, STAGE, +1)
+      arrived = collectives.shift(made, STAGE, +1)
       state = state._replace(inbox=buffers.write(state.inbox, row.arrival_slot, arrived))
+      y = collectives.after(arrived, y)
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
     state, gy = self._where_due("head", head, row.head_micro, state, y)
-    x = None
-    if has_forward:
-      _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
+    of_units, coming = collectives.after(gy, (row, coming))
     totals, sent, gx = self.chunk.run(
       state.totals,
-      self._forward(state, row, x, coming[0]) if has_forward else None,
-      self._backward(state, row, gy, coming[1]) if has_backward else None,
+      self._forward(state, of_units, x, coming[0]) if has_forward else None,
+      self._backward(state, of_units, gy, coming[1]) if has_backward else None,
     )
     state = state._replace(totals=totals)
     if has_forward:
@@ -222,6 +226,7 @@ class _Executor:
       arrived = collectives.shift(gx, STAGE, -1)
       inbox = buffers.write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
       state = state._replace(cotangent_inbox=inbox)
+      gx = collectives.after((arrived, state.sent, totals.auxiliary_loss, totals.reports), gx)
       unit = self._embed_gradient
       state, _ = self._where_due("embed_gradient", unit, row.embed_gradient_micro, state, gx)
     return state._replace(ticks=state.ticks + 1)
@@ -260,7 +265,8 @@ class _Executor:
       y = collectives.broadcast_from(y, STAGE, owner)
       head = lambda shared, y: self.functions.head(shared, y, inputs)
       loss, vjp, outputs = jax.vjp(head, self.shared, y, has_aux=True)
-      g_here, gy = vjp(collectives.varying(jnp.ones((), loss.dtype)))
+      one = collectives.varying(jnp.ones((), loss.dtype))
+      g_here, gy = vjp(collectives.after(y, one))
       g_shared = _add(g_shared, g_here)
     outputs = buffers.write(state.outputs, micro, collectives.varying(outputs))
     return _with(state, (state.loss + loss, outputs, g_shared)), collectives.varying(gy)
