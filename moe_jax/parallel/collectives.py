@@ -227,6 +227,8 @@ def after(first, then):
     first, then: trees of arrays; `then` comes out varying along the axes along which `first` is.
   """
   leaves = [leaf for leaf in jax.tree.leaves(first) if leaf.size]
+  if not leaves:
+    return then
   names = tuple({name: None for leaf in leaves for name in _varies_over(leaf)})
   zero = lambda *_: _cast(jnp.zeros((), jnp.int32), names)
   nothing = jax.lax.platform_dependent(*leaves, cpu=_nothing, default=zero)

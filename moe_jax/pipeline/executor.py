@@ -164,9 +164,8 @@ class _Executor:
       state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], (rows, coming)))
     totals = state.totals
     gradients = (totals.g_layers, totals.g_shared)
-    return Result(
-      state.loss, totals.auxiliary_loss, totals.reports, state.outputs, gradients, state.ticks
-    )
+    found = (state.loss, totals.auxiliary_loss, totals.reports, state.outputs, gradients)
+    return Result(*collectives.after(found, found), state.ticks)
 
   def _start(self) -> _State:
     table, chunk, zeros = self.table, self.chunk, collectives.zeros_like
@@ -176,7 +175,7 @@ class _Executor:
     )
     scalar = lambda: zeros(jax.ShapeDtypeStruct((), jnp.float32))
     return _State(
-      sent=zeros(self.x),
+      sent=collectives.after((chunk.weights.layers, self.shared, self.inputs), zeros(self.x)),
       inbox=zeros(stacked(self.x, table.num_inbox_slots)),
       cotangent_inbox=zeros(stacked(self.x, table.num_cotangent_slots)),
       loss=scalar(),
@@ -194,7 +193,6 @@ class _Executor:
 
   def _tick(self, state: _State, row: Row, coming: tuple[Coming | None, Coming | None]) -> _State:
     has_forward, has_backward = (self.units[kind] != "never" for kind in ("forward", "backward"))
-    row = collectives.after(state.ticks, row)
     # An output that has just been made is read where it was made: were the head to wait for it on
     # stage 0, it would wait for the transfer.
     y = buffers.select(
@@ -205,6 +203,8 @@ class _Executor:
     made, x = state.sent, None
     if has_forward:
       _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
+      # A first tick may reach its layers before what only later ones need is gathered.
+      x = collectives.after((self.chunk.weights.layers, self.shared), x)
       made, y = collectives.after(x, (made, y))
     if self.units["arrival"] != "never":
       arrived = collectives.shift(made, STAGE, +1)

@@ -182,9 +182,9 @@ class Units:
     carry, outputs = self._where("head", micro, head, lambda *given: given, given)
     return result._replace(carry=carry, outputs=outputs)
 
-  def embed(self, row: columns.Row, carry: Tree) -> Tree:
-    """Runs the embedding likewise; zeros where there is none."""
-    micro = row.embed_micro
+  def embed(self, row: columns.Row, carry: Tree, first: Tree) -> Tree:
+    """Runs the embedding likewise, after `first`; zeros where there is none."""
+    micro = collectives.after(first, row.embed_micro)
 
     def embed(carry):
       with jax.named_scope("embed"):
@@ -194,6 +194,12 @@ class Units:
     return self._where(
       "embed", micro, embed, lambda carry: collectives.zeros_like(self.x), (carry,)
     )
+
+  def told(self, result: Result) -> Result:
+    """Returns the result of all ticks, of which all but the state waits for all of it."""
+    told = (result.carry, result.reports, result.outputs)
+    carry, reports, outputs = collectives.after(told, told)
+    return result._replace(carry=carry, reports=reports, outputs=outputs)
 
   def _where(self, kind: str, micro, unit: Callable, skip: Callable, given: tuple):
     """Runs a unit in the ticks that have it: a branch that is the same on every device."""
@@ -216,7 +222,7 @@ class _Forward(Units):
     result = self.start(carry, state, report_of)
     zeros = collectives.zeros_like
     inbox = zeros(buffers.stacked(self.x, self.table.num_inbox_slots))
-    return self.ticks(self._tick, _Run(zeros(self.x), inbox, result)).result
+    return self.told(self.ticks(self._tick, _Run(zeros(self.x), inbox, result)).result)
 
   def _tick(self, run: _Run, row: columns.Row) -> _Run:
     # Read before what has just been made is on its way, so that head and transfer do not wait for
@@ -227,7 +233,9 @@ class _Forward(Units):
     )
     inbox = run.inbox
     if self.units["arrival"] != "never":
-      inbox = buffers.write(inbox, row.arrival_slot, collectives.shift(run.sent, STAGE, +1))
+      arrived = collectives.shift(run.sent, STAGE, +1)
+      inbox = buffers.write(inbox, row.arrival_slot, arrived)
+      y = collectives.after(arrived, y)
     result = self.head(run.result, row, y)
     run = run._replace(inbox=inbox, result=result._replace(ticks=result.ticks + 1))
     return run if self.units["forward"] == "never" else self._forward(run, row)
@@ -238,8 +246,10 @@ class _Forward(Units):
     runs = row.forward_micro >= 0
     inputs = buffers.at(self.inputs, jnp.maximum(row.forward_micro, 0))
     from_inbox = buffers.at(run.inbox, jnp.maximum(row.forward_inbox_slot, 0))
-    embedded = self.embed(row, result.carry)
+    of_head = (result.outputs, result.carry)
+    embedded = self.embed(row, result.carry, of_head)
     x = buffers.select(row.forward_inbox_slot >= 0, from_inbox, embedded)
+    x = collectives.after(of_head, x)
     first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
 
     def layer(carry, l):

@@ -113,7 +113,8 @@ class _Halves(Units):
     nowhere = _Cell(*collectives.varying((jnp.int32(0), jnp.int32(0), jnp.zeros((), bool))))
     inbox = zeros(buffers.stacked(self.x, self.table.num_inbox_slots))
     first, second = zeros(self.x)
-    return self.ticks(self._tick, _Run(first, first, second, nowhere, inbox, result)).result
+    run = self.ticks(self._tick, _Run(first, first, second, nowhere, inbox, result))
+    return self.told(run.result)
 
   def _cut(self, weights, inputs, state) -> None:
     """Cuts both halves of a layer into steps, and lays those of a tick's layers side by side."""
@@ -189,8 +190,8 @@ class _Tick:
     halves, run, last = self.halves, self.before, self.before.last
     if halves.units["forward"] == "never":
       return self._drain()
-    self.embedded = halves.embed(self.row, ())
-    x = (self._unit_of(0, run.arrived), run.second)
+    self.embedded = halves.embed(self.row, (), ())
+    x = (self._unit_of(0, run.arrived), collectives.after(self.embedded, run.second))
     x, y_second = self._layer(0, last, x)
     if halves.num_layers > 2:
       x = self._layers_between(x)
@@ -246,6 +247,7 @@ class _Tick:
     y = buffers.select(
       self.row.head_is_fresh > 0, (self.before.first, y_second), tuple(self.to_head)
     )
+    y = collectives.after((self.inbox, self.result.reports), y)
     result = self.halves.head(self.result, self.row, y)
     result = result._replace(ticks=result.ticks + 1)
     return self.before._replace(inbox=tuple(self.inbox), result=result)

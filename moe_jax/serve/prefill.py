@@ -109,9 +109,10 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
       found = halves.run(functions, table, layers, shared, batch, cache)
     size = batch.chunk.tokens_bS.shape[-1]
     padding = jnp.sum(size - batch.chunk.lengths_b, dtype=jnp.int32)
+    tokens_UB = jax.lax.pmax(found.outputs, (STAGE, TENSOR))
     return found.state, Result(
-      tokens_UB=jax.lax.pmax(found.outputs, (STAGE, TENSOR)),
-      padding_tokens=jax.lax.psum(padding, EXPERT),
+      tokens_UB=tokens_UB,
+      padding_tokens=jax.lax.psum(collectives.after(tokens_UB, padding), EXPERT),
       assigned_LE=jax.lax.psum(found.reports.assigned_E, (EXPERT, TENSOR)),
       dropped_L=jax.lax.psum(found.reports.dropped, (EXPERT, TENSOR)),
     )
