@@ -47,19 +47,14 @@ def _needs(module: hlo.Module, computation: hlo.Computation) -> dict[str, set[st
   """Returns the instructions whose results lead to each."""
   needs: dict[str, set[str]] = {}
   for each in computation.instructions:
-    operands = [_maker(module, computation, operand) for operand in (each.name, *each.operands)][1:]
-    if each.opcode == "get-tuple-element":
-      operands = [_maker(module, computation, each.name)]
+    is_element = each.opcode == "get-tuple-element"
+    operands = [_maker(module, computation, each)] if is_element else each.operands
     needs[each.name] = set().union(*({name} | needs[name] for name in operands))
   return needs
 
 
-def _maker(module: hlo.Module, computation: hlo.Computation, name: str) -> str:
-  """Returns the instruction that makes a value: an element that a loop hands through is its
-  operand's."""
-  each = computation.by_name[name]
-  if each.opcode != "get-tuple-element":
-    return name
+def _maker(module: hlo.Module, computation: hlo.Computation, each: hlo.Instruction) -> str:
+  """Returns what makes an element of a tuple; what a loop hands through, its operand did."""
   loop = computation.by_name[each.operands[0]]
   if loop.opcode != "while":
     return loop.name

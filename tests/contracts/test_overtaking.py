@@ -1,8 +1,10 @@
 """No device of XLA:CPU may start two collectives in an order of its own."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.rehearse import lowering
 from moe_jax.train import optimizer, step
@@ -67,3 +69,9 @@ ENTRY %main (a: f32[4], b: f32[4]) -> f32[4] {
 @pytest.mark.parametrize(("element", "found"), [(0, []), (1, [("loop", "sum")])])
 def test_what_a_loop_only_hands_through_does_not_wait_for_it(element, found):
   assert overtaking.pairs(PROGRAM.replace("INDEX", str(element))) == found
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, float("inf"), float("nan")])
+def test_to_wait_changes_nothing(value):
+  waits = jax.jit(collectives.after)
+  assert waits(jnp.full(3, value), jnp.arange(4)).tolist() == [0, 1, 2, 3]
