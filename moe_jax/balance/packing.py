@@ -275,6 +275,8 @@ def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int, begin: Callable) ->
   )
   filling.part(packed_LP, each_LE, num_ranks)
   load_LP = np.take_along_axis(each_LE, packed_LP, 1)
+  if packed_LP.shape[1] < _FEW * num_ranks:
+    return swap(packed_LP, load_LP, num_ranks, 2 * sweeps)[0]  # few to choose from, so cheap
   # Ranks near the mean gain least: without half of the pairs a sixth of the time is saved, and the
   # busiest rank is less than 0.001 of the mean busier.
   return swap(packed_LP, load_LP, num_ranks, sweeps, pairs=-(-num_ranks // 4))[0]
