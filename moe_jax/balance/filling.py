@@ -8,6 +8,8 @@ Letters: X ranks, S slots of a rank, P = X * S.
 
 import numpy as np
 
+_FULL = 1.01  # of a mean rank: it gets the lightest items last, one by one
+
 
 def items(replicas_LE):
   """Returns item_LP: every item once, in order, then the further replicas."""
@@ -17,13 +19,17 @@ def items(replicas_LE):
   return np.concatenate([first_LE, further], 1)
 
 
-def heaviest_first(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.ndarray:
+def heaviest_first(
+  item_LP, load_LP, num_ranks: int, num_replicated: int, light: float = 0.0
+) -> np.ndarray:
   """Returns the items rank by rank: one after the other goes to the idlest rank with room that does
   not hold it yet; where all with room do, to the idlest of those.
 
   Args:
     item_LP, load_LP: items and their loads, the heaviest first.
     num_replicated: from this place on there are no items with replicas.
+    light: of a mean rank. Items without replicas below it go at once to all ranks not above the
+      mean, the heaviest to the idlest: a few steps in the place of one an item.
   """
   num_layers, num_places = item_LP.shape
   num_slots, layer_L = num_places // num_ranks, np.arange(num_layers)
@@ -44,7 +50,10 @@ def heaviest_first(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.
     rank_PL[:first] = rank_X1 + first_L
     load_LX[:] = load_PL[:first].T
     room -= 1
-  for i in range(first, num_places):
+  mean_L1 = load_LP.sum(1, keepdims=True) / num_ranks
+  heavy = np.flatnonzero((load_LP >= light * mean_L1).any(0))
+  done = max(first, num_replicated, heavy[-1] + 1 if len(heavy) else 0)
+  for i in range(first, done):
     rank_L = rank_PL[i]
     if i < num_replicated:
       there_LX = is_there_LEX[layer_L, item_PL[i]]
@@ -56,6 +65,14 @@ def heaviest_first(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.
     room_L = room[rank_L] - 1
     room[rank_L] = room_L
     load[rank_L] += load_PL[i] + if_full[room_L]
+  while done < num_places:
+    part = slice(done, done + max(1, (load_LX < _FULL * mean_L1).sum(1).min()))
+    rank_iL = rank_PL[part]
+    rank_iL[:] = load_LX.argsort(1, kind="stable")[:, : len(rank_iL)].T + first_L
+    room_iL = room[rank_iL] - 1
+    room[rank_iL] = room_iL
+    load[rank_iL] += load_PL[part] + if_full[room_iL]
+    done = part.stop
   # A stable sort by rank leaves each rank's items in the order in which they came; numpy's is ten
   # times faster on 16 bits.
   rank_LP = (rank_PL - first_L).astype(np.min_scalar_type(num_ranks)).T

@@ -8,6 +8,7 @@ second would hold nothing that the first does not. Knows loads; must not know wh
 Letters: X ranks, S slots of a rank, P = X * S.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -17,13 +18,14 @@ from moe_jax.balance import filling
 _SWEEPS = 2
 _CLOSE = 5e-4  # of the mean: what is this even is left alone
 _LESS = 1 - 1e-9  # a gain below rounding is none
-_LIGHT = 2**16 - 1  # sorts as a load of 0; the heaviest as 0
+_LAST = 2**16 - 1  # sorts as a load of 0; the heaviest as 0
 # How much of a mean rank a replica of a hot expert may fill, infinite for no bound. The smallest
 # peak of a replica is not always the best: two of 0.6 do not fit on a rank that one of 0.95 would
 # fill. Beside it the mean over the busiest rank that is good enough not to try.
 _FILLS = ((0.95, 0.99), (np.inf, 0.99), (1.0, 0.98), (0.8, 0.97), (0.6, 0.97))
 _LARGE = 0.5  # of a mean rank: a replica above it leaves no room for its like
 _FEW = 4  # slots of a rank: with fewer there is little to even out what one row leaves
+_LIGHT = 0.1  # of a mean rank: what is below evens out by exchanges, wherever it goes first
 _SPLIT = 0.4  # of a mean rank: what is above is not split further for its own sake
 
 
@@ -147,41 +149,52 @@ def swap(
     sweeps: at most; a layer that is even, or that a sweep does not change, is left alone.
     pairs: of ranks in a sweep, at most; by default all.
   """
-  shape = (len(expert_LP), num_ranks, -1)
-  expert_LXS, load_LXS = expert_LP.reshape(shape).copy(), load_LP.reshape(shape).copy()
-  num_slots, num_pairs = expert_LXS.shape[2], min(num_ranks // 2, pairs or num_ranks)
-  load_LX = load_LXS.sum(-1)
-  even_L = load_LX.mean(1) * (1 + _CLOSE)
-  todo = np.arange(len(expert_LP))
-  buffer = np.empty((len(todo), num_pairs, num_slots, num_slots), np.float32)
+  num_layers, num_rows = len(expert_LP), len(expert_LP) * num_ranks
+  # Ranks are numbered through all layers and lie innermost: every operation runs along all of them.
+  expert_SR, load_SR = (
+    np.ascontiguousarray(a.reshape(num_rows, -1).T) for a in (expert_LP, load_LP)
+  )
+  expert, load, num_slots = expert_SR.reshape(-1), load_SR.reshape(-1), len(load_SR)
+  num_pairs = min(num_ranks // 2, pairs or num_ranks)
+  load_R = load_SR.sum(0)
+  load_LX = load_R.reshape(num_layers, num_ranks)
+  even_L, todo = load_LX.mean(1) * (1 + _CLOSE), np.arange(num_layers)
+  buffer = np.empty((num_slots, num_slots, num_layers * num_pairs), np.float32)
+  which_K1 = np.arange(num_slots**2, dtype=np.int32)[:, None]
+  last_bits = 2 ** (num_slots**2 - 1).bit_length() - 1
   for _ in range(sweeps):
     todo = todo[load_LX[todo].max(1) > even_L[todo]]
     if not len(todo) or not num_pairs:
       break
-    order_iX = np.argsort(load_LX[todo], axis=1)
-    row, cold, hot = todo[:, None], order_iX[:, :num_pairs], order_iX[:, : -num_pairs - 1 : -1]
-    half_gap = (load_LX[row, hot] - load_LX[row, cold]) / 2
-    # In float32, and each operation in place: this is where the time goes.
-    a_ijS1 = load_LXS[row, hot].astype(np.float32)[..., None]
-    b_ij1S = (load_LXS[row, cold] + half_gap[..., None]).astype(np.float32)[..., None, :]
-    off_ijSS = np.subtract(a_ijS1, b_ij1S, out=buffer[: len(todo)])
-    best = np.abs(off_ijSS, out=off_ijSS).reshape(*half_gap.shape, -1).argmin(-1)
-    there = (row, hot, best // num_slots)
-    here = (row, cold, best % num_slots)
-    off = np.abs(load_LXS[there] - load_LXS[here] - half_gap)
-    i, j = np.nonzero(off < half_gap * _LESS)
-    row, hot, cold, best = todo[i], hot[i, j], cold[i, j], best[i, j]
-    there, here = (row, hot, best // num_slots), (row, cold, best % num_slots)
-    clash = (expert_LXS[row, cold] == expert_LXS[there][:, None]).any(1)
-    clash |= (expert_LXS[row, hot] == expert_LXS[here][:, None]).any(1)
-    there, here = (tuple(index[~clash] for index in place) for place in (there, here))
-    for array in (expert_LXS, load_LXS):
+    order_iX = np.argsort(load_LX[todo], axis=1) + (todo * num_ranks)[:, None]
+    cold, hot = order_iX[:, :num_pairs].ravel(), order_iX[:, : -num_pairs - 1 : -1].ravel()
+    half_gap = (load_R[hot] - load_R[cold]) / 2
+    # How far off each exchange would be, in float32, its last bits replaced by which exchange it
+    # is: so `min` finds it, where `argmin` is slow along a first axis.
+    a_S1i = load_SR.take(hot, 1).astype(np.float32)[:, None]
+    b_1Si = (load_SR.take(cold, 1) + half_gap).astype(np.float32)[None]
+    off_SSi = np.subtract(a_S1i, b_1Si, out=buffer[:, :, : len(hot)])
+    bits_Ki = off_SSi.view(np.int32).reshape(num_slots**2, -1)
+    bits_Ki &= 2**31 - 1 - last_bits
+    bits_Ki |= which_K1
+    best = bits_Ki.min(0) & last_bits
+    there, here = best // num_slots * num_rows + hot, best % num_slots * num_rows + cold
+    moved = load[there] - load[here]
+    # A gain, and none of the two already where the other was.
+    good = np.flatnonzero(np.abs(moved - half_gap) < half_gap * _LESS)
+    there, here, hot, cold, moved = (a[good] for a in (there, here, hot, cold, moved))
+    clash = (expert_SR.take(cold, 1) == expert[there]).any(0)
+    clash |= (expert_SR.take(hot, 1) == expert[here]).any(0)
+    good = np.flatnonzero(~clash)
+    there, here, hot, cold, moved = (a[good] for a in (there, here, hot, cold, moved))
+    for array in (expert, load):
       array[there], array[here] = array[here], array[there]
-    moved = load_LXS[here] - load_LXS[there]
-    load_LX[there[:2]] -= moved
-    load_LX[here[:2]] += moved
-    todo = np.unique(there[0])
-  return expert_LXS.reshape(expert_LP.shape), load_LXS.reshape(load_LP.shape)
+    load_R[hot] -= moved
+    load_R[cold] += moved
+    changed_L = np.zeros(num_layers, bool)
+    changed_L[hot // num_ranks] = True
+    todo = np.flatnonzero(changed_L)
+  return tuple(a.T.reshape(expert_LP.shape) for a in (expert_SR, load_SR))
 
 
 def _spread(load_LE, replicas_LE, num_slots: int, num_ranks: int, split) -> np.ndarray:
@@ -232,6 +245,7 @@ def _best(load_LE, num_slots: int, num_ranks: int, sweeps: int) -> np.ndarray:
       packed_iP = _pack(each_iE, replicas_iE, num_ranks, sweeps, filling.heaviest_first)
       peak_L[is_small_L] = rank_loads(packed_iP, load_iE, num_ranks).max(1)
     packed_LP[is_small_L] = packed_iP
+  begin = functools.partial(filling.heaviest_first, light=_LIGHT)
   for fill, good in _FILLS:
     least_LE = _least_replicas(load_LE, fill, num_ranks)
     tried = np.flatnonzero((peak_L * good > mean_L) & (least_LE.sum(1) <= num_slots))
@@ -240,7 +254,7 @@ def _best(load_LE, num_slots: int, num_ranks: int, sweeps: int) -> np.ndarray:
     load_iE, split_i1 = load_LE[tried], _SPLIT * mean_L[tried, None]
     split_i1 = split_i1 if np.isfinite(fill) else np.inf
     replicas_iE = _spread(load_iE, least_LE[tried], num_slots, num_ranks, split_i1)
-    packed_iP = _pack(load_iE / replicas_iE, replicas_iE, num_ranks, sweeps, filling.heaviest_first)
+    packed_iP = _pack(load_iE / replicas_iE, replicas_iE, num_ranks, sweeps, begin)
     peak_i = rank_loads(packed_iP, load_iE, num_ranks).max(1)
     better = peak_i < peak_L[tried]
     packed_LP[tried[better]], peak_L[tried[better]] = packed_iP[better], peak_i[better]
@@ -259,7 +273,7 @@ def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int, begin: Callable) ->
   """Returns item_LP, of E items, rank by rank; item e lies in replicas_LE of them.
 
   Args:
-    begin: the first packing, before exchanges: `filling.heaviest_first` or `filling.row_by_row`.
+    begin: the first packing, before exchanges: an entry of `filling`.
   """
   item_LP = filling.items(replicas_LE)
   if item_LP.shape[1] == num_ranks:
@@ -267,7 +281,7 @@ def _pack(each_LE, replicas_LE, num_ranks: int, sweeps: int, begin: Callable) ->
   load_LP = np.take_along_axis(each_LE, item_LP, 1)
   # On 16 bits numpy's stable sort is several times faster, and heavier is all that it has to tell.
   heaviest_L1 = np.maximum(load_LP.max(1, keepdims=True), 1e-300)
-  order_LP = np.argsort((_LIGHT * (1 - load_LP / heaviest_L1)).astype(np.uint16), 1, kind="stable")
+  order_LP = np.argsort((_LAST * (1 - load_LP / heaviest_L1)).astype(np.uint16), 1, kind="stable")
   item_LP = np.take_along_axis(item_LP, order_LP, 1)
   last = np.flatnonzero((np.take_along_axis(replicas_LE, item_LP, 1) > 1).any(0))
   packed_LP = begin(

@@ -9,6 +9,7 @@ counts and who holds what; must not know weights, tokens or how either travels.
 Letters: X ranks, E experts, H shadows at most, S sources of tokens, X times the devices of a rank.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -171,21 +172,27 @@ def _shared(counts_E, holds_EX):
   """Returns quota_EX without shadows: whole numbers, replicas taking more where ranks are idle."""
   if isinstance(holds_EX, np.ndarray) and (holds_EX.sum(1) == 1).all():
     return jnp.where(holds_EX, counts_E[:, None], 0)
-  count_E1 = counts_E.astype(jnp.float32)[:, None]
-  mean = jnp.maximum(count_E1.sum() / holds_EX.shape[1], 1.0)
+  count_E = counts_E.astype(jnp.float32)
+  mean = jnp.maximum(count_E.sum() / holds_EX.shape[1], 1.0)
+  weight_EX = jnp.asarray(holds_EX, jnp.float32)
+  dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
-  def correct(_, share_EX):
-    load_1X = (share_EX * count_E1).sum(0, keepdims=True)
-    share_EX = share_EX / jnp.maximum(load_1X / mean, 0.05)
-    return share_EX / share_EX.sum(1, keepdims=True)
+  # Of each expert that it holds a rank takes in proportion to one weight of its own, so that a
+  # correction is two products with a vector.
+  def correct(_, weight_X):
+    load_X = weight_X * dot(count_E / dot(weight_EX, weight_X), weight_EX)
+    return weight_X / jnp.maximum(load_X / mean, 0.05)
 
-  even_EX = jnp.asarray(holds_EX, jnp.float32)
-  even_EX /= even_EX.sum(1, keepdims=True)
-  share_EX = jax.lax.fori_loop(0, _SHARES, correct, even_EX)
+  weight_X = jax.lax.fori_loop(0, _SHARES, correct, jnp.ones_like(weight_EX[0]))
+  share_EX = weight_EX * weight_X[None]
+  share_EX /= share_EX.sum(1, keepdims=True)
   # Rounding where shares end, and not shares, keeps the sum. Ends that are exact would be torn from
-  # the count by float32, so the last holder's is the count itself.
-  end_EX = jnp.round(jnp.cumsum(share_EX, 1) * count_E1).astype(jnp.int32)
-  is_last_EX = jnp.cumsum(holds_EX, 1) == holds_EX.sum(1, keepdims=True)
+  # the count by float32, so the last holder's is the count itself. A product with a triangle adds
+  # up in half of the time that `cumsum` takes on a CPU.
+  index_X = jnp.arange(holds_EX.shape[1])
+  upper_XX = (index_X[:, None] <= index_X[None]).astype(jnp.float32)
+  end_EX = jnp.round(dot(share_EX, upper_XX) * count_E[:, None]).astype(jnp.int32)
+  is_last_EX = index_X[None] >= jnp.where(holds_EX, index_X[None], 0).max(1, keepdims=True)
   end_EX = jnp.where(is_last_EX, counts_E[:, None], jnp.minimum(end_EX, counts_E[:, None]))
   return jnp.diff(end_EX, axis=1, prepend=0)
 
