@@ -16,7 +16,7 @@ from moe_jax import checks
 
 # The keys of the tables that implement each choice; tests hold the two equal.
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-SAVE = ("inputs", "residuals", "everything")
+SAVE = ("inputs", "exchanges", "residuals", "everything")
 DISPATCH = ("capacity", "dropless", "stealing", "ragged", "two_level", "dense", "gathered")
 EXCHANGE = ("hierarchical", "flat", "hierarchical_float8")
 TOKENIZERS = ("bytes", "bpe", "imported")
@@ -97,7 +97,7 @@ class Pipeline:
   schedule: str = "1f1b"
   micro_batches: int = 1
   chunks: int = 1  # pieces of consecutive layers on each stage
-  save: str = "inputs"
+  save: str = "inputs"  # of a layer, from little memory to little computed again: SAVE
   gradient_dtype: str = "float32"  # of the sums over micro-batches
   # Layers whose attention weights are gathered along mesh.expert before they are used; until then
   # each rank holds a share (ZeRO-3). 0: each holds them whole.

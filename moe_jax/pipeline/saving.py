@@ -6,6 +6,7 @@ handed those again; what two steps ask for is kept once. Knows a layer as steps;
 schedules or models.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.pipeline.steps import Step
+from moe_jax.parallel.axes import ALL
+from moe_jax.pipeline import noted
+from moe_jax.pipeline.steps import Step, is_collective, is_inside
 
 Tree = Any
 
 _RESIDUAL = "residual"
+_NAME = "name"  # the primitive that marks a value
 
 
 def residual(x: jax.Array) -> jax.Array:
@@ -146,8 +150,70 @@ def _keep_inputs(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
   return SavedLayer(forward, (x_leaves, *nothing_more), restore, whole.backward)
 
 
+def _keep_exchanges(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
+  """Keeps the layer's input, what its collectives brought and where rows lie; the backward unit
+  computes the rest again, and sends nothing but gathers inside a host.
+  """
+  whole = _keep_all(steps, example)
+  num_x, x_tree = len(jax.tree.leaves(example[2])), jax.tree.structure(example[2])
+
+  def again(weights, shared, x, inputs):
+    """Returns what every step of `whole` keeps."""
+    restored = []
+    for run in whole.forward:
+      x, kept = run(weights, shared, x, inputs)
+      restored.append(kept)
+    return tuple(restored)
+
+  is_read = noted.is_read(again, example, _is_exchange)
+  starts = [0]  # of each step's results among those of all
+
+  def forward(number):
+    run = noted.take(lambda *given: whole.forward[number](*given)[0], _is_exchange)
+
+    def with_kept(weights, shared, carry, inputs):
+      out, results = run(weights, shared, carry, inputs)
+      if number + 1 == len(starts):
+        starts.append(starts[number] + len(results))
+      first = jax.tree.leaves(carry) if number == 0 else []
+      mine = is_read[starts[number] : starts[number] + len(results)]
+      return out, [*first, *(each for each, read in zip(results, mine, strict=True) if read)]
+
+    return with_kept
+
+  def restore(weights, shared, inputs, saved):
+    x = jax.tree.unflatten(x_tree, saved[0][:num_x])
+    kept = iter([*saved[0][num_x:], *itertools.chain(*saved[1:])])
+    results = [next(kept) if read else None for read in is_read]
+    return noted.put(again, _is_exchange, results)(weights, shared, x, inputs)
+
+  forwards = tuple(map(forward, range(len(steps))))
+
+  def trace(weights, shared, carry, inputs):
+    saved = []
+    for run in forwards:
+      carry, kept = run(weights, shared, carry, inputs)
+      saved.append(kept)
+    return tuple(saved)
+
+  return SavedLayer(forwards, jax.eval_shape(trace, *example), restore, whole.backward)
+
+
+def _is_exchange(eqn) -> bool:
+  """Says whether an equation makes what `_keep_exchanges` keeps: a collective's result, but of a
+  gather inside a host, or marked integers. Sums that are typed as the same on several devices are
+  not: what comes out of the stash is typed as different.
+  """
+  if any(len(v.aval.manual_axis_type.varying) < len(ALL) for v in eqn.outvars):
+    return False
+  if eqn.primitive.name == _NAME:
+    return eqn.params["name"] == _RESIDUAL and eqn.outvars[0].aval.dtype.kind in "iub"
+  return is_collective(eqn) and not (eqn.primitive.name == "all_gather" and is_inside(eqn))
+
+
 SAVE: dict[str, Callable[[tuple[Step, ...], tuple], SavedLayer]] = {
   "inputs": _keep_inputs,
+  "exchanges": _keep_exchanges,
   "residuals": _keep_named,
   "everything": _keep_all,
 }

@@ -98,7 +98,7 @@ def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step
     read = {id(v) for eqn in eqns for v in eqn.invars}
     uses = tuple(i for i, v in enumerate(jaxpr.invars[:first_x]) if id(v) in read)
     sent = {
-      inside: sum(n for e in eqns if (n := _sent_bytes(e)) >= least and _is_inside(e) == inside)
+      inside: sum(n for e in eqns if (n := _sent_bytes(e)) >= least and is_inside(e) == inside)
       for inside in (False, True)
     }
     return Step(
@@ -210,7 +210,13 @@ def _sent_by_collective(eqn) -> float:
   }[eqn.primitive.name]
 
 
-def _is_inside(eqn) -> bool:
+def is_collective(eqn) -> bool:
+  """Says whether an equation sends something, or calls a function that does."""
+  return bool(_collectives(eqn))
+
+
+def is_inside(eqn) -> bool:
+  """Says whether all that an equation sends travels over `tensor`."""
   return all(_axes(collective) == (TENSOR,) for collective in _collectives(eqn))
 
 

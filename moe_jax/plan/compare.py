@@ -6,7 +6,7 @@ Knows plans and runs; must not know how they were searched for.
 import dataclasses
 from collections.abc import Mapping
 
-from moe_jax.config import Config
+from moe_jax.config import SAVE, Config
 from moe_jax.plan import machine as machines
 from moe_jax.plan import memory, simulate
 from moe_jax.plan.claims import binding
@@ -96,7 +96,7 @@ def change_first(
     what: (settings, machine._replace(calibration=faster(machine.calibration)))
     for what, faster in _HALVED.items()
   }
-  for save in ("residuals", "everything"):
+  for save in SAVE[1:]:
     if save != settings.pipeline.save:
       pipeline = dataclasses.replace(settings.pipeline, save=save)
       tried[f"pipeline.save={save}"] = (dataclasses.replace(settings, pipeline=pipeline), machine)

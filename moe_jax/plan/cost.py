@@ -10,6 +10,7 @@ embedding. Knows sizes; must not know jax, devices or time.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 from moe_jax.config import Config, Model
@@ -42,6 +43,10 @@ class ByPhase:
   def times(self, factor: float) -> "ByPhase":
     """Returns every number multiplied by `factor`."""
     return ByPhase(*(factor * value for value in dataclasses.astuple(self)))
+
+  def plus(self, other: "ByPhase") -> "ByPhase":
+    """Returns the sums of both numbers of each phase."""
+    return ByPhase(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 def causal_pairs(document_tokens: Sequence[int]) -> int:
@@ -145,7 +150,8 @@ def executed_train_flops(
   """Returns the FLOPs that a training step multiplies.
 
   The backward pass of blockwise attention computes the scores again, half of the pairs' forward
-  work, whatever is saved. pipeline.save=inputs computes every layer again before its backward pass;
+  work, whatever is saved. pipeline.save=inputs computes every layer again before its backward pass,
+  "exchanges" what no collective brought: not attention's last product, nor the experts'.
   "residuals" and "everything" keep the results of the products.
 
   Args:
@@ -159,8 +165,19 @@ def executed_train_flops(
   pairs = train.batch * blockwise_pairs(train.sequence, block_tokens)
   again = (backward_products - 2 * BACKWARD_PER_FORWARD) / 2
   scores_again = again * model.layers * _pair_flops(model, pairs)
-  passes = 1 + BACKWARD_PER_FORWARD + (1 if settings.pipeline.save == "inputs" else 0)
-  step = forward.times(passes)
+  step = forward.times(1 + BACKWARD_PER_FORWARD)
+  if settings.pipeline.save in ("inputs", "exchanges"):
+    step = step.plus(forward)
+  if settings.pipeline.save == "exchanges":
+    tokens = train.batch * train.sequence
+    last = model.layers * 2 * tokens * model.d_model * model.heads * model.head_dim
+    mesh = settings.mesh
+    step = step.plus(
+      ByPhase(
+        attention=-last * (mesh.tensor > 1),
+        experts=-forward.experts / 3 * (mesh.expert * mesh.tensor > 1),
+      )
+    )
   return dataclasses.replace(
     step,
     attention=step.attention + scores_again,

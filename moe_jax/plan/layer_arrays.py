@@ -43,6 +43,7 @@ class LayerArrays:
   def __init__(self, settings: Config, at: Sizes):
     model, mesh = settings.model, settings.mesh
     self._settings, self._at, self._save = settings, at, settings.pipeline.save
+    self._is_remade = self._save in ("inputs", "exchanges")  # products are multiplied again
     self._of_chunk = units.layers_per_unit(settings)
     # A loop of one turn XLA takes apart. In straight code, what is ready early is made early.
     self._is_straight = self._of_chunk <= 2
@@ -72,7 +73,7 @@ class LayerArrays:
     """Returns those of a tick without a forward unit."""
     if self._has_rounds:
       return [*self._kept(), *self._rounds(), *self._slices()]
-    if self._save != "inputs":
+    if not self._is_remade:
       return [*self._kept(), *self._rows(), *self._gradients(), *self._padded(is_beside=False)]
     # Untied, weights' gradients come last: no token waits for them.
     found = [*self._kept(), *self._rows(is_tied=False)]
@@ -95,12 +96,12 @@ class LayerArrays:
     # Cotangents in the experts; where all was kept, what is used up makes room for them.
     found = rows if self._save == "everything" else int(1.6 * rows)
     if has_forward:
-      found += rows if self._save == "inputs" else self._saved
+      found += rows if self._is_remade else self._saved
     if self._settings.model.layers > 1:
       found += _WEIGHTS * self._weight_elements * FLOAT32_BYTES
     if self._has_rounds:
       blocks = saving.placed_bytes(self._settings, self._at)
-      numbers = _FURTHER_ROUND[self._save == "inputs"]
+      numbers = _FURTHER_ROUND[self._is_remade]
       found += sum(each * number for each, number in zip(blocks, numbers, strict=True))
     kernel = self._padded(is_beside=False)
     return [Array(found, Moment.HIDDEN, Moment.ATTENTION), *kernel]
@@ -108,8 +109,11 @@ class LayerArrays:
   def _kept(self) -> list[Array]:
     """What the backward layer kept or makes again of attention and norms, and the next one's."""
     early = Moment.HEAD if self._is_straight else Moment.HIDDEN
-    if self._save == "inputs":
+    if self._is_remade:
       found = [Array(self._again_bytes(), early, Moment.ATTENTION)]
+      if self._save == "exchanges":
+        # Taken out of the stash, of this layer and of the next.
+        found += [Array(self._saved, Moment.HIDDEN, Moment.ATTENTION)] * min(2, self._of_chunk)
       if self._is_straight:
         # Attention's output before it is scattered: of the layer computed again, and of the
         # forward layer.
@@ -155,7 +159,7 @@ class LayerArrays:
       Array(2 * self._weight_elements * self._at.dtype_bytes, Moment.ROWS, Moment.ROWS),
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
-    if self._save != "inputs":
+    if not self._is_remade:
       # A slot ends between the two, so the halves lie apart until they are joined.
       found.append(Array(2 * hidden, Moment.HIDDEN, Moment.HIDDEN))
     if self._save == "everything":
@@ -189,7 +193,7 @@ class LayerArrays:
   def _rounds(self) -> list[Array]:
     """Of a dispatch in rounds: rows and hidden units in blocks, and sums of weights' gradients."""
     rows, hidden = saving.placed_bytes(self._settings, self._at)
-    num_rows, num_hidden = _FURTHER_ROUND[self._save == "inputs"]
+    num_rows, num_hidden = _FURTHER_ROUND[self._is_remade]
     sums = self._weight_elements * FLOAT32_BYTES
     return [
       *[Array(rows, Moment.HIDDEN, Moment.DOWN)] * num_rows,
@@ -218,7 +222,7 @@ class LayerArrays:
     if self._has_rounds:
       return []
     found, d_model = [], self._settings.model.d_model
-    if self._of_chunk == 2 and self._save != "inputs":
+    if self._of_chunk == 2 and not self._is_remade:
       # Those of the layer before wait: XLA adds both layers' at once.
       waiting = self._weight_elements * FLOAT32_BYTES
       found += [Array(waiting, Moment.HIDDEN, Moment.ROWS)] * _WEIGHTS
@@ -257,7 +261,7 @@ class LayerArrays:
     found.append(Array(self._gathered, early, Moment.DOWN))
     if self._save == "everything" or self._has_rounds:
       return found
-    if self._save == "inputs":
+    if self._is_remade:
       return [
         *found,
         Array(arrived, Moment.AHEAD, Moment.AHEAD),
@@ -286,7 +290,7 @@ class LayerArrays:
     """Arrays of queries' size that attention's kernels pad."""
     each = self._padded_bytes()
     found = [Array(each, Moment.ATTENTION, Moment.ATTENTION)] * (1 + _QUERY_KEY_VALUE)
-    if self._save != "inputs":
+    if not self._is_remade:
       return found + [Array(each, Moment.ATTENTION, Moment.ATTENTION)] * _QUERY_KEY_VALUE
     # Computed again, they are padded from then on.
     found += [Array(each, Moment.HIDDEN, Moment.ATTENTION)] * _QUERY_KEY_VALUE

@@ -20,7 +20,7 @@ from moe_jax.plan.steps import AGAIN, BACKWARD, Sizes, Step, activation_bytes, g
 # Positions of an attention block: of the one kernel that a GPU runs.
 KERNEL_BLOCK = 128
 _PLACED_BACK_KERNELS = 6
-_STASH_KERNELS = {"inputs": 1, "residuals": 20, "everything": 40}
+_STASH_KERNELS = {"inputs": 1, "exchanges": 7, "residuals": 20, "everything": 40}
 _FLOAT32 = FLOAT32_BYTES
 # Of a layer that runs later: what stands beside it does not wait.
 AHEAD = frozenset({"gather ahead", "put and take"})
@@ -65,17 +65,45 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   ahead = stream(settings)
   forward = layer_forward(settings, at)[len(ahead) :]
   again = RUN_AGAIN[settings.pipeline.save]
-  repeated = [
-    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN)
-    for step in forward
-    if step.name != "keep" and (again is None or step.name in again)
-  ]
+  if settings.pipeline.save == "exchanges" and settings.mesh.expert == 1:
+    again |= {"fill rows"}
+  remade = [s for s in forward if s.name != "keep" and (again is None or s.name in again)]
+  if settings.pipeline.save == "exchanges":
+    remade = [_up_to_exchange(settings, at, step) for step in remade]
+  repeated = [dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN) for step in remade]
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
   return (*ahead, take, *repeated, *back)
+
+
+def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
+  """Returns what is run again of a step whose last product's result a collective takes: that one is
+  not; of routing what gradients ask for, not who goes where.
+  """
+  model, tensor, width = settings.model, settings.mesh.tensor, at.dtype_bytes
+  is_alone = settings.mesh.expert * tensor == 1
+  if step.name == "attention" and tensor > 1:
+    n, D, H = model.heads // tensor, model.d_model, model.head_dim
+    whole = at.sequences * at.positions
+    num_bytes = (whole * (n * H + D) + n * H * D) * width
+    less = Step("", "", flops=2.0 * whole * D * n * H, num_bytes=num_bytes, kernels=1)
+  elif step.name == "experts" and not is_alone:
+    arrived, hidden = saving.row_bytes(settings, at)
+    weights = model.experts // settings.mesh.expert * model.d_model * width
+    num_bytes = 3 * arrived + hidden + weights * (model.expert_hidden // tensor)
+    less = Step("", "", flops=step.flops / 3, num_bytes=num_bytes, kernels=step.kernels // 3)
+  elif step.name == "route" and settings.mesh.expert > 1:
+    x = activation_bytes(settings, at)
+    less = Step("", "", num_bytes=max(0.0, step.num_bytes - 2 * x), kernels=step.kernels // 2)
+  else:
+    return step
+  return dataclasses.replace(
+    step, flops=step.flops - less.flops, num_bytes=step.num_bytes - less.num_bytes,
+    kernels=step.kernels - less.kernels,
+  )  # fmt: skip
 
 
 def _elementwise_bytes(settings: Config, at: Sizes) -> int:
@@ -89,9 +117,23 @@ def _elementwise_bytes(settings: Config, at: Sizes) -> int:
 
 
 # What a layer's backward unit runs once more, by policy; None is all. "residuals" runs elementwise
-# work again, whose bytes stand with the transposes.
+# work again, whose bytes stand with the transposes. What "exchanges" runs ends before a collective
+# that is not a gather inside a host, or a sum.
+_UP_TO_EXCHANGES = frozenset(
+  {
+    "gather positions",
+    "sum squares of queries",
+    "sum squares of keys",
+    "attention",
+    "route",
+    "spread rows",
+    "place rows",
+    "experts",
+  }
+)
 RUN_AGAIN: Mapping[str, frozenset[str] | None] = {
   "inputs": None,
+  "exchanges": _UP_TO_EXCHANGES,
   "residuals": frozenset(),
   "everything": frozenset(),
 }

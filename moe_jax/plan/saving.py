@@ -16,10 +16,12 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK, _BLOCKS_PER_EXPERT = 64, 512, 8
 def saved_bytes(settings: Config, at: Sizes) -> int:
   """Returns what one layer keeps of one micro-batch between its forward and backward units.
 
-  inputs: the layer's input. residuals: that, the gathered positions, attention's queries, keys,
-  values, output and logarithms, its sum with the input, rows that arrived and rows that came back,
-  gate and up, and where rows lie. everything: those, the product of gate and up of a batched layer,
-  norms in float32, and the turns of the rotary embedding.
+  inputs: the layer's input. exchanges: that, what attention adds to it, rows as collectives brought
+  them both ways but for gathers inside a host, and where rows lie. residuals: the input, the
+  gathered positions, attention's queries, keys, values, output and logarithms, its sum with the
+  input, rows that arrived and rows that came back, gate and up, and where rows lie. everything:
+  those, the product of gate and up of a batched layer, norms in float32, and the turns of the
+  rotary embedding.
   """
   model, tensor = settings.model, settings.mesh.tensor
   activation = at.tokens * model.d_model * at.dtype_bytes
@@ -28,6 +30,8 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
   whole = at.sequences * at.positions
   n, g, H = model.heads // tensor, model.kv_heads // tensor, model.head_dim
   arrived, hidden, integers = _kept_rows(settings, at)
+  if settings.pipeline.save == "exchanges":
+    return (1 + (tensor > 1)) * activation + _brought_bytes(settings, at) + integers
   heads = whole * (2 * n + 2 * g) * H * at.dtype_bytes + whole * n * FLOAT32_BYTES
   gathered = whole * model.d_model * at.dtype_bytes
   rows = arrived + arrived // tensor + 2 * hidden + integers + _kept_more(settings, at)
@@ -42,6 +46,29 @@ def saved_bytes(settings: Config, at: Sizes) -> int:
   made_of_hidden = 0 if is_dropless else hidden
   norms = (5 * model.d_model + 2 * model.experts + 8) * at.tokens * FLOAT32_BYTES
   return attention + rows + made_of_hidden + norms + turns_bytes(settings, at)
+
+
+def _brought_bytes(settings: Config, at: Sizes) -> int:
+  """Returns bytes of the rows that one layer's collectives brought, there and back, without what
+  gathers inside a host make of them.
+  """
+  arrived, _ = row_bytes(settings, at)
+  model, mesh, moe = settings.model, settings.mesh, settings.moe
+  sent = arrived // mesh.tensor
+  there, back = (arrived if moe.exchange == "flat" else sent), sent
+  if mesh.expert == 1:
+    there, back = 0, sent * (mesh.tensor > 1)
+  if moe.exchange == "hierarchical_float8":
+    there = back = sent // (model.d_model * at.dtype_bytes) * (model.d_model + FLOAT32_BYTES)
+  if moe.dispatch == "stealing":
+    return there + back + _INT_BYTES * (moe.shadows + model.experts)
+  if moe.dispatch != "two_level":
+    return there + back
+  # Between hosts rows, choices and weights; inside a host each row both ways, and where it goes.
+  crossed = mesh.expert // moe.expert_ranks_per_host * two_level_rows(settings, at.tokens)[0]
+  of_choices = crossed * model.experts_per_token
+  integers = _INT_BYTES * (at.rows + 2 * of_choices) + FLOAT32_BYTES * of_choices
+  return there + back + crossed * model.d_model * at.dtype_bytes + integers
 
 
 def merged_bytes(settings: Config, at: Sizes) -> int:

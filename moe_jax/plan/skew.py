@@ -10,7 +10,7 @@ from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
 from moe_jax.plan.program import ARRIVE, RETURN
-from moe_jax.plan.steps import ROWS, Step
+from moe_jax.plan.steps import AGAIN, ROWS, Step
 
 _AXIS_OF = {"stage": 0, "expert": 1}
 _OF_LAYERS = ("forward", "backward")
@@ -42,7 +42,10 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
         if op.step.follows and op.unit in _OF_LAYERS:
           chunks = getattr(table, f"{op.unit}_chunk_QZ")[tick]
           layer_Z = (np.maximum(chunks, 0) * mesh.stage + stages) * num_layers + op.layer
-          took = took * _times(op.step, load, layer_Z)
+          times = _times(op.step, load, layer_Z)
+          if op.step.part == AGAIN and further:
+            times = times - _times_again(op.step, load, layer_Z)
+          took = took * times
           if again := further.get(op.step.name):
             took = took + seconds(again, settings, machine) * _times_again(again, load, layer_Z)
         start = np.maximum(now, free.get(occupies[place], now))
@@ -59,7 +62,8 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
 
 def _further(settings: Config) -> dict[str, Step]:
   """Returns by each backward step the forward one that it runs again in every further round, which
-  is computed again whatever is saved. Where all is, the steps run again are those of all rounds.
+  is computed again whatever is saved. Where all is, the steps run again are those of all rounds;
+  where a part is, of the first.
   """
   if phases.RUN_AGAIN[settings.pipeline.save] is None:
     return {}

@@ -395,7 +395,8 @@ def test_executor_sends_what_it_declares(schedule, is_forward_only):
 
 
 @pytest.mark.parametrize(
-  ("save", "exchanges", "sums"), [("inputs", 6, 4), ("residuals", 4, 2), ("everything", 4, 2)]
+  ("save", "exchanges", "sums"),
+  [("inputs", 6, 4), ("exchanges", 4, 2), ("residuals", 4, 2), ("everything", 4, 2)],
 )
 def test_what_is_saved_is_not_exchanged_again(save, exchanges, sums):
   """All-to-alls a layer: of rows two forward, two backward, and two where the layer is computed

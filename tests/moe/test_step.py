@@ -14,6 +14,7 @@ CASES = {
   "dropless-4x1x2-interleaved-everything": (
     (4, 1, 2), "dropless", {"schedule": "interleaved", "chunks": 2, "save": "everything"},
   ),
+  "dropless-4x2x1-exchanges": ((4, 2, 1), "dropless", {"save": "exchanges"}),
   "dropless-8x1x1-inputs": ((8, 1, 1), "dropless", {}),
   "dense-2x2x2-gpipe-residuals": ((2, 2, 2), "dense", {"schedule": "gpipe", "save": "residuals"}),
 }  # fmt: skip

@@ -9,8 +9,8 @@ be patched. The sizes are those of both: pod64 with a vocabulary of 32,768, sequ
 on one GPU, once for each time that it runs, where its group has devices on several hosts; ours runs
 embedding and head in the ticks in which a stage has one.
 
-save=inputs computes every layer again, its exchanges too, as MaxText does; save=residuals keeps the
-results of products and exchanges.
+save=inputs computes every layer again, its exchanges too, as MaxText does; save=exchanges what no
+exchange brought; save=residuals keeps the results of products and exchanges.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SCHEDULES = {"gpipe": 1, "interleaved": 8}  # chunks of a stage: of one layer wh
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--save", default="inputs,residuals", help="saving policies, by comma")
+  parser.add_argument("--save", default="inputs,exchanges,residuals", help="saving policies, by comma")
   parser.add_argument("--json", help="also write the rows here")
   arguments = parser.parse_args()
   environment.described_devices()

@@ -24,6 +24,7 @@ CASES = [
   Case("gpipe", 2, 17, expert=2, layers_per_chunk=2),
   Case("gpipe", 4, 2, save="everything", expert=2),
   Case("gpipe", 4, 8, save="residuals", tensor=2),
+  Case("gpipe", 4, 4, save="exchanges", expert=2),
   Case("gpipe", 8, 4),
   Case("1f1b", 1, 2, expert=2, tensor=2, layers_per_chunk=3),
   Case("1f1b", 1, 8, save="residuals"),
@@ -32,6 +33,7 @@ CASES = [
   Case("1f1b", 4, 1, save="residuals", expert=2),
   Case("1f1b", 4, 4, save="everything", layers_per_chunk=2),
   Case("1f1b", 4, 17, tensor=2),
+  Case("1f1b", 2, 8, save="exchanges", expert=2, tensor=2, layers_per_chunk=2),
   Case("1f1b", 8, 2, save="residuals"),
   Case("1f1b", 8, 16, save="everything"),
   Case("interleaved", 1, 4, 2, save="everything", tensor=8),
@@ -42,6 +44,7 @@ CASES = [
   Case("interleaved", 4, 2, 4, expert=2),
   Case("interleaved", 4, 8, 1, save="everything", tensor=2),
   Case("interleaved", 4, 17, 2, save="residuals"),
+  Case("interleaved", 2, 4, 2, save="exchanges", expert=2, tensor=2),
   Case("interleaved", 8, 16, 2),
   Case("interleaved", 8, 4, 4, save="everything"),
 ]

@@ -101,6 +101,14 @@ CASES = {
      "pipeline": {**_PLAIN, "micro_batches": 8, "save": "residuals"}},
   ),
   "laptop, stealing": ("laptop", "h100:2x4", {"moe": {"dispatch": "stealing"}}),
+  "laptop, exchanges": ("laptop", "h100:2x4", {"pipeline": {"save": "exchanges"}}),
+  "pod64, exchanges": ("pod64", "h100:16x4", {"pipeline": {"save": "exchanges"}}),
+  "pod64_10b, exchanges": ("pod64_10b", "h100:16x4", {"pipeline": {"save": "exchanges"}}),
+  "laptop 4x1x2, dropless, exchanges": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 4, "tensor": 1}, "moe": {"dispatch": "dropless"},
+     "pipeline": {"save": "exchanges", "micro_batches": 8}},
+  ),
   "-" * 30: None,
   "tiny 4x1x2, residuals": (
     "tiny", "h100:2x4",

@@ -33,6 +33,9 @@ CASES = {
     "mesh": {"expert": 4, "tensor": 1},
     "pipeline": {"schedule": "interleaved", "chunks": 2, "save": "residuals"},
   },
+  "interleaved 2x2x2, exchanges": {
+    "pipeline": {"schedule": "interleaved", "chunks": 2, "save": "exchanges"},
+  },
   "gpipe 1x2x4, everything": {
     "mesh": {"expert": 1, "stage": 4},
     "pipeline": {"schedule": "gpipe", "save": "everything"},
@@ -98,7 +101,7 @@ def test_a_layer_reports_as_many_numbers_as_are_planned():
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless", "stealing"])
-@pytest.mark.parametrize("save", ["inputs", "residuals", "everything"])
+@pytest.mark.parametrize("save", ["inputs", "exchanges", "residuals", "everything"])
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2)], ids=str)
 def test_a_layer_saves_what_was_planned(mesh, save, dispatch):
   settings = runs.settings(
@@ -110,7 +113,8 @@ def test_a_layer_saves_what_was_planned(mesh, save, dispatch):
   found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved_by(settings)))
   planned = saving.saved_bytes(settings, steps.sizes(settings))
   # What elementwise steps keep is not listed to the last scalar.
-  assert planned == pytest.approx(found, rel={"inputs": 0, "residuals": 0.005}.get(save, 0.05))
+  off = {"inputs": 0, "exchanges": 0.01, "residuals": 0.005, "everything": 0.05}[save]
+  assert planned == pytest.approx(found, rel=off)
 
 
 def saved_by(settings):

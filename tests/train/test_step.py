@@ -37,13 +37,13 @@ CASES = {
       "pipeline": {"save": "residuals"},
     },
   ),
-  "2x2x2-interleaved-projection_norm-clip-unnormalised": (
+  "2x2x2-interleaved-exchanges-projection_norm-clip-unnormalised": (
     (2, 2, 2),
     {
       "model": {
         "layers": 4, "qk_norm": "projection", "clip_qkv": 1.0, "normalize_choices": False,
       },
-      "pipeline": {"schedule": "interleaved", "chunks": 2},
+      "pipeline": {"schedule": "interleaved", "chunks": 2, "save": "exchanges"},
     },
   ),
   "4x2x1-gpipe-flat": ((4, 2, 1), {"moe": {"exchange": "flat"}, "pipeline": {"schedule": "gpipe"}}),
@@ -81,15 +81,18 @@ CASES = {
       },
     },
   ),
-  "4x1x2-interleaved-streamed-3": (
+  "4x1x2-interleaved-streamed-3-exchanges": (
     (4, 1, 2),
     {
       "pipeline": {
         "schedule": "interleaved", "chunks": 4, "micro_batches": 3, "prefetch_layers": 3,
+        "save": "exchanges",
       },
     },
   ),
-  "2x2x2-ragged": ((2, 2, 2), {"moe": {"dispatch": "ragged"}}),
+  "2x2x2-ragged-exchanges": (
+    (2, 2, 2), {"moe": {"dispatch": "ragged"}, "pipeline": {"save": "exchanges"}},
+  ),
   "2x1x4-interleaved": (
     (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},
   ),
