@@ -58,8 +58,10 @@ def advice(found: dict[str, int], settings: config.Config) -> str:
     return "choose a larger mesh.tensor or mesh.stage: parameters and optimizer take most"
   if found["cache"]:
     return "choose a shorter serve.prefill_chunk or fewer serve.slots: activations take most"
-  if settings.pipeline.save != "inputs":
-    return "choose pipeline.save=inputs, which keeps less between forward and backward"
+  number = config.SAVE.index(settings.pipeline.save)
+  if number:
+    less = config.SAVE[number - 1]
+    return f"choose pipeline.save={less}, which keeps less between forward and backward"
   return "choose more pipeline.micro_batches or a shorter train.sequence: activations take most"
 
 

@@ -124,6 +124,16 @@ def test_what_does_not_fit_is_answered_by_serving_fields(cache, activations, sai
   assert said in memory.advice(found, config_lib.Config())
 
 
+@pytest.mark.parametrize(
+  ("save", "said"),
+  [("everything", "save=residuals"), ("exchanges", "save=inputs"), ("inputs", "micro_batches")],
+)
+def test_what_does_not_fit_in_training_is_answered_by_what_keeps_less(save, said):
+  found = {"cache": 0, "activations_and_buffers": 8, "total": 10}
+  settings = config_lib.Config(pipeline=config_lib.Pipeline(save=save))
+  assert said in memory.advice(found, settings)
+
+
 def test_an_unknown_step_ends_in_one_line(pytestconfig):
   finished = subprocess.run(
     [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", "--pod=h100:2x4",
