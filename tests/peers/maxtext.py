@@ -57,7 +57,9 @@ SCHEDULES = {"gpipe": 1, "interleaved": 8}  # chunks of a stage: of one layer wh
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--save", default="inputs,exchanges,residuals", help="saving policies, by comma")
+  parser.add_argument(
+    "--save", default="inputs,exchanges,residuals", help="saving policies, by comma"
+  )
   parser.add_argument("--json", help="also write the rows here")
   arguments = parser.parse_args()
   environment.described_devices()
