@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
       "train": {
         "batch": 32,
         "sequence": 256,
-        "steps": 160,
+        "steps": 120,
         "warmup_steps": 20,
         "learning_rate": 3e-3,
         "checkpoint_every": 40,

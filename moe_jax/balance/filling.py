@@ -87,22 +87,23 @@ def row_by_row(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.ndar
   Args:
     item_LP, load_LP, num_replicated: as of `heaviest_first`.
   """
-  rows = (len(item_LP), -1, num_ranks)
-  item_LSX, load_LSX = item_LP.reshape(rows), load_LP.reshape(rows)
-  packed_LSX, load_LX = item_LSX.copy(), load_LSX[:, 0].copy()
+  shape = (len(item_LP), -1, num_ranks)
+  # Rows first and ranks numbered through all layers: a row is put where it belongs at once.
+  item_SLX, load_SLX = (
+    np.ascontiguousarray(a.reshape(shape).swapaxes(0, 1)) for a in (item_LP, load_LP)
+  )
+  first_L1 = np.arange(len(item_LP))[:, None] * num_ranks
+  packed_SLX, load_LX = item_SLX.copy(), load_SLX[0].copy()
   twice = 2 * load_LP.sum() + 1  # more than any rank can have
-  for s in range(1, item_LSX.shape[1]):
+  for s in range(1, len(item_SLX)):
     idle_LX = load_LX
     if s * num_ranks < num_replicated:
       # Of a row only replicas of its first can be in a row before: they follow each other.
-      is_there_LX = (packed_LSX[:, :s] == item_LSX[:, s, :1, None]).any(1)
-      idle_LX = load_LX + twice * is_there_LX
-    order_LX = idle_LX.argsort(1)
-    np.put_along_axis(packed_LSX[:, s], order_LX, item_LSX[:, s], 1)
-    added_LX = np.empty_like(load_LX)
-    np.put_along_axis(added_LX, order_LX, load_LSX[:, s], 1)
-    load_LX += added_LX
-  return packed_LSX.swapaxes(1, 2).reshape(item_LP.shape)
+      idle_LX = load_LX + twice * (packed_SLX[:s] == item_SLX[s][:, :1]).any(0)
+    rank_LX = idle_LX.argsort(1) + first_L1
+    packed_SLX[s].reshape(-1)[rank_LX] = item_SLX[s]
+    load_LX.reshape(-1)[rank_LX] += load_SLX[s]
+  return packed_SLX.reshape(len(packed_SLX), -1).T.reshape(item_LP.shape)
 
 
 def part(packed_LP, each_LE, num_ranks: int) -> None:
