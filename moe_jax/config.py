@@ -115,6 +115,11 @@ class Pipeline:
         f" got {self.schedule}; choose chunks=1 or schedule=interleaved"
       )
 
+  @property
+  def multiplies_again(self) -> bool:
+    """Whether the backward unit multiplies again, for no product's result is saved."""
+    return self.save in ("inputs", "exchanges")
+
 
 @dataclasses.dataclass(frozen=True)
 class Moe:

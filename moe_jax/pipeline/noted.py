@@ -24,7 +24,7 @@ def take(run: Callable, is_wanted: Wanted) -> Callable:
   def with_results(*given):
     jaxpr, consts, tree = _trace(run, given)
     made = _made(jaxpr, is_wanted)
-    more = jaxpr.replace(outvars=[*jaxpr.outvars, *made])
+    more = _changed(jaxpr, outvars=[*jaxpr.outvars, *made])
     leaves = _evaluate(more, consts, jax.tree.leaves(given))
     num_results = len(jaxpr.outvars)
     return jax.tree.unflatten(tree, leaves[:num_results]), leaves[num_results:]
@@ -40,9 +40,8 @@ def is_read(run: Callable, given: tuple, is_wanted: Wanted) -> list[bool]:
     given: arguments of `run`, shapes or arrays.
   """
   jaxpr, _, _ = _trace(run, given)
-  read = {id(v) for eqn in _needed(jaxpr, is_wanted) for v in eqn.invars} | set(
-    map(id, jaxpr.outvars)
-  )
+  read = {id(v) for eqn in _needed(jaxpr, is_wanted) for v in eqn.invars}
+  read |= set(map(id, jaxpr.outvars))
   return [id(v) in read for v in _made(jaxpr, is_wanted)]
 
 
@@ -59,7 +58,7 @@ def put(run: Callable, is_wanted: Wanted, results: Sequence[jax.Array | None]) -
     made = zip(_made(jaxpr, is_wanted), results, strict=True)
     known = [(v, result) for v, result in made if result is not None]
     invars = [*jaxpr.invars, *(v for v, _ in known)]
-    less = jaxpr.replace(invars=invars, eqns=_needed(jaxpr, is_wanted), debug_info=_unnamed(jaxpr))
+    less = _changed(jaxpr, invars=invars, eqns=_needed(jaxpr, is_wanted))
     leaves = _evaluate(less, consts, [*jax.tree.leaves(given), *(result for _, result in known)])
     return jax.tree.unflatten(tree, leaves)
 
@@ -79,12 +78,12 @@ def _trace(run, given):
 
 
 def _evaluate(jaxpr, consts, leaves):
-  jaxpr = jaxpr.replace(debug_info=_unnamed(jaxpr))
   return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))(*leaves)
 
 
-def _unnamed(jaxpr):
-  return jaxpr.debug_info.with_unknown_names()
+def _changed(jaxpr, **fields):
+  """Returns the jaxpr with other arguments, equations or results: names of the old do not fit."""
+  return jaxpr.replace(**fields, debug_info=jaxpr.debug_info.with_unknown_names())
 
 
 def _made(jaxpr, is_wanted):

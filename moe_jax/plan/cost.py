@@ -19,6 +19,7 @@ PHASES = ("embed", "attention", "dispatch", "experts", "combine", "head")
 
 # A product Y = X W has two in its gradient, of equal size: dX = dY W^T and dW = X^T dY.
 BACKWARD_PER_FORWARD = 2
+DOWN_SHARE = 1 / 3  # of an expert's FLOPs: of gate, up and down
 
 # Dispatches that serve every assignment, and once.
 EVERY_ASSIGNMENT = ("dropless", "stealing", "ragged", "two_level")
@@ -166,16 +167,14 @@ def executed_train_flops(
   again = (backward_products - 2 * BACKWARD_PER_FORWARD) / 2
   scores_again = again * model.layers * _pair_flops(model, pairs)
   step = forward.times(1 + BACKWARD_PER_FORWARD)
-  if settings.pipeline.save in ("inputs", "exchanges"):
+  if settings.pipeline.multiplies_again:
     step = step.plus(forward)
   if settings.pipeline.save == "exchanges":
-    tokens = train.batch * train.sequence
-    last = model.layers * 2 * tokens * model.d_model * model.heads * model.head_dim
-    mesh = settings.mesh
+    mesh, tokens = settings.mesh, train.batch * train.sequence
     step = step.plus(
       ByPhase(
-        attention=-last * (mesh.tensor > 1),
-        experts=-forward.experts / 3 * (mesh.expert * mesh.tensor > 1),
+        attention=-model.layers * output_flops(model, tokens) * (mesh.tensor > 1),
+        experts=-DOWN_SHARE * forward.experts * (mesh.expert * mesh.tensor > 1),
       )
     )
   return dataclasses.replace(
@@ -183,6 +182,11 @@ def executed_train_flops(
     attention=step.attention + scores_again,
     head=forward.head * (1 + BACKWARD_PER_FORWARD),
   )
+
+
+def output_flops(model: Model, tokens: int) -> int:
+  """Returns the FLOPs of one layer's product of attention's heads with the output matrix."""
+  return 2 * tokens * model.d_model * model.heads * model.head_dim
 
 
 def num_parameters(model: Model) -> ByPhase:

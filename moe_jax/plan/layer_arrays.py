@@ -43,7 +43,7 @@ class LayerArrays:
   def __init__(self, settings: Config, at: Sizes):
     model, mesh = settings.model, settings.mesh
     self._settings, self._at, self._save = settings, at, settings.pipeline.save
-    self._is_remade = self._save in ("inputs", "exchanges")  # products are multiplied again
+    self._is_remade = settings.pipeline.multiplies_again
     self._of_chunk = units.layers_per_unit(settings)
     # A loop of one turn XLA takes apart. In straight code, what is ready early is made early.
     self._is_straight = self._of_chunk <= 2

@@ -64,19 +64,28 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """
   ahead = stream(settings)
   forward = layer_forward(settings, at)[len(ahead) :]
-  again = RUN_AGAIN[settings.pipeline.save]
-  if settings.pipeline.save == "exchanges" and settings.mesh.expert == 1:
-    again |= {"fill rows"}
-  remade = [s for s in forward if s.name != "keep" and (again is None or s.name in again)]
-  if settings.pipeline.save == "exchanges":
-    remade = [_up_to_exchange(settings, at, step) for step in remade]
-  repeated = [dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN) for step in remade]
+  repeated = [
+    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN)
+    for step in _run_again(settings, at, forward)
+  ]
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
   return (*ahead, take, *repeated, *back)
+
+
+def _run_again(settings: Config, at: Sizes, forward: tuple[Step, ...]) -> list[Step]:
+  """Returns those of a layer's forward steps that its backward unit runs once more."""
+  again = RUN_AGAIN[settings.pipeline.save]
+  if again is None:
+    return [step for step in forward if step.name != "keep"]
+  if settings.pipeline.save != "exchanges":
+    return [step for step in forward if step.name in again]
+  if settings.mesh.expert == 1:
+    again |= {"fill rows"}  # no collective brings them
+  return [_up_to_exchange(settings, at, step) for step in forward if step.name in again]
 
 
 def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
@@ -89,12 +98,16 @@ def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
     n, D, H = model.heads // tensor, model.d_model, model.head_dim
     whole = at.sequences * at.positions
     num_bytes = (whole * (n * H + D) + n * H * D) * width
-    less = Step("", "", flops=2.0 * whole * D * n * H, num_bytes=num_bytes, kernels=1)
+    less = Step(
+      "", "", flops=cost.output_flops(model, whole) / tensor, num_bytes=num_bytes, kernels=1
+    )
   elif step.name == "experts" and not is_alone:
     arrived, hidden = saving.row_bytes(settings, at)
     weights = model.experts // settings.mesh.expert * model.d_model * width
     num_bytes = 3 * arrived + hidden + weights * (model.expert_hidden // tensor)
-    less = Step("", "", flops=step.flops / 3, num_bytes=num_bytes, kernels=step.kernels // 3)
+    less = Step(
+      "", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=step.kernels // 3
+    )
   elif step.name == "route" and settings.mesh.expert > 1:
     x = activation_bytes(settings, at)
     less = Step("", "", num_bytes=max(0.0, step.num_bytes - 2 * x), kernels=step.kernels // 2)

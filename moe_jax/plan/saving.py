@@ -58,17 +58,16 @@ def _brought_bytes(settings: Config, at: Sizes) -> int:
   there, back = (arrived if moe.exchange == "flat" else sent), sent
   if mesh.expert == 1:
     there, back = 0, sent * (mesh.tensor > 1)
-  if moe.exchange == "hierarchical_float8":
+  elif moe.exchange == "hierarchical_float8":
     there = back = sent // (model.d_model * at.dtype_bytes) * (model.d_model + FLOAT32_BYTES)
   if moe.dispatch == "stealing":
     return there + back + _INT_BYTES * (moe.shadows + model.experts)
   if moe.dispatch != "two_level":
     return there + back
   # Between hosts rows, choices and weights; inside a host each row both ways, and where it goes.
-  crossed = mesh.expert // moe.expert_ranks_per_host * two_level_rows(settings, at.tokens)[0]
-  of_choices = crossed * model.experts_per_token
-  integers = _INT_BYTES * (at.rows + 2 * of_choices) + FLOAT32_BYTES * of_choices
-  return there + back + crossed * model.d_model * at.dtype_bytes + integers
+  crossed, integers = _between_hosts(settings, at)
+  weights = crossed * model.experts_per_token * FLOAT32_BYTES
+  return there + back + crossed * model.d_model * at.dtype_bytes + integers + weights
 
 
 def merged_bytes(settings: Config, at: Sizes) -> int:
@@ -122,15 +121,23 @@ def _kept_more(settings: Config, at: Sizes) -> int:
   """Returns what single dispatches keep besides: which experts are the shadows; rows, choices and
   weights of tokens on their way between hosts, and where they were passed on to.
   """
-  model, mesh, moe = settings.model, settings.mesh, settings.moe
+  model, moe = settings.model, settings.moe
   if moe.dispatch == "stealing":
     return _INT_BYTES * moe.shadows
   if moe.dispatch != "two_level":
     return 0
-  crossed = mesh.expert // moe.expert_ranks_per_host * two_level_rows(settings, at.tokens)[0]
-  passed_on = at.rows + crossed * model.experts_per_token
-  integers = _INT_BYTES * (passed_on + crossed * model.experts_per_token)
+  crossed, integers = _between_hosts(settings, at)
   return 2 * crossed * model.d_model * at.dtype_bytes + integers
+
+
+def _between_hosts(settings: Config, at: Sizes) -> tuple[int, int]:
+  """Returns the rows of a two_level dispatch that cross hosts, and the bytes of their choices and
+  of where they are passed on to.
+  """
+  hosts = settings.mesh.expert // settings.moe.expert_ranks_per_host
+  crossed = hosts * two_level_rows(settings, at.tokens)[0]
+  choices = crossed * settings.model.experts_per_token
+  return crossed, _INT_BYTES * (at.rows + 2 * choices)
 
 
 def _kept_rows(settings: Config, at: Sizes) -> tuple[int, int, int]:

@@ -114,7 +114,7 @@ def _between(settings: Config, at: Sizes, table: Table) -> list[Array]:
   model, mesh, moe = settings.model, settings.mesh, settings.moe
   has_experts = model.experts > mesh.expert and mesh.tensor > 1
   is_gathered_last = moe.dispatch == "capacity" and moe.exchange != "flat"
-  if settings.pipeline.save in ("inputs", "exchanges") or not has_experts or not is_gathered_last:
+  if settings.pipeline.multiplies_again or not has_experts or not is_gathered_last:
     return []
   arrived, _ = saving.row_bytes(settings, at)
   embedding = next(leaf for leaf in leaves(model) if leaf.name == "embedding")

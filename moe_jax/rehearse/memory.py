@@ -58,11 +58,15 @@ def advice(found: dict[str, int], settings: config.Config) -> str:
     return "choose a larger mesh.tensor or mesh.stage: parameters and optimizer take most"
   if found["cache"]:
     return "choose a shorter serve.prefill_chunk or fewer serve.slots: activations take most"
-  number = config.SAVE.index(settings.pipeline.save)
-  if number:
-    less = config.SAVE[number - 1]
-    return f"choose pipeline.save={less}, which keeps less between forward and backward"
+  if less := saves_less(settings):
+    return f"choose {less}, which keeps less between forward and backward"
   return "choose more pipeline.micro_batches or a shorter train.sequence: activations take most"
+
+
+def saves_less(settings: config.Config) -> str:
+  """Returns the setting of the next saving policy that keeps less, "" where none does."""
+  number = config.SAVE.index(settings.pipeline.save)
+  return f"pipeline.save={config.SAVE[number - 1]}" if number else ""
 
 
 def _placed_bytes(tree) -> int:

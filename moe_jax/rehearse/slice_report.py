@@ -100,9 +100,10 @@ def _compiled(step, settings, mesh, progress) -> lowering.Compiled:
     if "RESOURCE_EXHAUSTED" not in text:
       raise
     said = next((line for line in text.splitlines() if "hbm" in line), text.splitlines()[0])
+    choices = [memory.saves_less(settings), "more pipeline.micro_batches or a larger slice"]
     raise ValueError(
-      f"the program does not fit the TPU's memory: {said.strip()}; choose pipeline.save=inputs,"
-      " more pipeline.micro_batches or a larger slice"
+      f"the program does not fit the TPU's memory: {said.strip()}; choose"
+      f" {', '.join(filter(None, choices))}"
     ) from error
 
 
