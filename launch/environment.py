@@ -3,6 +3,7 @@
 Called by `launch.flags.run` before a program's own code. It must not know configs or the model.
 """
 
+import glob
 import os
 import sys
 
@@ -47,6 +48,11 @@ _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
 
 
+# How many GPUs share a host: XLA takes the time of collectives from it, and where nothing is said
+# counts on 8.
+_GPUS_PER_HOST = "xla_gpu_analytical_latency_estimator_options"
+
+
 def live_devices(scheduling_profile: str = "") -> None:
   """Sets the flags of XLA_FLAGS for the devices that jax will find; those the user set stay.
 
@@ -65,18 +71,24 @@ def live_devices(scheduling_profile: str = "") -> None:
         " python -m launch.rehearse --profile=PATH"
       )
     by_profile = {"xla_gpu_pgle_profile_file_or_directory_path": scheduling_profile}
-  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"], **by_profile})
+  gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"], **_sharing_a_host(gpus), **by_profile})
 
 
-def described_devices() -> None:
+def described_devices(pod: str) -> None:
   """Sets the flags for devices that exist on paper only, and keeps jax from looking for live ones.
 
   Call before jax is imported.
+
+  Args:
+    pod: to compile for, as `rehearse.pod.describe` takes it.
   """
   os.environ["JAX_PLATFORMS"] = "cpu"
   # XLA warns of each kernel that a scheduling profile does not name.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  _set_xla_flags({**XLA_FLAGS["gpu"], **XLA_FLAGS["described"]})
+  gpus = pod.rpartition("x")[2]
+  sharing = _sharing_a_host(int(gpus) if gpus.isdecimal() else 0)
+  _set_xla_flags({**XLA_FLAGS["gpu"], **XLA_FLAGS["described"], **sharing})
 
 
 def virtual_devices(count: int) -> None:
@@ -126,6 +138,10 @@ def keep_freed_memory(num_devices: int) -> None:
     os.environ.update(missing)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _sharing_a_host(gpus: int) -> dict[str, str]:
+  return {_GPUS_PER_HOST: f"gpus_per_node={gpus}"} if gpus else {}
 
 
 def _set_xla_flags(value_by_name: dict[str, str], replace: tuple[str, ...] = ()) -> None:

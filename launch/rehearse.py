@@ -44,7 +44,7 @@ _DOES_NOT_FIT = 1
 
 
 def main(config) -> int:
-  environment.described_devices()
+  environment.described_devices(_POD.value)
   # jax takes seconds to import, which a mistyped flag need not wait for.
   from moe_jax.rehearse import memory, picture, pod, report, slice_report, slices, text
 

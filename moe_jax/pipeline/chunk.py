@@ -5,7 +5,8 @@ nothing of each other. Layer by layer, the steps of the one run beside those of 
 backward's from the last to the first: so while one exchanges tokens the other multiplies matrices.
 A barrier after each slot of steps says so to XLA, whose scheduler does not find it by itself; it
 holds the chain of activations and the chain of cotangents. Weights' gradients and what is saved may
-come a slot later than what they are made from, and fill what room is left there.
+come a slot later than what they are made from, and fill what room is left there: first of all
+beside gathers and sums inside the host, which their own stream waits for while the other one sends.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """
@@ -99,6 +100,7 @@ class Chunk(NamedTuple):
     steps: of a layer, with what they save.
     slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
     quiet: first and last of the slots beside which weights to come are gathered.
+    is_inside: of each step of a layer, whether it sends inside the host.
     weights: of this stage's layers.
     shared: parameters outside the layers.
     num_layers: of a chunk.
@@ -108,6 +110,7 @@ class Chunk(NamedTuple):
   steps: SavedLayer
   slots: tuple[tuple[int, int], ...]
   quiet: tuple[int, int]
+  is_inside: tuple[bool, ...]
   weights: Whole | Streamed
   shared: Tree
   num_layers: int
@@ -123,12 +126,13 @@ class Chunk(NamedTuple):
     """
     layer = functools.partial(self._layer, forward, backward)
     last = self.num_layers - 1
+    follows = last == 1  # the last layer the other one, with no loop between: XLA unrolls one turn
 
     def body(carry, l):
       totals, x, gy, saved = carry
       # Read now, so that the next layer does not wait for what this one writes.
       coming, totals = self._read(backward, last - 1 - l, totals)
-      totals, x, gy = layer(l, totals, x, gy, saved)
+      totals, x, gy = layer(l, False, totals, x, gy, saved)
       return (totals, x, gy, coming), None
 
     saved, totals = self._read(backward, last, totals)
@@ -136,10 +140,14 @@ class Chunk(NamedTuple):
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    return layer(last, *carry)
+    return layer(last, follows, *carry)
 
-  def _layer(self, forward, backward, l, totals: Totals, x, gy, saved):
-    """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied."""
+  def _layer(self, forward, backward, l, follows, totals: Totals, x, gy, saved):
+    """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied.
+
+    Args:
+      follows: whether sums of gradients of the layer before may be missing yet.
+    """
     rings = totals.rings
     ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
     back = backward and _BackwardLayer(self, backward, l, gy, saved, rings[1])
@@ -150,9 +158,9 @@ class Chunk(NamedTuple):
         coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
-        ahead.run(num_ahead)
+        totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and follows)
       if back:
-        back.run(num_back)
+        totals = self._run_back(back, num_back, totals, fills=ahead is not None, num_done=num_done)
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
         is_tied = number in (self.quiet[0] - 1, self.quiet[1])
@@ -175,6 +183,36 @@ class Chunk(NamedTuple):
       totals, x = ahead.finish(totals)
     return totals, x, gy
 
+  def _run_ahead(self, ahead, num_steps: int, totals: Totals, *, fills: bool) -> Totals:
+    """Runs the next forward steps; beside the layer's first, where it sends inside the host and
+    `fills` says so, come the sums of gradients.
+    """
+    for _ in range(num_steps):
+      is_first = not ahead.kept
+      ahead.run()
+      if fills and is_first and self.is_inside[0]:
+        ahead.carry, g_layers = _both(ahead.carry, totals.g_layers)
+        totals = totals._replace(g_layers=g_layers)
+    return totals
+
+  def _run_back(self, back, num_steps: int, totals: Totals, *, fills: bool, num_done) -> Totals:
+    """Runs the next backward steps; beside the first of several in a slot, where it sends inside
+    the host, comes what forward steps saved, and beside the layer's last the weights' gradients
+    that are left.
+    """
+    for number in range(num_steps):
+      place = len(back.of_parameters)
+      back.run()
+      if not (fills and self.is_inside[-1 - place]):
+        continue
+      if number == 0 and num_steps > 1:
+        back.gradients, stash = _both(back.gradients, totals.stash)
+        totals = totals._replace(stash=stash)
+      if back.is_done:
+        left = slice(num_done, place)
+        back.gradients, back.of_parameters[left] = _both(back.gradients, back.of_parameters[left])
+    return totals
+
   def _read(self, backward, l, totals: Totals) -> tuple[Tree, Totals]:
     """Returns what a layer saved, and the totals, whose stash is to be written only now."""
     if backward is None:
@@ -195,11 +233,11 @@ class _ForwardLayer:
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
 
-  def run(self, num_steps: int) -> None:
-    given = (self.weights, self.chunk.shared)
-    for step in self.chunk.steps.forward[len(self.kept) :][:num_steps]:
-      self.carry, kept = step(*given, self.carry, self.unit.inputs)
-      self.kept.append(kept)
+  def run(self) -> None:
+    """Runs the next step."""
+    step = self.chunk.steps.forward[len(self.kept)]
+    self.carry, kept = step(self.weights, self.chunk.shared, self.carry, self.unit.inputs)
+    self.kept.append(kept)
 
   @property
   def is_done(self) -> bool:
@@ -246,12 +284,18 @@ class _BackwardLayer:
     self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
     self.of_parameters: list[dict[int, jax.Array]] = []
 
-  def run(self, num_steps: int) -> None:
-    for step in self.chunk.steps.backward[::-1][len(self.of_parameters) :][:num_steps]:
-      of_parameters, self.gradients = step(
-        self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
-      )
-      self.of_parameters.append(of_parameters)
+  def run(self) -> None:
+    """Runs the next step."""
+    step = self.chunk.steps.backward[-1 - len(self.of_parameters)]
+    of_parameters, self.gradients = step(
+      self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
+    )
+    self.of_parameters.append(of_parameters)
+
+  @property
+  def is_done(self) -> bool:
+    """Whether all steps ran."""
+    return len(self.of_parameters) == len(self.chunk.steps.backward)
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))
@@ -270,6 +314,11 @@ class _BackwardLayer:
     g_layers, g_shared = jax.tree.unflatten(tree, sums)
     gx = jax.tree.unflatten(self.gy_tree, self.gradients)
     return totals._replace(g_layers=g_layers, g_shared=g_shared), gx
+
+
+def _both(one: Tree, other: Tree) -> tuple[Tree, Tree]:
+  """Returns both; nothing that reads either runs before both are there."""
+  return jax.lax.optimization_barrier((one, other))
 
 
 def _place(l: jax.Array, is_reversed: jax.Array, num_layers: int) -> jax.Array:

@@ -141,6 +141,7 @@ class _Executor:
       SAVE[save](steps, whole),
       side_by_side,
       quiet(side_by_side, *given),
+      tuple(step.inside_bytes > 0 for step in steps),
       weights,
       shared,
       num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 
 from moe_jax import config
 from moe_jax.rehearse.exposure import Run, Simulator
-from moe_jax.rehearse.program import Collective, Compute
+from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
 from moe_jax.rehearse.timing import BETWEEN, INSIDE, flops_per_s, flops_seconds, memory_seconds
 from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 
 # A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
 # CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
 _LAUNCH_S = 0.5e-6
+OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
 _HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 
 
@@ -82,6 +83,38 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
     by_axis["hideable_fraction_by_axis"][axis] = ratio(can, axis_s)
     by_axis["hidden_of_hideable_by_axis"][axis] = ratio(axis_hidden, can)
   return {**found, **by_axis}
+
+
+def beside_kernels_fraction(program: Program, run: Run) -> float | None:
+  """Returns which share of the layers' collectives has a kernel between its start and its done.
+
+  By count, so that the shortest counts as much as the longest; None where layers send nothing.
+  """
+  covered = _beside_kernels(program.entry)
+  of_layers = [
+    (unit, times)
+    for unit, times in _of_kind(run, Collective)
+    if not OF_LAYERS.isdisjoint(unit.phase.split("+"))
+  ]
+  count = sum(times for _, times in of_layers)
+  return ratio(sum(times for unit, times in of_layers if unit.name in covered), count)
+
+
+def _beside_kernels(block: Block) -> set[str]:
+  """Returns the names of a block's collectives that have a kernel between start and done."""
+  covered, under_way = set(), set()
+  for unit in block.units:
+    if isinstance(unit, Collective) and unit.is_async:
+      under_way.add(unit.name)
+    elif isinstance(unit, Done):
+      under_way.discard(unit.name)
+    elif isinstance(unit, Compute):
+      covered |= under_way
+    elif isinstance(unit, Loop):
+      covered |= under_way | _beside_kernels(unit.body)
+    elif isinstance(unit, Branch):
+      covered |= under_way.union(*map(_beside_kernels, unit.branches))
+  return covered
 
 
 def prediction(

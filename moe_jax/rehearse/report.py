@@ -158,6 +158,9 @@ def _on_chip(
   )
   return {
     "collectives": rows,
-    "exposure": figures.exposure(rows, run.compute_s),
+    "exposure": {
+      **figures.exposure(rows, run.compute_s),
+      "beside_kernels_fraction": figures.beside_kernels_fraction(best.program, run),
+    },
     "prediction": figures.prediction(settings, workload, simulator, run, rows, waiting),
   }

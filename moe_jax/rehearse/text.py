@@ -94,6 +94,8 @@ def _exposure(report) -> Iterable[str]:
     for axis, fraction in found.get("hidden_fraction_by_axis", {}).items():
       of_hideable = found["hidden_of_hideable_by_axis"][axis]
       yield f"  {'':<10}{axis:<22}{_percent(fraction):>8}{_percent(of_hideable):>8}"
+  beside = _percent(report["exposure"]["beside_kernels_fraction"])
+  yield f"  of the layers' collectives, by count, have a kernel between start and done: {beside}"
 
 
 def _prediction(report) -> Iterable[str]:

@@ -52,6 +52,7 @@ def test_virtual_devices_too_late_is_refused():
 def test_the_users_own_flags_stay(monkeypatch):
   users = "--xla_cpu_collective_timeout_seconds=7"
   monkeypatch.setenv("XLA_FLAGS", f"{users} --xla_dump_to=x")
+  monkeypatch.setattr("glob.glob", lambda pattern: [])  # of a host without GPUs
   environment.live_devices()
   flags = os.environ["XLA_FLAGS"].split()
   assert flags[:2] == [users, "--xla_dump_to=x"]
@@ -62,6 +63,21 @@ def test_the_users_own_flags_stay(monkeypatch):
   before = os.environ["XLA_FLAGS"]
   environment.live_devices()
   assert os.environ["XLA_FLAGS"] == before
+
+
+def test_xla_is_told_how_many_gpus_share_a_host(monkeypatch):
+  option = "--xla_gpu_analytical_latency_estimator_options=gpus_per_node=4"
+  monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
+  for pod, is_told in (("h100:16x4", True), ("h100:16", False)):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    environment.described_devices(pod)
+    assert (option in os.environ["XLA_FLAGS"].split()) == is_told
+  devices = [f"/dev/nvidia{number}" for number in range(4)]
+  monkeypatch.setattr("glob.glob", lambda pattern: devices)
+  monkeypatch.setenv("XLA_FLAGS", "")
+  environment.live_devices()
+  assert option in os.environ["XLA_FLAGS"].split()
+  assert run(COMPUTE, XLA_FLAGS=option, JAX_PLATFORMS="cpu").returncode == 0
 
 
 def test_no_devices_is_refused():

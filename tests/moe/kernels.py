@@ -22,7 +22,7 @@ REGISTER_UNIT, RESERVED_BYTES = 256, 1024
 
 _COMPILE = """
 from launch import environment
-environment.described_devices()
+environment.described_devices("h100:1x1")
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec

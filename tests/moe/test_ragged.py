@@ -52,7 +52,7 @@ def test_ragged_sends_what_it_declares(mesh):
 
 _LOWERED = """
 from launch import environment
-environment.described_devices()
+environment.described_devices("h100:2x4")
 import re
 import jax
 from moe_jax import config

@@ -62,7 +62,7 @@ def main() -> None:
   )
   parser.add_argument("--json", help="also write the rows here")
   arguments = parser.parse_args()
-  environment.described_devices()
+  environment.described_devices(POD)
   rows = [compiled(schedule, save) for schedule in SCHEDULES for save in arguments.save.split(",")]
   print(to_text(rows))
   if arguments.json:

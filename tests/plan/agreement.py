@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from launch import environment
 
 if __name__ == "__main__":  # before jax is imported
-  environment.described_devices()
+  environment.described_devices("h100:16x4")
   environment.virtual_devices(8)
   environment.keep_freed_memory(8)
 

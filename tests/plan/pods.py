@@ -12,7 +12,7 @@ import sys
 from launch import environment
 
 if __name__ == "__main__":  # before jax is imported
-  environment.described_devices()
+  environment.described_devices("h100:16x4")
 
 from launch import config_file
 from moe_jax import config as config_lib

@@ -13,7 +13,6 @@ import os
 import sys
 
 _LIMIT = "xla_gpu_experimental_parallel_collective_overlap_limit"
-_LAYERS = ("attention", "dispatch", "combine")
 
 
 def main(arguments) -> None:
@@ -22,7 +21,7 @@ def main(arguments) -> None:
   # Read by XLA once in a process: without the flag is a process of its own.
   if arguments.one_at_a_time:
     os.environ["XLA_FLAGS"] = f"--{_LIMIT}=1"
-  environment.described_devices()
+  environment.described_devices(arguments.pod)
   from moe_jax import config
   from moe_jax.pipeline import executor
   from moe_jax.rehearse import pod as pod_lib
@@ -47,7 +46,7 @@ def main(arguments) -> None:
 
 
 def _row(name, settings, pod) -> None:
-  from moe_jax.rehearse import kernels, lowering, profile, program, ticks
+  from moe_jax.rehearse import figures, kernels, lowering, profile, program, ticks
   from moe_jax.rehearse.exposure import Simulator
   from moe_jax.train import step
 
@@ -62,40 +61,15 @@ def _row(name, settings, pod) -> None:
     simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
     run = simulator.run(found)
     text = profile.of(simulator, found)
-    of_layers = [
-      (unit, times)
-      for unit, times in run.times.items()
-      if isinstance(unit, program.Collective) and unit.phase.split("+")[0] in _LAYERS
-    ]
-    sent_s = sum(times * simulator.seconds(unit) for unit, times in of_layers)
-    hidden = sum(run.hidden_s[unit] for unit, _ in of_layers) / sent_s
-    beside = _with_computation(found.entry)
-    covered = sum(times for unit, times in of_layers if unit.name in beside)
-    count = sum(times for _, times in of_layers)
+    rows = figures.collectives(simulator, run)
+    of_layers = [row for row in rows if not figures.OF_LAYERS.isdisjoint(row["phase"].split("+"))]
+    sent_s, hidden_s = (sum(row[k] for row in of_layers) for k in ("seconds", "hidden_seconds"))
+    hidden, covered = hidden_s / sent_s, figures.beside_kernels_fraction(found, run)
     print(
       f"{name:32} {how:12} step {run.total_s * 1e3:7.2f} ms"
-      f"   hidden {hidden:6.1%}   with a kernel between start and done {covered / count:6.1%}",
+      f"   hidden {hidden:6.1%}   with a kernel between start and done {covered:6.1%}",
       flush=True,
     )
-
-
-def _with_computation(block) -> set[str]:
-  """Returns the collectives that have a kernel between start and done, by name."""
-  from moe_jax.rehearse.program import Branch, Collective, Compute, Done, Loop
-
-  covered, under_way = set(), set()
-  for unit in block.units:
-    if isinstance(unit, Collective) and unit.is_async:
-      under_way.add(unit.name)
-    elif isinstance(unit, Done):
-      under_way.discard(unit.name)
-    elif isinstance(unit, Compute):
-      covered |= under_way
-    elif isinstance(unit, Loop):
-      covered |= under_way | _with_computation(unit.body)
-    elif isinstance(unit, Branch):
-      covered |= under_way.union(*map(_with_computation, unit.branches))
-  return covered
 
 
 if __name__ == "__main__":

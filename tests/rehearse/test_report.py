@@ -17,9 +17,9 @@ if not importlib.util.find_spec("jax_plugins"):
   pytest.skip("the rehearse extra is not installed", allow_module_level=True)
 
 
-def rehearse(root, *words):
+def rehearse(root, *words, config="tiny"):
   return subprocess.run(
-    [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", *words],
+    [sys.executable, "-m", "launch.rehearse", f"--config=configs/{config}.py", *words],
     cwd=root, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
@@ -55,6 +55,19 @@ def test_the_report_has_the_documented_keys(done):
   assert set(prediction) <= set(report["prediction"])
   for row in report["claims"]:
     assert set(row) == {"claim", "asked", "found", "holds", "how"}
+
+
+@pytest.mark.slow
+def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
+  path = tmp_path / "report.json"
+  words = ["--pod=h100:16x4", f"--json={path}"]
+  finished = rehearse(pytestconfig.rootpath, *words, config="pod64")
+  assert finished.returncode == 0, finished.stderr
+  found = json.loads(path.read_text())
+  assert found["exposure"]["beside_kernels_fraction"] >= 0.95
+  assert found["prediction"]["bubble_fraction"] <= 0.016
+  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 100
+  assert found["memory_bytes"]["total"] <= 4.312e9
 
 
 @pytest.mark.slow
