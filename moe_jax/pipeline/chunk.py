@@ -197,15 +197,15 @@ class Chunk(NamedTuple):
 
   def _run_back(self, back, num_steps: int, totals: Totals, *, fills: bool, num_done) -> Totals:
     """Runs the next backward steps; beside the first of several in a slot, where it sends inside
-    the host, comes what forward steps saved, and beside the layer's last the weights' gradients
-    that are left.
+    the host, comes what forward steps saved, unless steps that run again stand there already, and
+    beside the layer's last the weights' gradients that are left.
     """
     for number in range(num_steps):
       place = len(back.of_parameters)
       back.run()
       if not (fills and self.is_inside[-1 - place]):
         continue
-      if number == 0 and num_steps > 1:
+      if number == 0 and num_steps > 1 and not self.steps.runs_again:
         back.gradients, stash = _both(back.gradients, totals.stash)
         totals = totals._replace(stash=stash)
       if back.is_done:

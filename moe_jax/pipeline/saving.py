@@ -45,12 +45,14 @@ class SavedLayer(NamedTuple):
       the step returned, of the last step (gy's leaves, g_auxiliary); it returns those of the floats
       that the step took, and the gradient of each leaf of (weights, shared) that the step reads,
       by its number. To be called from the last step to the first.
+    runs_again: whether `restore` runs steps again.
   """
 
   forward: tuple[Callable, ...]
   saved: tuple[list[jax.ShapeDtypeStruct], ...]
   restore: Callable
   backward: tuple[Callable, ...]
+  runs_again: bool
 
 
 class _Place(NamedTuple):
@@ -117,6 +119,7 @@ def _keep_all(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
     saved,
     lambda weights, shared, inputs, saved: saved,
     tuple(map(backward, numbers)),
+    runs_again=False,
   )
 
 
@@ -147,7 +150,7 @@ def _keep_inputs(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
     return tuple(restored)
 
   forward = (first, *map(later, whole.forward[1:]))
-  return SavedLayer(forward, (x_leaves, *nothing_more), restore, whole.backward)
+  return SavedLayer(forward, (x_leaves, *nothing_more), restore, whole.backward, runs_again=True)
 
 
 def _keep_exchanges(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
@@ -196,7 +199,8 @@ def _keep_exchanges(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
       saved.append(kept)
     return tuple(saved)
 
-  return SavedLayer(forwards, jax.eval_shape(trace, *example), restore, whole.backward)
+  saved = jax.eval_shape(trace, *example)
+  return SavedLayer(forwards, saved, restore, whole.backward, runs_again=True)
 
 
 def _is_exchange(eqn) -> bool:
