@@ -1,7 +1,7 @@
 """Attention to keys and values of a cache, forward only: of a chunk of a prompt, and of one token.
 
-Letters: I query blocks, J positions of a block, M cached positions, T positions of a chunk, of
-which S ask, R query heads per key head.
+Letters: I query blocks, J positions of a block or page, W pages, M cached positions, T positions of
+a chunk, of which S ask, R query heads per key head.
 Knows arrays; must not know where the cache keeps them.
 """
 
@@ -18,23 +18,28 @@ from moe_jax.pipeline import buffers
 _MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
 
 
-def one_token(q_bNH, k_bMGH, v_bMGH, lengths_b) -> jax.Array:
+def one_token(q_bNH, k_bWGJH, v_bWGJH, lengths_b) -> jax.Array:
   """Returns `o_bNH`: each row's query attends to the first `lengths_b` cached positions.
+
+  A product for each page and head, on which no array need be turned; their sum is the output.
 
   Args:
     q_bNH: queries; query head n reads key head n // (N / G).
+    k_bWGJH, v_bWGJH: of W pages of J positions each, in order.
     lengths_b: with the position of the query itself, int32; a row of length 0 gives anything
       finite.
   """
   b, N, H = q_bNH.shape
-  M, G = k_bMGH.shape[1:3]
+  W, G, J = k_bWGJH.shape[1:4]
   scale = jnp.asarray(1 / math.sqrt(H), q_bNH.dtype)
-  q_bGRH = (q_bNH * scale).reshape(b, G, N // G, H)
-  scores = jnp.einsum("bgrh,bmgh->bgrm", q_bGRH, k_bMGH, preferred_element_type=jnp.float32)
-  is_cached_bM = jnp.arange(M, dtype=jnp.int32)[None, :] < lengths_b[:, None]
-  weights = jax.nn.softmax(jnp.where(is_cached_bM[:, None, None], scores, _MASKED), axis=-1)
-  o_bGRH = jnp.einsum("bgrm,bmgh->bgrh", weights.astype(v_bMGH.dtype), v_bMGH)
-  return o_bGRH.reshape(b, N, H)
+  q_bWGRH = jnp.broadcast_to((q_bNH * scale).reshape(b, 1, G, N // G, H), (b, W, G, N // G, H))
+  product = lambda form, *x: jnp.einsum(form, *x, preferred_element_type=jnp.float32)
+  scores = product("bwgrh,bwgjh->bwgrj", q_bWGRH, k_bWGJH)
+  position_WJ = jnp.arange(W * J, dtype=jnp.int32).reshape(W, J)
+  is_cached_bWJ = position_WJ[None] < lengths_b[:, None, None]
+  weights = jax.nn.softmax(jnp.where(is_cached_bWJ[:, :, None, None], scores, _MASKED), (1, 4))
+  o_bWGRH = product("bwgrj,bwgjh->bwgrh", weights.astype(v_bWGJH.dtype), v_bWGJH)
+  return o_bWGRH.sum(1).astype(v_bWGJH.dtype).reshape(b, N, H)
 
 
 def chunk(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b) -> jax.Array:

@@ -3,7 +3,8 @@
 Layers lie over `stage`, pages over `expert`, heads over `tensor`: a page belongs to the rank of
 `expert` that holds its sequence, and is numbered within it. Which sequence holds which page is the
 caller's table; here a page of -1 is none: nothing is written to it, and what is read of it is to be
-masked. int8 and float8 keep a float32 scale for each token and head.
+masked. int8 and float8 keep a float32 scale for each token and head. In a page a head's tokens lie
+together, as products with one head's query read them.
 
 Letters: A pages of a rank, J tokens of a page, W pages in a row of the table, M = W * J; g key
 heads of this tensor rank, l layers of this stage. Knows arrays; must not know attention or who
@@ -23,10 +24,10 @@ from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 class Cache(NamedTuple):
   """Keys and values of all layers, in the pipeline's placement; scales are None without them."""
 
-  key_lAJgH: jax.Array
-  value_lAJgH: jax.Array
-  key_scale_lAJg: jax.Array | None
-  value_scale_lAJg: jax.Array | None
+  key_lAgJH: jax.Array
+  value_lAgJH: jax.Array
+  key_scale_lAgJ: jax.Array | None
+  value_scale_lAgJ: jax.Array | None
 
 
 class _Format(NamedTuple):
@@ -63,7 +64,7 @@ def abstract(settings: config.Config) -> Cache:
   model, serve = settings.model, settings.serve
   format_ = FORMATS[serve.kv_dtype]
   num = num_pages(settings) * settings.mesh.expert
-  shape = (model.layers, num, serve.page, model.kv_heads, model.head_dim)
+  shape = (model.layers, num, model.kv_heads, serve.page, model.head_dim)
   numbers = jax.ShapeDtypeStruct(shape, format_.dtype)
   scales = None if format_.largest is None else jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
   return Cache(numbers, numbers, scales, scales)
@@ -71,7 +72,7 @@ def abstract(settings: config.Config) -> Cache:
 
 def specs(settings: config.Config) -> Cache:
   """Returns the PartitionSpec of every array of the cache."""
-  return jax.tree.map(lambda leaf: P(STAGE, EXPERT, None, TENSOR), abstract(settings))
+  return jax.tree.map(lambda leaf: P(STAGE, EXPERT, TENSOR), abstract(settings))
 
 
 def write_pages(
@@ -86,9 +87,9 @@ def write_pages(
     k_bMgH: keys, turned by their positions.
     v_bMgH: values.
   """
-  J = cache.key_lAJgH.shape[2]
+  J = cache.key_lAgJH.shape[3]
   b, W = pages_bW.shape
-  split = lambda x: x.reshape(b, W, J, *x.shape[2:])
+  split = lambda x: x.reshape(b, W, J, *x.shape[2:]).swapaxes(2, 3)
   return _write(cache, (layer, _or_nowhere(cache, pages_bW)), split(k_bMgH), split(v_bMgH))
 
 
@@ -96,44 +97,55 @@ def write_tokens(
   cache: Cache, layer: jax.Array, pages_b, offsets_b, k_bgH: jax.Array, v_bgH: jax.Array
 ) -> Cache:
   """Returns the cache with one token of each row written, at `offsets_b` of the page `pages_b`."""
-  return _write(cache, (layer, _or_nowhere(cache, pages_b), offsets_b), k_bgH, v_bgH)
+  at = (layer, _or_nowhere(cache, pages_b), slice(None), offsets_b)
+  return _write(cache, at, k_bgH, v_bgH)
 
 
 def read(
   cache: Cache, layer: jax.Array, pages_bW: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
   """Returns keys and values `k_bMgH`, `v_bMgH` of the rows' pages, in the dtype given."""
-  b = pages_bW.shape[0]
+  in_order = lambda x_bWgJH: x_bWgJH.swapaxes(2, 3).reshape(
+    len(pages_bW), -1, x_bWgJH.shape[2], x_bWgJH.shape[4]
+  )
+  k_bWgJH, v_bWgJH = read_pages(cache, layer, pages_bW, dtype)
+  return in_order(k_bWgJH), in_order(v_bWgJH)
+
+
+def read_pages(
+  cache: Cache, layer: jax.Array, pages_bW: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what `read` does as it lies in the pages, `k_bWgJH`, `v_bWgJH`."""
   pages_bW = jnp.maximum(pages_bW, 0)
 
-  def one(numbers_lAJgH, scale_lAJg):
+  def one(numbers_lAgJH, scale_lAgJ):
     take = lambda x: x.at[layer, pages_bW].get(mode="promise_in_bounds")
-    x_bWJgH = take(numbers_lAJgH)
-    if scale_lAJg is not None:
-      x_bWJgH = x_bWJgH.astype(jnp.float32) * take(scale_lAJg)[..., None]
-    return x_bWJgH.astype(dtype).reshape(b, -1, *x_bWJgH.shape[3:])
+    x_bWgJH = take(numbers_lAgJH)
+    if scale_lAgJ is not None:
+      x_bWgJH = x_bWgJH.astype(jnp.float32) * take(scale_lAgJ)[..., None]
+    return x_bWgJH.astype(dtype)
 
   return (
-    one(cache.key_lAJgH, cache.key_scale_lAJg),
-    one(cache.value_lAJgH, cache.value_scale_lAJg),
+    one(cache.key_lAgJH, cache.key_scale_lAgJ),
+    one(cache.value_lAgJH, cache.value_scale_lAgJ),
   )
 
 
 def _or_nowhere(cache: Cache, pages):
   """Returns the pages, where there is none an index past the last, at which nothing is written."""
-  return jnp.where(pages >= 0, pages, cache.key_lAJgH.shape[1])
+  return jnp.where(pages >= 0, pages, cache.key_lAgJH.shape[1])
 
 
 def _write(cache: Cache, index, k, v) -> Cache:
-  def one(numbers_lAJgH, scale_lAJg, x):
+  def one(numbers_lAgJH, scale_lAgJ, x):
     put = lambda all, new: all.at[index].set(new.astype(all.dtype), mode="drop")
-    if scale_lAJg is None:
-      return put(numbers_lAJgH, x), None
-    x, scale = _scaled(x.astype(jnp.float32), numbers_lAJgH.dtype)
-    return put(numbers_lAJgH, x), put(scale_lAJg, scale)
+    if scale_lAgJ is None:
+      return put(numbers_lAgJH, x), None
+    x, scale = _scaled(x.astype(jnp.float32), numbers_lAgJH.dtype)
+    return put(numbers_lAgJH, x), put(scale_lAgJ, scale)
 
-  key, key_scale = one(cache.key_lAJgH, cache.key_scale_lAJg, k)
-  value, value_scale = one(cache.value_lAJgH, cache.value_scale_lAJg, v)
+  key, key_scale = one(cache.key_lAgJH, cache.key_scale_lAgJ, k)
+  value, value_scale = one(cache.value_lAgJH, cache.value_scale_lAgJ, v)
   return Cache(key, value, key_scale, value_scale)
 
 

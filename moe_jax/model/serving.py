@@ -195,14 +195,14 @@ def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: C
   h_b1D = collectives.gather(h_1cD, TENSOR, 1)[0, :b, None]
   positions_b = tokens.positions_b
   q_b1nH, k_b1gH, v_b1gH = attention.project(weights.attention, model, h_b1D, positions_b[:, None])
-  page_tokens = cache.key_lAJgH.shape[2]
+  page_tokens = cache.key_lAgJH.shape[3]
   place_b1 = jnp.minimum(positions_b // page_tokens, tokens.pages_bW.shape[1] - 1)[:, None]
   page_b = jnp.take_along_axis(tokens.pages_bW, place_b1, 1)[:, 0]
   page_b = jnp.where(tokens.is_active_b & runs, page_b, -1)
   offset_b = positions_b % page_tokens
   cache = kv_cache.write_tokens(cache, index, page_b, offset_b, k_b1gH[:, 0], v_b1gH[:, 0])
-  k_bMgH, v_bMgH = kv_cache.read(cache, index, tokens.pages_bW, h_b1D.dtype)
-  o_bnH = cached_attention.one_token(q_b1nH[:, 0], k_bMgH, v_bMgH, positions_b + 1)
+  k_bWgJH, v_bWgJH = kv_cache.read_pages(cache, index, tokens.pages_bW, h_b1D.dtype)
+  o_bnH = cached_attention.one_token(q_b1nH[:, 0], k_bWgJH, v_bWgJH, positions_b + 1)
   y_bD = jnp.einsum("bnh,nhd->bd", o_bnH, weights.attention.out[...])
   return collectives.reduce_scatter(_padded(y_bD), TENSOR, 1), cache
 

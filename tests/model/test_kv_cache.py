@@ -19,7 +19,7 @@ ERROR = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.51 / 127, "float8": 2**-4}
 
 def empty(kv_dtype):
   settings = case.settings_of((1, 1, 1), kv_dtype=kv_dtype)
-  shape = (L, A, J, G, H)
+  shape = (L, A, G, J, H)
   resize = lambda leaf: jnp.zeros(shape[: leaf.ndim], leaf.dtype)
   return jax.tree.map(resize, kv_cache.abstract(settings))
 
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(kv_dtype):
     bound = ERROR[kv_dtype] * np.abs(wanted).max(-1, keepdims=True)
     assert (np.abs(got[0] - wanted[0]) <= bound[0]).all()
     assert (np.abs(got[1, :J] - wanted[1, :J]) <= bound[1, :J]).all()
-  untouched = np.asarray(cache.key_lAJgH.astype(jnp.float32))
+  untouched = np.asarray(cache.key_lAgJH.astype(jnp.float32))
   assert not untouched[0].any() and not untouched[1, [1, 3, 5]].any()
 
 
@@ -84,7 +84,8 @@ def naive(q_SNH, k_MGH, v_MGH, is_seen_SM):
 def test_one_token_attends_to_what_is_cached():
   q, k, v = normal(3, 4, H), normal(3, 10, G, H, seed=1), normal(3, 10, G, H, seed=2)
   lengths = np.array([1, 10, 4], np.int32)
-  found = cached_attention.one_token(*map(jnp.asarray, (q, k, v, lengths)))
+  pages = lambda x: x.reshape(3, 5, 2, G, H).swapaxes(2, 3)
+  found = cached_attention.one_token(*map(jnp.asarray, (q, pages(k), pages(v), lengths)))
   for b, length in enumerate(lengths):
     expected = naive(q[b][None], k[b], v[b], np.arange(10)[None] < length)
     np.testing.assert_allclose(found[b], expected[0], atol=1e-5)

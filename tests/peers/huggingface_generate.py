@@ -159,7 +159,7 @@ def _settings(config: str) -> config_lib.Config:
   values["train"] |= {"batch": BATCH, "sequence": PROMPT}
   values["serve"] |= {
     "slots": BATCH, "max_tokens": PROMPT + NEW, "prefill_rows": BATCH, "prefill_chunk": PROMPT,
-    "prefill_micro_batches": 1,
+    "prefill_micro_batches": 1, "decode_tokens": 9,  # seven calls of decode make the 63
   }  # fmt: skip
   return config_lib.from_mapping(values)
 

@@ -60,12 +60,13 @@ def test_the_cache_holds_the_full_forwards_keys_and_values(greedy):
   order = state.placement(settings, step.table(settings).layer_order)
   expected = case.keys_and_values([row[:-1] for row in whole(text)])  # the last is not cached yet
   sequences = generate._sequences(PROMPTS, [Wish()] * len(PROMPTS), NEW)
-  pages_per_rank = cache.key_lAJgH.shape[1] // settings.mesh.expert
+  pages_per_rank = cache.key_lAgJH.shape[1] // settings.mesh.expert
   for found, wanted in zip(cache[:2], expected, strict=True):
     found, wanted = np.asarray(found), wanted[order]
     for i, one in enumerate(sequences):
       length = LENGTHS[i] + NEW - 1
       held = found[:, one.rank * pages_per_rank + one.pages]
+      held = held.swapaxes(2, 3)  # tokens before heads
       held = held.reshape(held.shape[0], -1, *held.shape[3:])[:, :length]
       assert np.abs(held - wanted[:, i, :length]).max() < ABSOLUTE
 
