@@ -24,15 +24,31 @@ def put(array: jax.Array, place: Place, new: jax.Array) -> jax.Array:
   Args:
     place: indices of the first dimensions, within the range.
   """
-  places = place if isinstance(place, tuple) else (place,)
-  new = new.astype(array.dtype)[(None,) * len(places)]
-  starts = (*places, *(0,) * (array.ndim - len(places)))
-  return jax.lax.dynamic_update_slice(array, new, [jnp.asarray(i, jnp.int32) for i in starts])
+  starts = _starts(array, place)
+  new = new.astype(array.dtype)[(None,) * (array.ndim - new.ndim)]
+  return jax.lax.dynamic_update_slice(array, new, starts)
 
 
 def add(array: jax.Array, place: Place, more: jax.Array) -> jax.Array:
-  """Returns `array` with `more` added at `place`, as `put` does."""
-  return put(array, place, array[place] + more.astype(array.dtype))
+  """Returns `array` with `more` added at `place`, as `put` does.
+
+  Gradients in bfloat16 are added to sums in float32. XLA:GPU would cut the sum's slice out as soon
+  as it can, with whatever is indexed likewise, and copy it: so it waits for what is added, and what
+  is read and what is written has one shape, for one kernel to add in place.
+  """
+  if more.dtype == array.dtype:
+    return put(array, place, array[place] + more)
+  more, place = jax.lax.optimization_barrier((more, place))
+  starts = _starts(array, place)
+  more = more.astype(array.dtype)[(None,) * (array.ndim - more.ndim)]
+  old = jax.lax.dynamic_slice(array, starts, more.shape)
+  return jax.lax.dynamic_update_slice(array, old + more, starts)
+
+
+def _starts(array: jax.Array, place: Place) -> list[jax.Array]:
+  """Returns where the slice at `place` begins, in every dimension."""
+  places = place if isinstance(place, tuple) else (place,)
+  return [jnp.asarray(i, jnp.int32) for i in (*places, *(0,) * (array.ndim - len(places)))]
 
 
 def write(tree: Tree, slot: jax.Array, entry: Tree) -> Tree:

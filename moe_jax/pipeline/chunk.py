@@ -304,9 +304,9 @@ class _BackwardLayer:
       parts = [part[i] for part in self.of_parameters if i in part]
       if not parts:
         continue
-      gradient = sum(parts[1:], parts[0]).astype(total.dtype)
+      gradient = sum(parts[1:], parts[0])
       if i >= num_weights:
-        sums[i] = total + gradient
+        sums[i] = total + gradient.astype(total.dtype)
       elif self.chunk.adds:
         sums[i] = buffers.add(total, self.number, gradient)
       else:

@@ -248,9 +248,9 @@ class LayerArrays:
     ]
     if self._of_chunk == 2:
       found += [Array(each, *whole)] * _WEIGHTS
-      # XLA cuts the sums of gradients with the weights where it can make one kernel of it.
-      sums = self._weight_elements * FLOAT32_BYTES
-      found += [Array(sums, *whole)] * _WEIGHTS
+      if self._at.dtype_bytes == FLOAT32_BYTES:
+        # XLA cuts the sums of gradients out with the weights, unless they wait for what is added.
+        found += [Array(each, *whole)] * _WEIGHTS
     return found
 
   def _forward(self) -> list[Array]:
