@@ -46,8 +46,6 @@ _MALLOC = {
 _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
-
-
 # How many GPUs share a host: XLA takes the time of collectives from it, and where nothing is said
 # counts on 8.
 _GPUS_PER_HOST = "xla_gpu_analytical_latency_estimator_options"

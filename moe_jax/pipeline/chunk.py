@@ -165,7 +165,7 @@ class Chunk(NamedTuple):
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
         is_tied = number in (self.quiet[0] - 1, self.quiet[1])
         tied = (x, totals.stash, back.gradients, back.of_parameters[:num_done])
-        tied, there = jax.lax.optimization_barrier((tied, coming if is_tied else []))
+        tied, there = _both(tied, coming if is_tied else [])
         x, stash, back.gradients, back.of_parameters[:num_done] = tied
         coming = there if is_tied else coming
         ahead.carry = (x, *others) if ahead.is_done else x
@@ -220,7 +220,7 @@ class Chunk(NamedTuple):
     place = (backward.slot, _place(l, backward.is_reversed, self.num_layers))
     saved = buffers.at(totals.stash, place)
     # XLA does not order a read before a write that does not need it, and would copy the stash.
-    saved, stash = jax.lax.optimization_barrier((saved, totals.stash))
+    saved, stash = _both(saved, totals.stash)
     return saved, totals._replace(stash=stash)
 
 

@@ -15,7 +15,7 @@ from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 # A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
 # CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
 _LAUNCH_S = 0.5e-6
-OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
+_OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
 _HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 
 
@@ -85,6 +85,11 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
   return {**found, **by_axis}
 
 
+def is_of_layers(phase: str) -> bool:
+  """Says whether a collective of that phase is one that every layer has."""
+  return not _OF_LAYERS.isdisjoint(phase.split("+"))
+
+
 def beside_kernels_fraction(program: Program, run: Run) -> float | None:
   """Returns which share of the layers' collectives has a kernel between its start and its done.
 
@@ -92,9 +97,7 @@ def beside_kernels_fraction(program: Program, run: Run) -> float | None:
   """
   covered = _beside_kernels(program.entry)
   of_layers = [
-    (unit, times)
-    for unit, times in _of_kind(run, Collective)
-    if not OF_LAYERS.isdisjoint(unit.phase.split("+"))
+    (unit, times) for unit, times in _of_kind(run, Collective) if is_of_layers(unit.phase)
   ]
   count = sum(times for _, times in of_layers)
   return ratio(sum(times for unit, times in of_layers if unit.name in covered), count)

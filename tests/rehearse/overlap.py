@@ -62,7 +62,7 @@ def _row(name, settings, pod) -> None:
     run = simulator.run(found)
     text = profile.of(simulator, found)
     rows = figures.collectives(simulator, run)
-    of_layers = [row for row in rows if not figures.OF_LAYERS.isdisjoint(row["phase"].split("+"))]
+    of_layers = [row for row in rows if figures.is_of_layers(row["phase"])]
     sent_s, hidden_s = (sum(row[k] for row in of_layers) for k in ("seconds", "hidden_seconds"))
     hidden, covered = hidden_s / sent_s, figures.beside_kernels_fraction(found, run)
     print(
