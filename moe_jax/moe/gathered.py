@@ -29,13 +29,15 @@ _FREE_TOKENS = 256
 _FREE_BYTES = 500_000
 # Below this many assignments an expert some experts are likely to have none: exp(-4) is 2%.
 _FULL_LOAD = 4
+# An expert that no more tokens than this chose multiplies only theirs.
+_FEW = 4
 
 
 class _Arrived(NamedTuple):
-  """Every token, and which of this device's experts any token chose; None where surely all are."""
+  """Every token, and who chose each of this device's experts; None where surely all are chosen."""
 
   x_MD: jax.Array
-  is_chosen_e: jax.Array | None
+  chose_eM: jax.Array | None
 
 
 def is_cheaper(num_tokens: int, width: int, bytes_per_element: int) -> bool:
@@ -84,7 +86,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   x_MD = _gather(x_tD)
   if plan.places.size >= _FULL_LOAD * setting.num_experts:
     return _Arrived(x_MD, None)
-  return _Arrived(x_MD, _serves(setting, plan.places).any((0, 1)))
+  return _Arrived(x_MD, _serves(setting, plan.places).any(1).T)
 
 
 def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> jax.Array:
@@ -100,20 +102,34 @@ def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> 
     stack: weights of this device's experts of several layers, leaves [L, e, ...].
     layer: which of them.
   """
-  if arrived.is_chosen_e is None:
+  if arrived.chose_eM is None:
     rows_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.gate_eDf.shape[1], *arrived.x_MD.shape))
     return swiglu(jax.tree.map(lambda w: w[layer], stack), rows_eMD)
-  zeros_MD = collectives.varying_like(jnp.zeros_like(arrived.x_MD), arrived.x_MD)
+  return _chosen(stack, layer, arrived.x_MD, arrived.chose_eM)
+
+
+def _chosen(stack: Weights, layer: jax.Array | int, x_MD: jax.Array, chose_eM: jax.Array):
+  """Returns `rows_eMD`, of each expert the tokens that chose it; others are zero, or what it makes.
+
+  An expert that nobody chose is skipped. Where few chose it, only their rows are multiplied: beside
+  reading the weights, products with every token are no longer free on a processor.
+  """
+  zeros_MD = collectives.varying_like(jnp.zeros_like(x_MD), x_MD)
+  num_few = min(_FEW, x_MD.shape[0])
+  # Those who chose come first; behind them stand others, whose rows nobody will weigh.
+  _, first_eP = jax.lax.top_k(chose_eM.astype(jnp.int32), num_few)
+  count_e = jnp.sum(chose_eM, 1, dtype=jnp.int32)
 
   def expert(_, e):
-    def one():
+    def run(x_mD):
       weights = jax.tree.map(lambda w: w[layer, e][None], stack)
-      return swiglu(weights, arrived.x_MD[None])[0]
+      return swiglu(weights, x_mD[None])[0]
 
-    return None, jax.lax.cond(arrived.is_chosen_e[e], one, lambda: zeros_MD)
+    few = lambda: zeros_MD.at[first_eP[e]].set(run(x_MD[first_eP[e]]), unique_indices=True)
+    how = jnp.where(count_e[e] > num_few, 2, jnp.minimum(count_e[e], 1))
+    return None, jax.lax.switch(how, [lambda: zeros_MD, few, lambda: run(x_MD)])
 
-  num_experts = stack.gate_eDf.shape[1]
-  return jax.lax.scan(expert, None, jnp.arange(num_experts, dtype=jnp.int32))[1]
+  return jax.lax.scan(expert, None, jnp.arange(chose_eM.shape[0], dtype=jnp.int32))[1]
 
 
 def back(

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
 from moe_jax.moe import gathered, layer
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Weights, swiglu
 from moe_jax.moe.router import Routing
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.axes import EXPERT, TENSOR
@@ -42,13 +42,20 @@ def test_experts_of_a_layer_are_read_out_of_the_stack(num_tokens):
   random = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
   stack = Weights(normal(3, E, 8, 6), normal(3, E, 8, 6), normal(3, E, 6, 8))
-  is_chosen = None if num_tokens == 256 else jnp.arange(E) % 3 == 0
-  arrived = gathered._Arrived(normal(num_tokens, 8), is_chosen)
+  num_chose_e = np.arange(E) % 9  # nobody, few, more than few, all
+  chose_eM = random.permuted(np.arange(num_tokens) < num_chose_e[:, None], axis=1)
+  is_full = num_tokens == 256
+  x_MD = normal(num_tokens, 8)
+  arrived = gathered._Arrived(x_MD, None if is_full else jnp.asarray(chose_eM))
   found = gathered.compute_layer(stack, jnp.int32(1), arrived)
-  expected = gathered.compute(jax.tree.map(lambda w: w[1], stack), None, arrived)
-  np.testing.assert_array_equal(found, expected)
-  if is_chosen is not None:
-    assert not found[~is_chosen].any() and found[is_chosen].any()
+  of_layer = jax.tree.map(lambda w: w[1], stack)
+  np.testing.assert_array_equal(found, gathered.compute(of_layer, None, arrived))
+  expected = swiglu(of_layer, jnp.broadcast_to(x_MD, (E, num_tokens, 8)))
+  if is_full:
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  else:
+    np.testing.assert_allclose(found[chose_eM], expected[chose_eM], rtol=1e-5, atol=1e-5)
+    assert not found[num_chose_e == 0].any()
 
 
 def test_the_rule_is_of_tokens_and_of_bytes():
