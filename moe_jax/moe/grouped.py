@@ -3,9 +3,11 @@
 Rows lie as they arrived; a block gathers its own and multiplies them by its expert's weights, and
 only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop, in
 which an expert's weights are sliced once and not for every block, and the gradient of its weights
-is summed beside the loop over its blocks. Experts of other ranks, shadows, may follow this device's
-own: a loop of as many turns as a micro-batch has shadows fetches one, and multiplies its blocks.
-Knows rows and group sizes; must not know where rows come from.
+is summed beside the loop over its blocks. Blocks are small, so that few rows are empty; the loop
+takes many at once while an expert has them, for products of few rows are slow. Experts of other
+ranks, shadows, may follow this device's own: a loop of as many turns as a micro-batch has shadows
+fetches one, and multiplies its blocks. Knows rows and group sizes; must not know where rows come
+from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
 f this tensor rank's share of the hidden units.
@@ -24,8 +26,9 @@ from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
 
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512  # rows; below, slicing and summing outweigh multiplying
-_BLOCKS_PER_EXPERT = 8  # in an even load: the last block, half empty, is 1/16 of the work
+ROWS_PER_BLOCK = 64  # fewer, and slicing and summing outweigh multiplying
+_MOST_AT_ONCE = 8  # blocks
+_STEPS_PER_EXPERT = 2  # of so many blocks at once, in an even load
 
 # Names the loop over shadows in a compiled program, whose text cannot say how often it turns.
 SHADOWS_SCOPE = "shadows"
@@ -62,14 +65,14 @@ class Groups(NamedTuple):
   blocks_e: jax.Array
 
 
-def rows_per_block(num_rows: int, num_experts: int) -> int:
-  """Returns J, a power of two from 64 to 512, for R rows of e experts.
+def blocks_at_once(num_rows: int, num_experts: int) -> int:
+  """Returns how many blocks the loop multiplies at once, for R rows of e experts.
 
-  >>> rows_per_block(5120, 2), rows_per_block(100, 2)
-  (256, 64)
+  >>> blocks_at_once(5120, 2), blocks_at_once(100, 2)
+  (8, 1)
   """
-  wanted = num_rows // (num_experts * _BLOCKS_PER_EXPERT)
-  return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << max(wanted, 1).bit_length() - 1))
+  wanted = num_rows // (num_experts * _STEPS_PER_EXPERT * ROWS_PER_BLOCK)
+  return min(_MOST_AT_ONCE, 1 << max(wanted, 1).bit_length() - 1)
 
 
 def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
@@ -82,7 +85,7 @@ def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
   """
   num_sources, num_experts = sizes_Se.shape
   num_rows = num_sources * num_source_rows
-  J = rows_per_block(num_rows, num_experts)
+  J = ROWS_PER_BLOCK
   N = num_rows // J + num_experts  # enough, for each expert leaves less than a block empty
   sizes_e = sizes_Se.sum(0, dtype=jnp.int32)
   blocks_e = (sizes_e + J - 1) // J
@@ -228,32 +231,28 @@ def _blocks(groups):
 
 
 def _blocks_values(weights, rows_RD, groups):
-  def block(n, y_NJD, one: Weights):
-    # Each block's rows make way for what the expert makes of them: one buffer for both.
-    gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
-    return put(y_NJD, n, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
+  def step(blocks, y_NJD, one: Weights):
+    # Rows make way for what the expert makes of them: one buffer for both.
+    gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
+    return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
 
-  y_NJD, _ = _loop(weights, groups, block, _placed(rows_RD, groups))
+  y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
 
 
 def _blocks_forward(weights, rows_RD, groups, shadows=None):
-  def block(n, buffers, one: Weights):
+  def step(blocks, buffers, one: Weights):
     gate_NJf, up_NJf, y_NJD = buffers
-    gate_Jf, up_Jf = _hidden(one, _read(y_NJD, n))
+    gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
-    return (
-      put(gate_NJf, n, gate_Jf),
-      put(up_NJf, n, up_Jf),
-      put(y_NJD, n, y_JD),
-    )
+    return blocks.put(gate_NJf, gate_Jf), blocks.put(up_NJf, up_Jf), blocks.put(y_NJD, y_JD)
 
   def of_shadow(h, buffers):
-    return _walk(shadows.fetch(h), groups, e + h, block, buffers)[0]
+    return _walk(shadows.fetch(h), groups, e + h, step, buffers)[0]
 
   e, num_hidden = weights.down_efD.shape[:2]
   hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
-  buffers, _ = _loop(weights, groups, block, (*hidden, _placed(rows_RD, groups)))
+  buffers, _ = _loop(weights, groups, step, (*hidden, _placed(rows_RD, groups)))
   gate_NJf, up_NJf, y_NJD = _each(shadows, of_shadow, buffers)
   return _received(y_NJD, groups), gate_NJf, up_NJf
 
@@ -262,14 +261,15 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, sh
   def start(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
-  def block(n, d_NJD, one: Weights, sums: Weights):
-    x_JD, dy_JD = _block(rows_RD, groups, n), _read(d_NJD, n)
+  def step(blocks, d_NJD, one: Weights, sums: Weights):
+    # Rows that are none are zero here: those add nothing to any gradient.
+    x_JD, dy_JD = _take_or_zero(rows_RD, blocks.read(groups.row_NJ)), blocks.read(d_NJD)
     hidden_Jf, activation_vjp = jax.vjp(
-      lambda gate, up: jax.nn.silu(gate) * up, _read(gate_NJf, n), _read(up_NJf, n)
+      lambda gate, up: jax.nn.silu(gate) * up, blocks.read(gate_NJf), blocks.read(up_NJf)
     )
     dgate_Jf, dup_Jf = activation_vjp(dy_JD @ one.down_efD.T)
     dx_JD = dgate_Jf @ one.gate_eDf.T + dup_Jf @ one.up_eDf.T
-    return put(d_NJD, n, dx_JD), Weights(
+    return blocks.put(d_NJD, dx_JD), Weights(
       sums.gate_eDf + _outer(x_JD, dgate_Jf),
       sums.up_eDf + _outer(x_JD, dup_Jf),
       sums.down_efD + _outer(hidden_Jf, dy_JD),
@@ -277,38 +277,61 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, sh
 
   def of_shadow(h, found):
     d_NJD, own = found
-    d_NJD, gradients = _walk(shadows.fetch(h), groups, e + h, block, d_NJD, start)
+    d_NJD, gradients = _walk(shadows.fetch(h), groups, e + h, step, d_NJD, start)
     return d_NJD, shadows.send_home(h, gradients, own)
 
   e = weights.gate_eDf.shape[0]
-  found = _loop(weights, groups, block, _placed(gradient_RD, groups), start)
+  found = _loop(weights, groups, step, _placed(gradient_RD, groups), start)
   dx_NJD, dweights = _each(shadows, of_shadow, found)
   return dweights, _received(dx_NJD, groups)
 
 
-def _loop(weights: Weights, groups: Groups, block, buffers, start=lambda one: ()):
-  """Runs `block` over the blocks of each expert whose weights there are: (n, buffers, its weights,
-  *sums) -> buffers and sums.
+def _loop(weights: Weights, groups: Groups, step, buffers, start=lambda one: ()):
+  """Runs `step` over the blocks of each expert whose weights there are: (blocks, buffers, its
+  weights, *sums) -> buffers and sums.
 
-  Returns the buffers, which go from block to block, and the sums of each expert, [e, ...].
+  Returns the buffers, which go from step to step, and the sums of each expert, [e, ...].
   """
 
   def expert(buffers, given):
-    return _walk(given[0], groups, given[1], block, buffers, start)
+    return _walk(given[0], groups, given[1], step, buffers, start)
 
   number_e = jnp.arange(weights.gate_eDf.shape[0], dtype=jnp.int32)
   return jax.lax.scan(expert, buffers, (weights, number_e))
 
 
-def _walk(one: Weights, groups: Groups, expert, block, buffers, start=lambda one: ()):
-  """Runs `block` over the blocks of one expert."""
+def _walk(one: Weights, groups: Groups, expert, step, buffers, start=lambda one: ()):
+  """Runs `step` over the blocks of one expert: many at once, then what is left."""
+  state = buffers, start(one)
+  first, number = groups.first_e[expert], groups.blocks_e[expert]
+  last = first + number
+  many = blocks_at_once(groups.place_R.size, groups.first_e.size)
+  for size in sorted({many, 1}, reverse=True):
 
-  def step(n, state):
-    buffers, sums = state
-    return block(n, buffers, one, sums) if sums else (block(n, buffers, one), sums)
+    def run(i, state, first=first, size=size):
+      blocks, (buffers, sums) = _Blocks(first + i * size, size), state
+      return step(blocks, buffers, one, sums) if sums else (step(blocks, buffers, one), sums)
 
-  first = groups.first_e[expert]
-  return jax.lax.fori_loop(first, first + groups.blocks_e[expert], step, (buffers, start(one)))
+    turns = (last - first) // size
+    state = jax.lax.fori_loop(0, turns, run, state)
+    first += turns * size
+  return state
+
+
+class _Blocks(NamedTuple):
+  """Blocks that follow each other: the first, and how many."""
+
+  first: jax.Array
+  number: int
+
+  def read(self, x_NJi) -> jax.Array:
+    """Returns their rows, [number * J, ...]."""
+    x = jax.lax.dynamic_slice_in_dim(x_NJi, self.first, self.number)
+    return x.reshape(-1, *x.shape[2:])
+
+  def put(self, x_NJi, rows) -> jax.Array:
+    """Returns `x_NJi` with these as their rows."""
+    return put(x_NJi, self.first, rows.reshape(self.number, *x_NJi.shape[1:]))
 
 
 def _hidden(one: Weights, x_JD):
@@ -327,15 +350,6 @@ def _buffer(groups, rows_RD, width):
 def _placed(rows_RD, groups):
   """Returns the rows of all blocks; what lies in blocks without rows is never read."""
   return _take_or_zero(rows_RD, groups.row_NJ.reshape(-1)).reshape(*groups.row_NJ.shape, -1)
-
-
-def _block(rows_RD, groups, n):
-  """Returns the rows of block n, zero where it has none: those add nothing to any gradient."""
-  return _take_or_zero(rows_RD, _read(groups.row_NJ, n))
-
-
-def _read(x_NJi, n):
-  return jax.lax.dynamic_index_in_dim(x_NJi, n, keepdims=False)
 
 
 def _received(y_NJD, groups):

@@ -141,7 +141,7 @@ def _computed(settings: Config, share_LXe: np.ndarray, num_rounds: int):
   A source's rows for a rank wait sorted by expert, and a round takes the next B of them.
   """
   at, mesh = sizes(settings), settings.mesh
-  block = saving.rows_per_block(settings, at)
+  block = saving.ROWS_PER_BLOCK
   assignments = at.tokens * settings.model.experts_per_token
   of_round = min(assignments, settings.moe.capacity_factor * assignments / mesh.expert)
   end_LXe = np.cumsum(share_LXe, 2) * assignments

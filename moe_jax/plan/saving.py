@@ -9,8 +9,7 @@ from moe_jax.plan.leaves import FLOAT32_BYTES
 from moe_jax.plan.steps import Sizes, two_level_rows
 
 _INT_BYTES = 4
-# As moe.grouped: rows of a block, and blocks of an expert under an even load; a test holds them.
-_SMALLEST_BLOCK, _LARGEST_BLOCK, _BLOCKS_PER_EXPERT = 64, 512, 8
+ROWS_PER_BLOCK = 64  # of a dropless dispatch, all one expert's; as in moe.grouped: a test holds it
 
 
 def saved_bytes(settings: Config, at: Sizes) -> int:
@@ -98,17 +97,9 @@ def placed_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
   return places * model.d_model, places * (model.expert_hidden // mesh.tensor)
 
 
-def rows_per_block(settings: Config, at: Sizes) -> int:
-  """Returns the rows of a block, all one expert's, in which a dropless dispatch multiplies."""
-  rows, experts = _rows_and_experts(settings, at)
-  wanted = max(1, rows // (experts * _BLOCKS_PER_EXPERT))
-  return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << wanted.bit_length() - 1))
-
-
 def _num_places(settings: Config, at: Sizes) -> int:
   rows, experts = _rows_and_experts(settings, at)
-  block = rows_per_block(settings, at)
-  return (rows // block + experts) * block
+  return (rows // ROWS_PER_BLOCK + experts) * ROWS_PER_BLOCK
 
 
 def _rows_and_experts(settings: Config, at: Sizes) -> tuple[int, int]:

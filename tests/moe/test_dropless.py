@@ -47,7 +47,7 @@ def test_memory_is_that_of_the_configured_rows_and_not_of_the_worst_load():
   factor = 1.25
   rows = ranks * dropless.rows_per_rank(here, K, ranks, factor)
   worst_rows = ranks * here * K  # every device's tokens, all to one rank
-  placed = rows + (E // ranks) * grouped.rows_per_block(rows, E // ranks)
+  placed = rows + (E // ranks) * grouped.ROWS_PER_BLOCK
   # What a round holds at once of rows: sent, received, returned and their gradients; in blocks:
   # gate, up, output and input's gradient. Then per assignment a few rows of a token, some numbers
   # of bookkeeping per row, and the gradients of the experts' weights and their sums.

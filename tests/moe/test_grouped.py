@@ -21,6 +21,7 @@ SIZES = {
   "even": ([[30, 30, 30]] * 4, 90),
   "blocks exactly full": ([[32, 64, 0], [32, 64, 0], [64, 0, 0], [0, 0, 64]], 100),
   "one expert, many blocks": ([[0, 90, 0]] * 4, 90),
+  "many blocks at once, and some": ([[700, 12], [500, 300]], 1024),
   "an empty source": ([[5, 0, 1], [0, 0, 0], [1, 60, 7], [0, 0, 2]], 70),
   "nothing": ([[0, 0, 0]] * 4, 8),
   "less than a block": ([[1, 0, 0]], 2),
@@ -107,10 +108,14 @@ def test_bfloat16_gradients_of_weights_are_summed_in_float32():
   assert error <= 2**-8 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("rows", "experts"), [(5120, 2), (10, 2), (10**6, 2), (5120, 16)])
-def test_blocks_have_64_rows_or_more(rows, experts):
-  size = grouped.rows_per_block(rows, experts)
-  assert 64 <= size <= 512 and size & (size - 1) == 0
+def test_blocks_at_once_are_some_of_an_experts_even_share():
+  assert [grouped.blocks_at_once(rows, 2) for rows in (10, 500, 512, 1024, 10**6)] == [
+    1,
+    1,
+    2,
+    4,
+    8,
+  ]
 
 
 def check(found, expected):
