@@ -11,7 +11,7 @@ from moe_jax import config
 from moe_jax.plan import cost
 from moe_jax.plan.hardware import CHIPS
 
-NOT_BUILT, ELSEWHERE = "not built yet", "not in this report"
+ELSEWHERE = "not in this report"
 UNKNOWN = "the program does not show it"
 _LONGEST = 10_240  # tokens of the plan's longest sequence
 _MEGA, _GIGA = 1e6, 1e9
@@ -23,8 +23,8 @@ class Claim(NamedTuple):
   Attributes:
     claim: what it is about.
     asked: the plan's figure.
-    found: ours, or why there is none: "not built yet", "not in this report" where another command
-      answers it, "the program does not show it".
+    found: ours, or why there is none: "not in this report" where another command answers it, "the
+      program does not show it".
     holds: None where nothing measures it, or nothing was asked.
     how: where the figure comes from.
   """
@@ -45,7 +45,7 @@ def rows(settings: config.Config, report: Mapping) -> list[Claim]:
       `planned`: exposure and prediction of the planned hardware.
   """
   every_step = (_sizes, _schedule, _memory, _communication, _speed, _latency)
-  training = (_timeline, _traffic, _not_built) if report["workload"]["step"] == "train" else ()
+  training = (_timeline, _traffic, _not_here) if report["workload"]["step"] == "train" else ()
   return [row for group in (*every_step, *training) for row in group(settings, report)]
 
 
@@ -264,27 +264,37 @@ def _traffic(settings, report):
   )  # fmt: skip
 
 
-def _not_built(settings, report):
-  for claim, asked in (
-    ("latency of exchanges measured: 4 GPUs per node, 16 nodes", "2 and 4 ms"),
-    ("double buffering", "95%"),
-    ("expert prefetch", "3 layers ahead, 90% accuracy"),
-    ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking"),
-    ("kernels", "routing fused with computation, >= 75% occupancy"),
-    ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered"),
-    ("DAG", "stages, expert groups 0-3 and 4-7, tensor groups 0-3"),
-  ):
-    yield Claim(claim, asked, NOT_BUILT, None, NOT_BUILT)
-  for claim, asked in (
-    ("load across GPUs", "+-2%"),
-    ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers"),
-    ("work stealing", "< 5 ms"),
-    ("prediction of load", "85% accuracy; by history, token type, reinforcement learning"),
-  ):
-    yield Claim(
-      claim, asked, ELSEWHERE, None, "moe_jax/balance, which depends on the load while it runs:"
-      " python -m launch.bench_balance",
-    )  # fmt: skip
+def _not_here(settings, report):
+  ahead = settings.pipeline.prefetch_layers
+  yield Claim(
+    "expert prefetch", "3 layers ahead, 90% accuracy",
+    f"attention's weights {ahead} layers ahead" if ahead else "all weights are there", None,
+    "experts' weights are resident: none need be foreseen; pipeline.prefetch_layers gathers the"
+    " others ahead, in the order that the schedule fixes",
+  )  # fmt: skip
+  balance = (
+    "moe_jax/balance, which depends on the load while it runs: python -m launch.bench_balance"
+  )
+  for claim, asked, found, how in (
+    ("latency of exchanges measured: 4 GPUs per node, 16 nodes", "2 and 4 ms", UNKNOWN,
+     "a pod has to be there; by the links' bandwidth see `all-to-all` above"),
+    ("double buffering", "95%", UNKNOWN, "XLA gives each collective buffers of its own"),
+    ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking", UNKNOWN,
+     "XLA's and the kernels' to choose, a GPU's counters to show"),
+    ("kernels", "routing fused with computation, >= 75% occupancy", ELSEWHERE,
+     "python -m tests.moe.kernels"),
+    ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered", UNKNOWN,
+     "NCCL's to choose; of the program's own rings see the README"),
+    ("DAG", "stages, expert groups 0-3 and 4-7, tensor groups 0-3", ELSEWHERE,
+     "python -m launch.plan"),
+    ("load across GPUs", "+-2%", ELSEWHERE, balance),
+    ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers", ELSEWHERE,
+     balance),
+    ("work stealing", "< 5 ms", ELSEWHERE, balance),
+    ("prediction of load", "85% accuracy; by history, token type, reinforcement learning",
+     ELSEWHERE, balance),
+  ):  # fmt: skip
+    yield Claim(claim, asked, found, None, how)
 
 
 def _equal(claim, asked, found, how) -> Claim:
