@@ -39,7 +39,8 @@ def forward(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> tuple[jax.Array, jax.Array]:
   def pair(carry, ij):
     o, high, total = carry  # float32: unnormalised output, running maximum, running sum
     i, j = ij
-    scores = _scores(q, k, segments_IbJ, i, j)
+    scores = jnp.einsum("bgmqh,bgkh->bgmqk", q[i], k[j], preferred_element_type=jnp.float32)
+    scores = jnp.where(_is_seen(segments_IbJ, i, j)[:, None, None], scores, _MASKED)
     new_high = jnp.maximum(high[i], scores.max(-1))
     weights = jnp.exp(scores - new_high[..., None])
     keep = jnp.exp(high[i] - new_high)
@@ -83,22 +84,28 @@ def backward(
     _to_blocks(x[..., None], G)[..., 0] for x in (mean_dot_bSN, log_total_bNS.swapaxes(1, 2))
   )
   do = _to_blocks(do_bSNH, G)
+  k_IbGHJ = k.swapaxes(-1, -2)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def pair(carry, ij):
     dq, dk, dv = carry
     i, j = ij
-    weights = jnp.exp(_scores(q, k, segments_IbJ, i, j) - log_total[i][..., None])
-    dweights = product("bgmqh,bgkh->bgmqk", do[i], v[j])
-    dscores = (weights * (dweights - mean_dot[i][..., None])).astype(q.dtype)
-    dv = buffers.add(dv, j, product("bgmqk,bgmqh->bgkh", weights.astype(q.dtype), do[i]))
-    dq = buffers.add(dq, i, product("bgmqk,bgkh->bgmqh", dscores, k[j]))
-    dk = buffers.add(dk, j, product("bgmqk,bgmqh->bgkh", dscores, q[i]))
+    # Keys before queries: so every product finds its factors as they lie, and none is turned.
+    scores = product("bgkh,bgmqh->bgkmq", k[j], q[i])
+    is_seen_bkq = _is_seen(segments_IbJ, i, j).swapaxes(1, 2)
+    scores = jnp.where(is_seen_bkq[:, None, :, None], scores, _MASKED)
+    weights = jnp.exp(scores - log_total[i][:, :, None])
+    dweights = product("bgkh,bgmqh->bgkmq", v[j], do[i])
+    dscores = (weights * (dweights - mean_dot[i][:, :, None])).astype(q.dtype)
+    dv = buffers.add(dv, j, product("bgkmq,bgmqh->bgkh", weights.astype(q.dtype), do[i]))
+    dk = buffers.add(dk, j, product("bgkmq,bgmqh->bgkh", dscores, q[i]))
+    dq = buffers.add(dq, i, product("bghk,bgkmq->bghmq", k_IbGHJ[j], dscores))
     return (dq, dk, dv), None
 
-  start = varying_like(tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q)
+  dq = jnp.zeros((*q.shape[:3], H, *q.shape[3:5]), jnp.float32)
+  start = varying_like((dq, *(jnp.zeros(x.shape, jnp.float32) for x in (k, v))), q)
   (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[0]))
-  dq_bSNH = _from_blocks(dq / math.sqrt(H))
+  dq_bSNH = _from_blocks(jnp.moveaxis(dq, 3, -1) / math.sqrt(H))
   return tuple(
     x[:, :S].astype(q.dtype) for x in (dq_bSNH, *(_from_blocks(x[:, :, :, None]) for x in (dk, dv)))
   )
@@ -140,11 +147,8 @@ def _pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
   return tuple(x.astype(np.int32) for x in np.tril_indices(num_blocks))
 
 
-def _scores(q, k, segments_IbJ, i, j):
-  """Returns masked scores [b, G, M, J, J], float32, of query block i against key block j."""
-  scores = jnp.einsum("bgmqh,bgkh->bgmqk", q[i], k[j], preferred_element_type=jnp.float32)
-  J = q.shape[-2]
-  offset = jnp.arange(J, dtype=jnp.int32)
-  causal_qk = (i * J + offset)[:, None] >= (j * J + offset)[None, :]
-  same_bqk = segments_IbJ[i][:, :, None] == segments_IbJ[j][:, None, :]
-  return jnp.where((causal_qk[None] & same_bqk)[:, None, None], scores, _MASKED)
+def _is_seen(segments_IbJ, i, j):
+  """Returns [b, J, J]: whether each query of block i sees each key of block j."""
+  offset = jnp.arange(segments_IbJ.shape[2], dtype=jnp.int32)
+  causal_qk = (i * offset.size + offset)[:, None] >= (j * offset.size + offset)[None, :]
+  return causal_qk[None] & (segments_IbJ[i][:, :, None] == segments_IbJ[j][:, None, :])

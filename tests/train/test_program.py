@@ -45,8 +45,8 @@ def test_program_size_is_flat(what):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["micro_batches", "layers"])
 def test_compile_time_is_flat(what):
-  """Processor time: other work on the machine moves it less than the clock. Still it moves, so a few
-  rounds may try.
+  """In processor time, which other work on the machine moves less than the clock's; a few rounds
+  may try.
   """
 
   def seconds(number):
