@@ -18,8 +18,12 @@ from moe_jax.plan.serve import Served
 from moe_jax.plan.simulate import Run
 
 _MEGA, _GIGA, _TERA = 1e6, 1e9, 1e12
-_XLA = "XLA's and the kernels' to show: read it from the compiled program (launch.rehearse)"
+_XLA = "XLA's and the kernels' to choose"
 _RUNNING = "a property of a running system: the balancer's and the monitor's to measure"
+PREFETCH = (
+  "experts' weights are resident, and routing is not known ahead; attention's are gathered ahead"
+  " with pipeline.prefetch_layers"
+)
 
 
 class Claim(NamedTuple):
@@ -324,14 +328,13 @@ def _rest(found: Figures) -> Iterator[Claim]:
     ("latency of exchanges measured: 4 GPUs per node, 16 nodes", "2 and 4 ms", _RUNNING),
     ("double buffering", "95%", _XLA),
     ("expert prefetch", "3 layers ahead, 90% accuracy",
-     "experts' weights are resident, and routing is not known ahead; attention's are gathered ahead"
-     " with pipeline.prefetch_layers"),
+     PREFETCH),
     ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking", _XLA),
     ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers", _RUNNING),
     ("work stealing", "< 5 ms", _RUNNING),
     ("prediction of load", "85% accuracy; by history, token type, reinforcement learning",
      _RUNNING),
-    ("kernels", "routing fused with computation, >= 75% occupancy", _XLA),
+    ("kernels", "routing fused with computation, >= 75% occupancy", "python -m tests.moe.kernels"),
     ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered", _XLA),
   ):  # fmt: skip
     yield Claim(claim, asked, "not for a plan to say", None, how)

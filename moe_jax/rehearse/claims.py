@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from moe_jax import config
 from moe_jax.plan import cost
+from moe_jax.plan.claims import PREFETCH
 from moe_jax.plan.hardware import CHIPS
 
 ELSEWHERE = "not in this report"
@@ -269,8 +270,7 @@ def _not_here(settings, report):
   yield Claim(
     "expert prefetch", "3 layers ahead, 90% accuracy",
     f"attention's weights {ahead} layers ahead" if ahead else "all weights are there", None,
-    "experts' weights are resident: none need be foreseen; pipeline.prefetch_layers gathers the"
-    " others ahead, in the order that the schedule fixes",
+    PREFETCH,
   )  # fmt: skip
   balance = (
     "moe_jax/balance, which depends on the load while it runs: python -m launch.bench_balance"
@@ -280,7 +280,7 @@ def _not_here(settings, report):
      "a pod has to be there; by the links' bandwidth see `all-to-all` above"),
     ("double buffering", "95%", UNKNOWN, "XLA gives each collective buffers of its own"),
     ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking", UNKNOWN,
-     "XLA's and the kernels' to choose, a GPU's counters to show"),
+     "XLA's and the kernels' to choose; a GPU's counters would show it"),
     ("kernels", "routing fused with computation, >= 75% occupancy", ELSEWHERE,
      "python -m tests.moe.kernels"),
     ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered", UNKNOWN,

@@ -108,14 +108,16 @@ def test_bfloat16_gradients_of_weights_are_summed_in_float32():
   assert error <= 2**-8 * np.linalg.norm(expected)
 
 
-def test_blocks_at_once_are_some_of_an_experts_even_share():
-  assert [grouped.blocks_at_once(rows, 2) for rows in (10, 500, 512, 1024, 10**6)] == [
-    1,
-    1,
-    2,
-    4,
-    8,
-  ]
+def test_blocks_have_64_rows_or_more_and_whole_tiles_of_the_kernels():
+  assert grouped.ROWS_PER_BLOCK >= 64
+  assert grouped.ROWS_PER_BLOCK % grouped_kernels.TILE == 0
+
+
+@pytest.mark.parametrize(
+  ("rows", "number"), [(10, 1), (500, 1), (512, 2), (1024, 4), (5120, 8), (10**6, 8)]
+)
+def test_blocks_at_once_are_half_of_an_experts_even_share_and_at_most_8(rows, number):
+  assert grouped.blocks_at_once(rows, 2) == number
 
 
 def check(found, expected):
