@@ -4,17 +4,13 @@ Rows lie as they arrived; a block gathers its own and multiplies them by its exp
 only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop, in
 which an expert's weights are sliced once and not for every block, and the gradient of its weights
 is summed beside the loop over its blocks. Blocks are small, so that few rows are empty; the loop
-takes many at once while an expert has them, for products of few rows are slow. Experts of other
-ranks, shadows, may follow this device's own: a loop of as many turns as a micro-batch has shadows
-fetches one, and multiplies its blocks. Knows rows and group sizes; must not know where rows come
-from.
+takes many at once while an expert has them, for products of few rows are slow. Knows rows and group
+sizes; must not know where rows come from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
 f this tensor rank's share of the hidden units.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,24 +25,6 @@ from moe_jax.pipeline.saving import residual
 ROWS_PER_BLOCK = 64  # fewer, and slicing and summing outweigh multiplying
 _MOST_AT_ONCE = 8  # blocks
 _STEPS_PER_EXPERT = 2  # of so many blocks at once, in an even load
-
-# Names the loop over shadows in a compiled program, whose text cannot say how often it turns.
-SHADOWS_SCOPE = "shadows"
-
-
-class Shadows(NamedTuple):
-  """Experts of other ranks, whose groups follow those of this device's own.
-
-  Attributes:
-    number: of this micro-batch, the same on all devices that the functions talk to, int32.
-    fetch: (h) -> the weights of the h-th, without the leading axis.
-    send_home: (h, gradients of these, gradients of this device's experts [e, ...]) -> the latter,
-      with those added that other devices sent for one of them.
-  """
-
-  number: jax.Array
-  fetch: Callable[[jax.Array], Weights]
-  send_home: Callable[[jax.Array, Weights, Weights], Weights]
 
 
 class Groups(NamedTuple):
@@ -129,25 +107,31 @@ def _grouped_swiglu(weights, rows_RD, groups):
   return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
 
 
-def forward(weights: Weights, rows_RD: jax.Array, groups: Groups, shadows: Shadows | None = None):
-  """Returns (`rows_RD`, gate_NJf, up_NJf): the sums, and of the blocks what `backward` takes."""
+def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
+  """Returns (`rows_RD`, gate_NJf, up_NJf): the sums, and of the blocks what `backward` takes.
+
+  Args:
+    groups: of these experts; there may be more, which have no rows.
+  """
   return jax.lax.platform_dependent(
-    weights, rows_RD, groups,
-    cuda=functools.partial(_kernels_forward, shadows=shadows),
-    default=functools.partial(_blocks_forward, shadows=shadows),
+    weights, rows_RD, _of(weights, groups), cuda=_kernels_forward, default=_blocks_forward
+  )
+
+
+def backward(weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD):
+  """Returns the gradients of weights, float32, and of rows; arguments as of `forward` and as it
+  returned them.
+  """
+  return jax.lax.platform_dependent(
+    weights, rows_RD, _of(weights, groups), gate_NJf, up_NJf, gradient_RD,
+    cuda=_kernels_backward, default=_blocks_backward,
   )  # fmt: skip
 
 
-def backward(
-  weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD, shadows=None
-):
-  """Returns the gradients of weights and rows; arguments as of `forward` and as it returned."""
-  dweights, dx_RD = jax.lax.platform_dependent(
-    weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD,
-    cuda=functools.partial(_kernels_backward, shadows=shadows),
-    default=functools.partial(_blocks_backward, shadows=shadows),
-  )  # fmt: skip
-  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), dx_RD
+def _of(weights: Weights, groups: Groups) -> Groups:
+  """Returns the groups without the experts that follow those whose weights there are."""
+  e = weights.gate_eDf.shape[0]
+  return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
 
 
 def _forward(weights, rows_RD, groups):
@@ -156,68 +140,26 @@ def _forward(weights, rows_RD, groups):
 
 
 def _backward(saved, gradient_RD):
-  return *backward(*saved, gradient_RD), None
+  dweights, dx_RD = backward(*saved, gradient_RD)
+  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0]), dx_RD, None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)
 
 
-def _kernels_forward(weights, rows_RD, groups, shadows=None, interpret=False):
-  x_NJD = _placed(rows_RD, groups)
-
-  def of(weights, groups):
-    return grouped_kernels.forward(weights, x_NJD, *_blocks(groups), interpret=interpret)
-
-  def one(h, found):
-    # What a call does not multiply it leaves zero.
-    return jax.tree.map(jnp.add, found, of(_stack(shadows.fetch(h)), _of_shadow(groups, e, h)))
-
-  e = weights.gate_eDf.shape[0]
-  y_NJD, gate_NJf, up_NJf = _each(shadows, one, of(weights, _own(groups, e)))
+def _kernels_forward(weights, rows_RD, groups, interpret=False):
+  y_NJD, gate_NJf, up_NJf = grouped_kernels.forward(
+    weights, _placed(rows_RD, groups), *_blocks(groups), interpret=interpret
+  )
   return _received(y_NJD, groups), gate_NJf, up_NJf
 
 
-def _kernels_backward(
-  weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, shadows=None, interpret=False
-):
+def _kernels_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, interpret=False):
   x_NJD, dy_NJD = _placed(rows_RD, groups), _placed(gradient_RD, groups)
-
-  def of(weights, groups):
-    return grouped_kernels.backward(
-      weights, x_NJD, *_blocks(groups), gate_NJf, up_NJf, dy_NJD, interpret=interpret
-    )
-
-  def one(h, found):
-    dweights, dx_NJD = of(_stack(shadows.fetch(h)), _of_shadow(groups, e, h))
-    own = shadows.send_home(h, jax.tree.map(lambda d: d[0], dweights), found[0])
-    return own, found[1] + dx_NJD
-
-  e = weights.gate_eDf.shape[0]
-  dweights, dx_NJD = _each(shadows, one, of(weights, _own(groups, e)))
+  dweights, dx_NJD = grouped_kernels.backward(
+    weights, x_NJD, *_blocks(groups), gate_NJf, up_NJf, dy_NJD, interpret=interpret
+  )
   return dweights, _received(dx_NJD, groups)
-
-
-def _stack(weights: Weights) -> Weights:
-  return jax.tree.map(lambda w: w[None], weights)
-
-
-def _own(groups: Groups, e: int) -> Groups:
-  """Returns the groups of this device's own experts."""
-  return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
-
-
-def _of_shadow(groups: Groups, e: int, h) -> Groups:
-  """Returns the group of a shadow."""
-  one = lambda a: jax.lax.dynamic_slice_in_dim(a, e + h, 1)
-  return groups._replace(first_e=one(groups.first_e), blocks_e=one(groups.blocks_e))
-
-
-def _each(shadows: Shadows | None, one, state):
-  """Returns the state after `one(h, state)` of each shadow."""
-  if shadows is None:
-    return state
-  with jax.named_scope(SHADOWS_SCOPE):
-    return jax.lax.fori_loop(0, shadows.number, one, state)
 
 
 def _blocks(groups):
@@ -240,26 +182,22 @@ def _blocks_values(weights, rows_RD, groups):
   return _received(y_NJD, groups)
 
 
-def _blocks_forward(weights, rows_RD, groups, shadows=None):
+def _blocks_forward(weights, rows_RD, groups):
   def step(blocks, buffers, one: Weights):
     gate_NJf, up_NJf, y_NJD = buffers
     gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
     return blocks.put(gate_NJf, gate_Jf), blocks.put(up_NJf, up_Jf), blocks.put(y_NJD, y_JD)
 
-  def of_shadow(h, buffers):
-    return _walk(shadows.fetch(h), groups, e + h, step, buffers)[0]
-
-  e, num_hidden = weights.down_efD.shape[:2]
+  num_hidden = weights.down_efD.shape[1]
   hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
-  buffers, _ = _loop(weights, groups, step, (*hidden, _placed(rows_RD, groups)))
-  gate_NJf, up_NJf, y_NJD = _each(shadows, of_shadow, buffers)
+  (gate_NJf, up_NJf, y_NJD), _ = _loop(weights, groups, step, (*hidden, _placed(rows_RD, groups)))
   return _received(y_NJD, groups), gate_NJf, up_NJf
 
 
-def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, shadows=None):
+def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
   def start(one: Weights):
-    return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
+    return jax.tree.map(lambda w: varying_like(jnp.zeros(sorted(w.shape), jnp.float32), w), one)
 
   def step(blocks, d_NJD, one: Weights, sums: Weights):
     # Rows that are none are zero here: those add nothing to any gradient.
@@ -275,47 +213,34 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, sh
       sums.down_efD + _outer(hidden_Jf, dy_JD),
     )
 
-  def of_shadow(h, found):
-    d_NJD, own = found
-    d_NJD, gradients = _walk(shadows.fetch(h), groups, e + h, step, d_NJD, start)
-    return d_NJD, shadows.send_home(h, gradients, own)
-
-  e = weights.gate_eDf.shape[0]
-  found = _loop(weights, groups, step, _placed(gradient_RD, groups), start)
-  dx_NJD, dweights = _each(shadows, of_shadow, found)
-  return dweights, _received(dx_NJD, groups)
+  dx_NJD, sums = _loop(weights, groups, step, _placed(gradient_RD, groups), start)
+  upright = lambda d, w: d if d.shape == w.shape else d.swapaxes(1, 2)
+  return jax.tree.map(upright, sums, weights), _received(dx_NJD, groups)
 
 
 def _loop(weights: Weights, groups: Groups, step, buffers, start=lambda one: ()):
-  """Runs `step` over the blocks of each expert whose weights there are: (blocks, buffers, its
-  weights, *sums) -> buffers and sums.
+  """Runs `step` over the blocks of each expert: (blocks, buffers, its weights, *sums) -> buffers
+  and sums; many blocks at once, then one by one what is left.
 
   Returns the buffers, which go from step to step, and the sums of each expert, [e, ...].
   """
+  many = blocks_at_once(groups.place_R.size, groups.first_e.size)
 
   def expert(buffers, given):
-    return _walk(given[0], groups, given[1], step, buffers, start)
+    one, first, number = given
+    state, last = (buffers, start(one)), first + number
+    for size in sorted({many, 1}, reverse=True):
 
-  number_e = jnp.arange(weights.gate_eDf.shape[0], dtype=jnp.int32)
-  return jax.lax.scan(expert, buffers, (weights, number_e))
+      def run(i, state, first=first, size=size):
+        blocks, (buffers, sums) = _Blocks(first + i * size, size), state
+        return step(blocks, buffers, one, sums) if sums else (step(blocks, buffers, one), sums)
 
+      turns = (last - first) // size
+      state = jax.lax.fori_loop(0, turns, run, state)
+      first += turns * size
+    return state
 
-def _walk(one: Weights, groups: Groups, expert, step, buffers, start=lambda one: ()):
-  """Runs `step` over the blocks of one expert: many at once, then what is left."""
-  state = buffers, start(one)
-  first, number = groups.first_e[expert], groups.blocks_e[expert]
-  last = first + number
-  many = blocks_at_once(groups.place_R.size, groups.first_e.size)
-  for size in sorted({many, 1}, reverse=True):
-
-    def run(i, state, first=first, size=size):
-      blocks, (buffers, sums) = _Blocks(first + i * size, size), state
-      return step(blocks, buffers, one, sums) if sums else (step(blocks, buffers, one), sums)
-
-    turns = (last - first) // size
-    state = jax.lax.fori_loop(0, turns, run, state)
-    first += turns * size
-  return state
+  return jax.lax.scan(expert, buffers, (weights, groups.first_e, groups.blocks_e))
 
 
 class _Blocks(NamedTuple):
@@ -339,6 +264,11 @@ def _hidden(one: Weights, x_JD):
 
 
 def _outer(left_Ji, right_Jo):
+  """Returns the sum over rows of left x right: [i, o], or [o, i] where that is the wider.
+
+  XLA:CPU takes a third more time for a product [1024, 256] than for [256, 1024].
+  """
+  left_Ji, right_Jo = sorted((left_Ji, right_Jo), key=lambda x: x.shape[1])
   return jnp.einsum("ji,jo->io", left_Ji, right_Jo, preferred_element_type=jnp.float32)
 
 

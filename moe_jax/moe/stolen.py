@@ -6,8 +6,9 @@ rank where they are multiplied, and their gradients are summed home by the trans
 has then e + H places for experts, and to `dropless`, which does all the rest, every place is an
 expert of its own. What a token gets is what it gets without stealing.
 
-One shadow after another is sent, multiplied and forgotten: where nothing is stolen, nothing is
-written for it, and where much is, one expert's weights more are kept than without.
+Shadows are sent before anything is multiplied, and their gradients when everything is: sent one by
+one in between, the rank that holds an expert and those that multiply it would wait for each other
+in turn. Where nothing is stolen, another branch runs, in which nothing is kept or written for it.
 
 Letters: A assignments, T x K; X ranks of `expert`; e experts of this device, H shadows.
 """
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from moe_jax.balance import stealing
 from moe_jax.moe import dropless, grouped
@@ -24,9 +26,14 @@ from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.parallel.collectives import varying_like
+from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
 
 most_rounds = dropless.most_rounds
+
+# Name in a compiled program, whose text cannot say which runs or how often, the branches and in one
+# of them the loops over shadows.
+BRANCH_SCOPE, LOOP_SCOPE = "if_stolen", "shadows"
 
 
 class Places(NamedTuple):
@@ -56,12 +63,13 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
   everywhere_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
-  decision = stealing.decide(
-    everywhere_E,
-    stealing.held_once(num_experts, num_ranks),
-    num_shadows,
-    stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
-  )
+  with jax.named_scope(BRANCH_SCOPE):
+    decision = stealing.decide(
+      everywhere_E,
+      stealing.held_once(num_experts, num_ranks),
+      num_shadows,
+      stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
+    )
   home_A = expert_A // num_local
 
   def shared():
@@ -72,7 +80,8 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
 
   # Where nothing is stolen, which is most of an even run, nothing is sorted for it either.
   is_stealing = (decision.shadow_H < num_experts).any()
-  rank_A, place_A = jax.lax.cond(is_stealing, shared, lambda: (home_A, expert_A % num_local))
+  with jax.named_scope(BRANCH_SCOPE):
+    rank_A, place_A = jax.lax.cond(is_stealing, shared, lambda: (home_A, expert_A % num_local))
   is_home_A = rank_A == home_A
   place_TK = (rank_A * (num_local + num_shadows) + place_A).reshape(routing.experts_TK.shape)
   # To dropless every place of every rank is an expert.
@@ -103,45 +112,94 @@ def _compute(weights, shadow_H, rows_RD, groups):
 
 
 def _forward(weights, shadow_H, rows_RD, groups):
-  found = grouped.forward(weights, rows_RD, groups, _shadows(weights, shadow_H))
-  y_RD, gate_NJf, up_NJf = found
+  shadows = _Shadows(weights, shadow_H)
+  y_RD, gate_NJf, up_NJf = shadows.if_any(
+    lambda: grouped.forward(shadows.joined(), rows_RD, groups),
+    lambda: grouped.forward(weights, rows_RD, groups),
+  )
   return y_RD, (weights, shadow_H, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
 
 
 def _backward(saved, gradient_RD):
   weights, shadow_H, rows_RD, groups, *hidden = saved
-  shadows = _shadows(weights, shadow_H)
-  dweights, dx_RD = grouped.backward(weights, rows_RD, groups, *hidden, gradient_RD, shadows)
-  return dweights, None, dx_RD, None
+  shadows = _Shadows(weights, shadow_H)
+
+  def of_all():
+    gradients, dx_RD = grouped.backward(shadows.joined(), rows_RD, groups, *hidden, gradient_RD)
+    return shadows.home(gradients), dx_RD
+
+  def of_own():
+    return grouped.backward(weights, rows_RD, groups, *hidden, gradient_RD)
+
+  dweights, dx_RD = shadows.if_any(of_all, of_own)
+  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None, dx_RD, None
 
 
 _compute.defvjp(_forward, _backward)
 
 
-def _shadows(weights: Weights, shadow_H: jax.Array) -> grouped.Shadows:
-  """Returns how the shadows of this micro-batch are fetched and their gradients sent home."""
-  num_local = weights.gate_eDf.shape[0]
-  num_experts = num_local * jax.lax.axis_size(EXPERT)
+class _Shadows:
+  """The shadows of this micro-batch: fetches their weights, and sends their gradients home."""
 
-  def holder(h):
+  def __init__(self, weights: Weights, shadow_H: jax.Array):
+    self.weights, self.shadow_H = weights, shadow_H
+    self.num_local = weights.gate_eDf.shape[0]
+    num_experts = self.num_local * jax.lax.axis_size(EXPERT)
+    self.number = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
+
+  def if_any(self, shared, alone):
+    """Returns what `shared` does where there are shadows, and what `alone` does where there are
+    none.
+    """
+    with jax.named_scope(BRANCH_SCOPE):
+      return jax.lax.cond(self.number > 0, shared, alone)
+
+  def each(self, one, state):
+    """Returns the state after `one(h, state)` of every shadow."""
+    with jax.named_scope(LOOP_SCOPE):
+      return jax.lax.fori_loop(0, self.number, one, state)
+
+  def joined(self) -> Weights:
+    """Returns the weights of this device's experts and of the shadows, [e + H, ...]."""
+
+    def fetch(h, joined):
+      place, is_mine = self._holder(h)
+      mine = jax.tree.map(lambda w: jnp.where(is_mine, w[place], 0), self.weights)
+      add = lambda all_e, w: put(all_e, self.num_local + h, w[None])
+      return jax.tree.map(add, joined, _summed(mine))
+
+    behind = ((0, self.shadow_H.size), (0, 0), (0, 0))
+    with_room = jax.tree.map(lambda w: jnp.pad(w, behind), self.weights)
+    return self.each(fetch, with_room)
+
+  def home(self, gradients: Weights) -> Weights:
+    """Returns the gradients of this device's experts, of all ranks' sums `gradients` [e + H, ...]
+    for what `joined` returned.
+    """
+
+    def send(h, home):
+      place, is_mine = self._holder(h)
+      sent = jax.tree.map(
+        lambda d, w: d[self.num_local + h].astype(w.dtype), gradients, self.weights
+      )
+      add = lambda home_e, d: home_e.at[place].add(jnp.where(is_mine, d, 0).astype(home_e.dtype))
+      return jax.tree.map(add, home, _summed(sent))
+
+    own = jax.tree.map(lambda d: d[: self.num_local], gradients)
+    return self.each(send, own)
+
+  def _holder(self, h):
     """Returns the place of the h-th among this device's experts, and whether it is one of them."""
-    rank, place = jnp.divmod(shadow_H[h], num_local)
+    rank, place = jnp.divmod(self.shadow_H[h], self.num_local)
     return place, rank == jax.lax.axis_index(EXPERT)
 
-  def fetch(h):
-    place, is_mine = holder(h)
-    mine = jax.tree.map(lambda w: jnp.where(is_mine, w[place], jnp.zeros((), w.dtype)), weights)
-    return varying_like(jax.lax.psum(mine, EXPERT), weights.gate_eDf)
 
-  def send_home(h, gradients, home):
-    place, is_mine = holder(h)
-    sent = jax.tree.map(lambda d, w: d.astype(w.dtype), gradients, weights)
-    summed = varying_like(jax.lax.psum(sent, EXPERT), weights.gate_eDf)
-    add = lambda home_e, d: home_e.at[place].add(jnp.where(is_mine, d, 0).astype(home_e.dtype))
-    return jax.tree.map(add, home, summed)
-
-  number = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
-  return grouped.Shadows(number, fetch, send_home)
+def _summed(one: Weights) -> Weights:
+  """Returns the sums over `expert` of one expert's matrices, which travel as one message: as three
+  they take gloo three times as long.
+  """
+  flat, upright = ravel_pytree(one)
+  return upright(varying_like(jax.lax.psum(flat, EXPERT), flat))
 
 
 def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int):

@@ -205,16 +205,17 @@ class LayerArrays:
     ]
 
   def _shadows(self, rows: int) -> list[Array]:
-    """What the loop over a stealing dispatch's shadows holds: cotangents of all rows up to then and
-    those by one shadow; of one expert the weights, their gradients, and what is sent home of them.
+    """What the branch of a stealing dispatch with shadows holds: rows' cotangents, as its result and
+    that of the other branch; gradients of the shadows; of one shadow what is sent, and its sum.
     """
     if self._settings.moe.dispatch != "stealing":
       return []
-    one = self._weight_elements // self._experts
-    of_one = one * FLOAT32_BYTES, one * self._at.dtype_bytes, one * self._at.dtype_bytes
+    one = _WEIGHTS * self._weight_elements // self._experts
+    gradients = self._settings.moe.shadows * one * FLOAT32_BYTES
     return [
       *[Array(rows, Moment.HIDDEN, Moment.DOWN)] * 2,
-      *[Array(each, Moment.HIDDEN, Moment.DOWN) for each in of_one] * _WEIGHTS,
+      *[Array(one * self._at.dtype_bytes, Moment.HIDDEN, Moment.DOWN)] * 2,
+      Array(gradients, Moment.GATE_AND_UP, Moment.ATTENTION),
     ]
 
   def _gradients(self) -> list[Array]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from moe_jax.pipeline.table import KINDS, Table
 from moe_jax.plan.hardware import Chip
 from moe_jax.rehearse.exposure import Simulator
-from moe_jax.rehearse.program import Branch, Loop, Program
+from moe_jax.rehearse.program import Branch, Program
 from moe_jax.rehearse.ticks import Taken, kind_of, loops_over_ticks, segments
 
 
@@ -36,19 +36,18 @@ def unit_seconds(
     return None
   costs = dict.fromkeys(KINDS, 0.0)
   for loop, piece in zip(loops, pieces, strict=True):
-    bare_s = _turn_seconds(loop, {}, chip, gpus_per_host)
-    for branch in (unit for unit in loop.body.units if isinstance(unit, Branch)):
-      with_s = _turn_seconds(loop, {branch.name: 1}, chip, gpus_per_host)
+    by_table = [unit for unit in loop.body.units if isinstance(unit, Branch) and kind_of(unit)]
+    none = {**taken.branch_of_turn, **{branch.name: (0,) for branch in by_table}}
+
+    def turn_seconds(branch_of_turn, loop=loop):
+      return Simulator(chip, gpus_per_host, branch_of_turn).turn(loop.body).total_s
+
+    bare_s = turn_seconds(none)
+    for branch in by_table:
+      with_s = turn_seconds({**none, branch.name: (1,)})
       costs[kind_of(branch)] = max(costs[kind_of(branch)], with_s - bare_s)
     if piece["forward"].all() and not piece["backward"].any():
       costs["forward"] = bare_s
     if piece["backward"].all() and not piece["forward"].any():
       costs["backward"] = bare_s
   return costs if costs["forward"] and (costs["backward"] or table.is_forward_only) else None
-
-
-def _turn_seconds(loop: Loop, on: Mapping[str, int], chip: Chip, gpus_per_host: int) -> float:
-  """Returns the seconds of one turn with the conditionals `on` taken and all others not."""
-  branches = [unit for unit in loop.body.units if isinstance(unit, Branch)]
-  simulator = Simulator(chip, gpus_per_host, {b.name: (on.get(b.name, 0),) for b in branches})
-  return simulator.turn(loop.body).total_s

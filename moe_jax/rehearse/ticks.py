@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.moe import grouped, rounds
+from moe_jax.moe import rounds, stolen
 from moe_jax.pipeline import columns, executor
 from moe_jax.pipeline.table import Table
 from moe_jax.rehearse.program import Block, Branch, Done, Loop, Program, phase_of
@@ -19,7 +19,7 @@ from moe_jax.serve import sampling
 
 # How often loops turn whose data decides that, for `program.read`. The load is even: nothing is
 # left for further rounds of a dispatch, and nothing is stolen.
-TURNS = {executor.SCOPE: None, rounds.SCOPE: 0, grouped.SHADOWS_SCOPE: 0}
+TURNS = {executor.SCOPE: None, rounds.SCOPE: 0, stolen.LOOP_SCOPE: 0}
 
 
 class Taken(NamedTuple):
@@ -37,12 +37,13 @@ class Taken(NamedTuple):
 
 
 def branches_taken(program: Program, table: Table) -> Taken:
-  """Returns which branches run: those of loops over ticks from the table, the last one elsewhere.
+  """Returns which branches run: those of loops over ticks from the table, the first one where
+  nothing is stolen, the last one elsewhere.
 
   The executor makes one loop of each longest run of ticks that agree on having forward and backward
   units; XLA makes straight code of a loop of one tick, in which nothing is conditional.
   """
-  found: dict[str, tuple[int, ...]] = {}
+  found = dict(_nothing_stolen(program.entry))
   unknown: collections.Counter[str] = collections.Counter()
   assumed: collections.Counter[str] = collections.Counter()
   loops = loops_over_ticks(program)
@@ -53,12 +54,14 @@ def branches_taken(program: Program, table: Table) -> Taken:
       kind = kind_of(branch)
       if piece is not None and kind is not None:
         found[branch.name] = tuple(piece[kind].astype(int).tolist())
-      else:
+      elif branch.name not in found:
         unknown[f"conditional {branch.name}, taken in every turn"] += 1
   for branch in _branches(program.entry, outside_loops=True):
-    if not _is_sampling(branch):
+    if not _is_sampling(branch) and branch.name not in found:
       unknown[f"conditional {branch.name}, taken in every turn"] += 1
   samplings = [b for b in _all_branches(program.entry) if _is_sampling(b)]
+  if found_stolen := len(dict(_nothing_stolen(program.entry))):
+    assumed["conditional of stealing: nothing is stolen"] = found_stolen
   if samplings:
     assumed["conditional of sampling: every request draws within top-k and top-p"] = len(samplings)
   return Taken(found, dict(unknown), dict(assumed))
@@ -130,6 +133,20 @@ def _all_branches(block: Block):
         yield from _all_branches(inner)
     elif isinstance(unit, Loop):
       yield from _all_branches(unit.body)
+
+
+def _nothing_stolen(block: Block, turns: int = 1):
+  """Yields (name, the first branch in each turn) of the conditionals that ask whether something is
+  stolen.
+  """
+  for unit in block.units:
+    if isinstance(unit, Branch):
+      if stolen.BRANCH_SCOPE in unit.op_name.split("/")[-2:]:
+        yield unit.name, (0,) * turns
+      for inner in unit.branches:
+        yield from _nothing_stolen(inner, turns)
+    elif isinstance(unit, Loop):
+      yield from _nothing_stolen(unit.body, unit.trips)
 
 
 def _is_sampling(branch: Branch) -> bool:

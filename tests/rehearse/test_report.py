@@ -76,6 +76,17 @@ def test_nothing_is_left_unread(done):
 
 
 @pytest.mark.slow
+def test_stealing_is_read_as_if_nothing_were_stolen(pytestconfig, tmp_path):
+  path = tmp_path / "report.json"
+  words = ["--pod=h100:2x4", f"--json={path}", "--config.moe.dispatch=stealing"]
+  finished = rehearse(pytestconfig.rootpath, *words)
+  assert finished.returncode == 0, finished.stderr
+  found = json.loads(path.read_text())
+  assert found["unknown"] == {} and found["prediction"]["bubble_fraction"] > 0
+  assert any("nothing is stolen" in what for what in found["assumed"])
+
+
+@pytest.mark.slow
 def test_parts_of_memory_add_up_to_xlas_total(done):
   found = done[1]["memory_bytes"]
   assert sum(found[part] for part in memory.PARTS) == found["total"]
