@@ -205,8 +205,8 @@ class LayerArrays:
     ]
 
   def _shadows(self, rows: int) -> list[Array]:
-    """What the branch of a stealing dispatch with shadows holds: rows' cotangents, as its result and
-    that of the other branch; gradients of the shadows; of one shadow what is sent, and its sum.
+    """What the branch of a stealing dispatch with shadows holds: cotangents of rows, and those of
+    the other branch; gradients of the shadows; of one shadow what is sent, and its sum.
     """
     if self._settings.moe.dispatch != "stealing":
       return []
