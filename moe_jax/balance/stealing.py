@@ -73,18 +73,30 @@ def decide(
   """
   quota_EX = _shared(counts_E, holds_EX)
   load_X = quota_EX.sum(0, dtype=jnp.int32)
-  mean, peak = _mean(load_X), load_X.max()
-  # No shadows save more than all that the busiest rank has above the mean, and one is the fewest.
-  may_pay = peak > _even(mean)
-  if price is not None:
-    may_pay &= (peak - mean).astype(jnp.float32) * price.token_s > price.shadow_s
+  peak = load_X.max()
   # Plus nothing, but of the counts' type: on a mesh both branches differ along the same axes.
   nothing_H = jnp.full(num_shadows, holds_EX.shape[0], jnp.int32) + 0 * peak
   return jax.lax.cond(
-    may_pay,
+    may_pay(load_X, price),
     lambda: _with_shadows(quota_EX, load_X, num_shadows, price),
     lambda: Decision(quota_EX, nothing_H, peak, peak),
   )
+
+
+def may_pay(load_X: jax.Array, price: Price | None = None) -> jax.Array:
+  """Returns whether `decide` has to look for shadows.
+
+  None save more than all that the busiest rank has above the mean, and one is the fewest.
+
+  Args:
+    load_X: tokens of each rank without shadows, int32.
+    price: as `decide` takes it.
+  """
+  mean, peak = _mean(load_X), load_X.max()
+  is_uneven = peak > _even(mean)
+  if price is None:
+    return is_uneven
+  return is_uneven & ((peak - mean).astype(jnp.float32) * price.token_s > price.shadow_s)
 
 
 def _with_shadows(quota_EX, load_X, num_shadows: int, price: Price | None) -> Decision:

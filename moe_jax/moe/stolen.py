@@ -63,35 +63,36 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
   everywhere_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
-  with jax.named_scope(BRANCH_SCOPE):
-    decision = stealing.decide(
-      everywhere_E,
-      stealing.held_once(num_experts, num_ranks),
-      num_shadows,
-      stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0),
-    )
-  home_A = expert_A // num_local
+  price = stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0)
+  home_A, own_A = jnp.divmod(expert_A, num_local)
 
   def shared():
+    held_EX = stealing.held_once(num_experts, num_ranks)
+    decision = stealing.decide(everywhere_E, held_EX, num_shadows, price)
     sends_EX = stealing.even_sends(decision.quota_EX, assigned_E)
     rank_A = stealing.destinations(sends_EX, expert_A, _place_among_equals(expert_A, assigned_E))
+    is_home_A = rank_A == home_A
     shadow_A = (expert_A[:, None] == decision.shadow_H[None]).argmax(1).astype(jnp.int32)
-    return rank_A, jnp.where(rank_A == home_A, expert_A % num_local, num_local + shadow_A)
+    place_A = jnp.where(is_home_A, own_A, num_local + shadow_A)
+    return decision.shadow_H, rank_A, place_A, jnp.sum(~is_home_A, dtype=jnp.int32)
 
-  # Where nothing is stolen, which is most of an even run, nothing is sorted for it either.
-  is_stealing = (decision.shadow_H < num_experts).any()
+  def alone():
+    # Plus nothing, but of the counts' type: on a mesh both branches differ along the same axes.
+    nothing_H = jnp.full(num_shadows, num_experts, jnp.int32) + 0 * everywhere_E[0]
+    return nothing_H, home_A, own_A, varying_like(jnp.zeros((), jnp.int32), home_A)
+
+  # Nothing is decided or sorted where nothing can be saved, which is most of an even run.
+  load_X = everywhere_E.reshape(num_ranks, num_local).sum(1, dtype=jnp.int32)
   with jax.named_scope(BRANCH_SCOPE):
-    rank_A, place_A = jax.lax.cond(is_stealing, shared, lambda: (home_A, expert_A % num_local))
-  is_home_A = rank_A == home_A
+    shadow_H, rank_A, place_A, stolen = jax.lax.cond(stealing.may_pay(load_X, price), shared, alone)
   place_TK = (rank_A * (num_local + num_shadows) + place_A).reshape(routing.experts_TK.shape)
   # To dropless every place of every rank is an expert.
   of_places = setting._replace(num_experts=num_ranks * (num_local + num_shadows))
   inner = dropless.plan(of_places, routing._replace(experts_TK=place_TK), logits_tE)
-  stolen = jnp.sum(~is_home_A, dtype=jnp.int32)
   return inner._replace(
     expert_TK=routing.experts_TK,
     counts=inner.counts._replace(stolen=stolen),
-    places=Places(inner.places, decision.shadow_H),
+    places=Places(inner.places, shadow_H),
     assigned_E=everywhere_E,
   )
 
