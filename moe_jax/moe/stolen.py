@@ -77,8 +77,7 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
     return decision.shadow_H, rank_A, place_A, jnp.sum(~is_home_A, dtype=jnp.int32)
 
   def alone():
-    # Plus nothing, but of the counts' type: on a mesh both branches differ along the same axes.
-    nothing_H = jnp.full(num_shadows, num_experts, jnp.int32) + 0 * everywhere_E[0]
+    nothing_H = varying_like(jnp.full(num_shadows, num_experts, jnp.int32), everywhere_E)
     return nothing_H, home_A, own_A, varying_like(jnp.zeros((), jnp.int32), home_A)
 
   # Nothing is decided or sorted where nothing can be saved, which is most of an even run.

@@ -43,7 +43,9 @@ def branches_taken(program: Program, table: Table) -> Taken:
   The executor makes one loop of each longest run of ticks that agree on having forward and backward
   units; XLA makes straight code of a loop of one tick, in which nothing is conditional.
   """
-  found = dict(_nothing_stolen(program.entry))
+  every = list(_all_branches(program.entry))
+  idle = {branch.name: (0,) * turns for branch, turns in every if _asks_for_stolen(branch)}
+  found: dict[str, tuple[int, ...]] = dict(idle)
   unknown: collections.Counter[str] = collections.Counter()
   assumed: collections.Counter[str] = collections.Counter()
   loops = loops_over_ticks(program)
@@ -54,16 +56,18 @@ def branches_taken(program: Program, table: Table) -> Taken:
       kind = kind_of(branch)
       if piece is not None and kind is not None:
         found[branch.name] = tuple(piece[kind].astype(int).tolist())
-      elif branch.name not in found:
+      elif branch.name not in idle:
         unknown[f"conditional {branch.name}, taken in every turn"] += 1
   for branch in _branches(program.entry, outside_loops=True):
-    if not _is_sampling(branch) and branch.name not in found:
+    if not _is_sampling(branch) and branch.name not in idle:
       unknown[f"conditional {branch.name}, taken in every turn"] += 1
-  samplings = [b for b in _all_branches(program.entry) if _is_sampling(b)]
-  if found_stolen := len(dict(_nothing_stolen(program.entry))):
-    assumed["conditional of stealing: nothing is stolen"] = found_stolen
-  if samplings:
-    assumed["conditional of sampling: every request draws within top-k and top-p"] = len(samplings)
+  samplings = sum(_is_sampling(branch) for branch, _ in every)
+  for number, what in (
+    (len(idle), "stealing: nothing is stolen"),
+    (samplings, "sampling: every request draws within top-k and top-p"),
+  ):
+    if number:
+      assumed[f"conditional of {what}"] = number
   return Taken(found, dict(unknown), dict(assumed))
 
 
@@ -124,29 +128,20 @@ def _branches(block: Block, outside_loops: bool = False):
       yield from _branches(unit.body)
 
 
-def _all_branches(block: Block):
-  """Yields every conditional, those inside others too."""
+def _all_branches(block: Block, turns: int = 1):
+  """Yields every conditional, those inside others too, and how often the loop round it turns."""
   for unit in block.units:
     if isinstance(unit, Branch):
-      yield unit
+      yield unit, turns
       for inner in unit.branches:
-        yield from _all_branches(inner)
+        yield from _all_branches(inner, turns)
     elif isinstance(unit, Loop):
-      yield from _all_branches(unit.body)
+      yield from _all_branches(unit.body, unit.trips)
 
 
-def _nothing_stolen(block: Block, turns: int = 1):
-  """Yields (name, the first branch in each turn) of the conditionals that ask whether something is
-  stolen.
-  """
-  for unit in block.units:
-    if isinstance(unit, Branch):
-      if stolen.BRANCH_SCOPE in unit.op_name.split("/")[-2:]:
-        yield unit.name, (0,) * turns
-      for inner in unit.branches:
-        yield from _nothing_stolen(inner, turns)
-    elif isinstance(unit, Loop):
-      yield from _nothing_stolen(unit.body, unit.trips)
+def _asks_for_stolen(branch: Branch) -> bool:
+  """Returns whether its first branch is what runs where nothing is stolen."""
+  return stolen.BRANCH_SCOPE in branch.op_name.split("/")[-2:]
 
 
 def _is_sampling(branch: Branch) -> bool:
