@@ -1,16 +1,17 @@
 """The experts' SwiGLU over groups of uneven size, in blocks of rows that belong to one expert.
 
 Rows lie as they arrived; a block gathers its own and multiplies them by its expert's weights, and
-only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop, in
-which an expert's weights are sliced once and not for every block, and the gradient of its weights
-is summed beside the loop over its blocks. Blocks are small, so that few rows are empty; the loop
-takes many at once while an expert has them, for products of few rows are slow. Knows rows and group
-sizes; must not know where rows come from.
+only blocks with rows are computed: on GPU by kernels (`grouped_kernels`), elsewhere by a loop over
+experts, which slices an expert's weights once and not for every block. Blocks are small, so that
+few rows are empty; but products of few rows are slow, and a gradient of weights in parts is to be
+summed, so an expert's blocks are multiplied in one product of just their number, up to a limit past
+which several follow each other. Knows rows and group sizes; must not know where rows come from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
 f this tensor rank's share of the hidden units.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from moe_jax.pipeline.saving import residual
 
 ROWS_PER_BLOCK = 64  # fewer, and slicing and summing outweigh multiplying
 _MOST_AT_ONCE = 8  # blocks
-_STEPS_PER_EXPERT = 2  # of so many blocks at once, in an even load
+_OVER_EVEN = 2  # products hold so many times an expert's even share, or less
 
 
 class Groups(NamedTuple):
@@ -44,13 +45,13 @@ class Groups(NamedTuple):
 
 
 def blocks_at_once(num_rows: int, num_experts: int) -> int:
-  """Returns how many blocks the loop multiplies at once, for R rows of e experts.
+  """Returns how many blocks one product of the loop holds at most, for R rows of e experts.
 
-  >>> blocks_at_once(5120, 2), blocks_at_once(100, 2)
-  (8, 1)
+  >>> blocks_at_once(5120, 16), blocks_at_once(5120, 2), blocks_at_once(100, 2)
+  (8, 8, 1)
   """
-  wanted = num_rows // (num_experts * _STEPS_PER_EXPERT * ROWS_PER_BLOCK)
-  return min(_MOST_AT_ONCE, 1 << max(wanted, 1).bit_length() - 1)
+  even_share = num_rows / (num_experts * ROWS_PER_BLOCK)
+  return min(_MOST_AT_ONCE, max(int(_OVER_EVEN * even_share), 1))
 
 
 def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
@@ -176,7 +177,7 @@ def _blocks_values(weights, rows_RD, groups):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
-    return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD)
+    return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
 
   y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
@@ -187,7 +188,8 @@ def _blocks_forward(weights, rows_RD, groups):
     gate_NJf, up_NJf, y_NJD = buffers
     gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
-    return blocks.put(gate_NJf, gate_Jf), blocks.put(up_NJf, up_Jf), blocks.put(y_NJD, y_JD)
+    buffers = blocks.put(gate_NJf, gate_Jf), blocks.put(up_NJf, up_Jf), blocks.put(y_NJD, y_JD)
+    return buffers, ()
 
   num_hidden = weights.down_efD.shape[1]
   hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
@@ -196,10 +198,10 @@ def _blocks_forward(weights, rows_RD, groups):
 
 
 def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
-  def start(one: Weights):
-    return jax.tree.map(lambda w: varying_like(jnp.zeros(sorted(w.shape), jnp.float32), w), one)
+  def nothing(one: Weights):
+    return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
-  def step(blocks, d_NJD, one: Weights, sums: Weights):
+  def step(blocks, d_NJD, one: Weights):
     # Rows that are none are zero here: those add nothing to any gradient.
     x_JD, dy_JD = _take_or_zero(rows_RD, blocks.read(groups.row_NJ)), blocks.read(d_NJD)
     hidden_Jf, activation_vjp = jax.vjp(
@@ -207,20 +209,16 @@ def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
     )
     dgate_Jf, dup_Jf = activation_vjp(dy_JD @ one.down_efD.T)
     dx_JD = dgate_Jf @ one.gate_eDf.T + dup_Jf @ one.up_eDf.T
-    return blocks.put(d_NJD, dx_JD), Weights(
-      sums.gate_eDf + _outer(x_JD, dgate_Jf),
-      sums.up_eDf + _outer(x_JD, dup_Jf),
-      sums.down_efD + _outer(hidden_Jf, dy_JD),
-    )
+    gradients = _outer(x_JD, dgate_Jf), _outer(x_JD, dup_Jf), _outer(hidden_Jf, dy_JD)
+    return blocks.put(d_NJD, dx_JD), Weights(*gradients)
 
-  dx_NJD, sums = _loop(weights, groups, step, _placed(gradient_RD, groups), start)
-  upright = lambda d, w: d if d.shape == w.shape else d.swapaxes(1, 2)
-  return jax.tree.map(upright, sums, weights), _received(dx_NJD, groups)
+  dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
+  return dweights, _received(dx_NJD, groups)
 
 
-def _loop(weights: Weights, groups: Groups, step, buffers, start=lambda one: ()):
-  """Runs `step` over the blocks of each expert: (blocks, buffers, its weights, *sums) -> buffers
-  and sums; many blocks at once, then one by one what is left.
+def _loop(weights: Weights, groups: Groups, step, buffers, nothing=lambda one: ()):
+  """Runs `step` over the blocks of each expert: (blocks, buffers, its weights) -> buffers and what
+  is summed over the expert's blocks, `nothing` of its weights where it has none.
 
   Returns the buffers, which go from step to step, and the sums of each expert, [e, ...].
   """
@@ -228,17 +226,17 @@ def _loop(weights: Weights, groups: Groups, step, buffers, start=lambda one: ())
 
   def expert(buffers, given):
     one, first, number = given
-    state, last = (buffers, start(one)), first + number
-    for size in sorted({many, 1}, reverse=True):
+    run = lambda size, first, buffers: step(_Blocks(first, size), buffers, one)
+    # What full products leave comes first: mostly it is all, and then nothing has to be added.
+    rest = number % many
+    sizes = [functools.partial(run, size, first) for size in range(1, many)]
+    state = jax.lax.switch(rest, [lambda buffers: (buffers, nothing(one)), *sizes], buffers)
 
-      def run(i, state, first=first, size=size):
-        blocks, (buffers, sums) = _Blocks(first + i * size, size), state
-        return step(blocks, buffers, one, sums) if sums else (step(blocks, buffers, one), sums)
+    def turn(i, state):
+      buffers, more = run(many, first + rest + i * many, state[0])
+      return buffers, jax.tree.map(jnp.add, state[1], more)
 
-      turns = (last - first) // size
-      state = jax.lax.fori_loop(0, turns, run, state)
-      first += turns * size
-    return state
+    return jax.lax.fori_loop(0, number // many, turn, state)
 
   return jax.lax.scan(expert, buffers, (weights, groups.first_e, groups.blocks_e))
 
@@ -264,11 +262,6 @@ def _hidden(one: Weights, x_JD):
 
 
 def _outer(left_Ji, right_Jo):
-  """Returns the sum over rows of left x right: [i, o], or [o, i] where that is the wider.
-
-  XLA:CPU takes a third more time for a product [1024, 256] than for [256, 1024].
-  """
-  left_Ji, right_Jo = sorted((left_Ji, right_Jo), key=lambda x: x.shape[1])
   return jnp.einsum("ji,jo->io", left_Ji, right_Jo, preferred_element_type=jnp.float32)
 
 

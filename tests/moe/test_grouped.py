@@ -114,9 +114,9 @@ def test_blocks_have_64_rows_or_more_and_whole_tiles_of_the_kernels():
 
 
 @pytest.mark.parametrize(
-  ("rows", "number"), [(10, 1), (500, 1), (512, 2), (1024, 4), (5120, 8), (10**6, 8)]
+  ("rows", "number"), [(10, 1), (127, 1), (128, 2), (200, 3), (512, 8), (10**6, 8)]
 )
-def test_blocks_at_once_are_half_of_an_experts_even_share_and_at_most_8(rows, number):
+def test_blocks_at_once_are_two_times_an_experts_even_share_and_at_most_8(rows, number):
   assert grouped.blocks_at_once(rows, 2) == number
 
 
