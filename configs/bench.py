@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
       "mesh": {"expert": 1, "tensor": 1, "stage": 1},
       # One micro-batch is in flight: there is room for what is dear to compute twice.
       "pipeline": {"schedule": "1f1b", "micro_batches": 1, "save": "residuals"},
-      "moe": {"dispatch": "capacity", "capacity_factor": 1.25},
+      "moe": {"dispatch": "dropless"},
       "train": {"batch": 4, "sequence": 512},
     }
   )
