@@ -73,7 +73,9 @@ def test_sigterm_however_often_lets_the_process_save(start):
 
 def test_afterwards_signals_mean_what_they_did():
   code = (
-    "import os, signal\nfrom launch.stopping import Stopping\nwith Stopping(): pass\n"
+    # A shell's background jobs are born with SIGINT ignored, and pytest may be one.
+    "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from launch.stopping import Stopping\nwith Stopping(): pass\n"
     "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
     "assert signal.set_wakeup_fd(-1) == -1\n"
     "os.kill(os.getpid(), signal.SIGTERM)"
