@@ -23,9 +23,9 @@ from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
 
-ROWS_PER_BLOCK = 64  # fewer, and slicing and summing outweigh multiplying
+ROWS_PER_BLOCK = 64  # fewer leave fewer rows empty, but every number of blocks is a branch
 _MOST_AT_ONCE = 8  # blocks
-_OVER_EVEN = 2  # products hold so many times an expert's even share, or less
+_OVER_EVEN = 2  # times an expert's even share: what one product holds at most
 
 
 class Groups(NamedTuple):
@@ -229,12 +229,15 @@ def _loop(weights: Weights, groups: Groups, step, buffers, nothing=lambda one: (
     run = lambda size, first, buffers: step(_Blocks(first, size), buffers, one)
     # What full products leave comes first: mostly it is all, and then nothing has to be added.
     rest = number % many
+    none = lambda buffers: (buffers, nothing(one))
     sizes = [functools.partial(run, size, first) for size in range(1, many)]
-    state = jax.lax.switch(rest, [lambda buffers: (buffers, nothing(one)), *sizes], buffers)
 
     def turn(i, state):
-      buffers, more = run(many, first + rest + i * many, state[0])
-      return buffers, jax.tree.map(jnp.add, state[1], more)
+      buffers, sums = state
+      buffers, more = run(many, first + rest + i * many, buffers)
+      return buffers, jax.tree.map(jnp.add, sums, more)
+
+    state = jax.lax.switch(rest, [none, *sizes], buffers)
 
     return jax.lax.fori_loop(0, number // many, turn, state)
 
