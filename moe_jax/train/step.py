@@ -179,13 +179,17 @@ def compute_parameters(
   Communication: all-gather over `expert`, in the compute dtype, of what ZeRO-1 splits there and
   `specs` does not.
   """
-  specs = specs or transformer.specs(settings.model)
+  held = transformer.specs(settings.model)
+  specs = specs or held
   dtype = jnp.dtype(settings.model.dtype)
+  place = lambda leaf, s: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, s))
 
   def convert(parameters: Parameters) -> Parameters:
-    parameters = transformer.cast(parameters, dtype)
-    place = lambda leaf, s: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, s))
-    return jax.tree.map(place, parameters, specs)
+    split = lambda leaf, s: place(leaf, sharding.zero_spec(s, leaf.shape, mesh))
+    # Placed as the masters lie, or XLA gathers float32 and converts what it gathered; and behind a
+    # barrier, or it moves the conversion there again.
+    parameters = jax.tree.map(split, transformer.cast(parameters, dtype), held)
+    return jax.tree.map(place, jax.lax.optimization_barrier(parameters), specs)
 
   return convert
 
