@@ -93,8 +93,8 @@ def run(
     gradient_dtype: of the accumulated gradients.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
-  of a cotangent backwards; per micro-batch an all-reduce of an activation for the head and one of a
-  cotangent for each of head and embedding gradient. And what the functions do, and the gathers of
+  of a cotangent backwards; per micro-batch an all-reduce of a cotangent for each of head and
+  embedding gradient, and one of an activation for the head where `Table.head_needs_broadcast`. And what the functions do, and the gathers of
   streamed layers: of each layer of a forward or backward unit, and of the rings' once.
   """
   if table.is_forward_only:
@@ -211,6 +211,8 @@ class _Executor:
       arrived = collectives.shift(made, STAGE, +1)
       state = state._replace(inbox=buffers.write(state.inbox, row.arrival_slot, arrived))
       y = collectives.after(arrived, y)
+      if not self.table.head_needs_broadcast:
+        y = buffers.select(self.stage == self.table.num_stages - 1, y, arrived)
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
     state, gy = self._where_due("head", head, row.head_micro, state, y)
@@ -259,15 +261,19 @@ class _Executor:
     return state and _with(state, sums), result
 
   def _head(self, owner, micro, state: _State, y):
-    """Loss of the micro-batch whose `y` stage `owner` holds, and its cotangent."""
+    """Loss of the micro-batch whose `y` every stage holds, or, with a broadcast, stage `owner`; and
+    its cotangent.
+    """
     inputs = buffers.at(self.inputs, micro)
     g_shared = state.totals.g_shared
     with jax.named_scope("head"):
-      y = collectives.broadcast_from(y, STAGE, owner)
+      if self.table.head_needs_broadcast:
+        y = collectives.varying(collectives.broadcast_from(y, STAGE, owner))
       head = lambda shared, y: self.functions.head(shared, y, inputs)
       loss, vjp, outputs = jax.vjp(head, self.shared, y, has_aux=True)
       one = collectives.varying(jnp.ones((), loss.dtype))
       g_here, gy = vjp(collectives.after(y, one))
+      gy = jax.tree.map(lambda leaf: jax.lax.psum(leaf, STAGE), gy)
       g_shared = _add(g_shared, g_here)
     outputs = buffers.write(state.outputs, micro, collectives.varying(outputs))
     return _with(state, (state.loss + loss, outputs, g_shared)), collectives.varying(gy)

@@ -110,6 +110,15 @@ class Table:
     tick_U[self.head_micro_Q[tick]] = tick
     return tick_U
 
+  @functools.cached_property
+  def head_needs_broadcast(self) -> bool:
+    """Whether a finished micro-batch must be sent round for its head, in which all stages take
+    part. With two stages and each head in the next tick the last stage has just made it, and the
+    transfer brings it to the first.
+    """
+    is_next_U = self.head_tick_U == self.forward_tick_UW[:, -1] + 1
+    return self.num_stages > 1 and not (self.num_stages == 2 and is_next_U.all())
+
   def _tick_UW(self, micro_QZ, chunk_QZ):
     tick_UW = np.full((self.num_micro_batches, self.num_virtual_stages), -1, np.int32)
     tick, stage = np.nonzero(micro_QZ >= 0)

@@ -92,10 +92,10 @@ class _Builder:
     self.edges: list[tuple[np.ndarray, np.ndarray, int]] = []
     self.num_nodes = 0
     self.all_stages = range(self.mesh.stage)
+    self.table = memory.table(settings.pipeline, settings.mesh.stage)
 
   def build(self) -> Graph:
-    table = memory.table(self.settings.pipeline, self.mesh.stage)
-    settings, virtuals = self.settings, table.num_virtual_stages
+    settings, table, virtuals = self.settings, self.table, self.table.num_virtual_stages
     begin = self.unit("begin", self.all_stages, [(s, -1) for s in units.begin(settings)])
     ends = []
     for micro in range(table.num_micro_batches):
@@ -125,8 +125,10 @@ class _Builder:
 
   def shared(self, kind: str, micro: int) -> _Unit:
     """Appends a unit that every stage takes part in."""
-    steps = [(step, -1) for step in units.unit(self.settings, kind)]
-    return self.unit(kind, self.all_stages, steps, micro)
+    steps = units.unit(self.settings, kind)
+    if kind == "head" and self.table.head_needs_broadcast:
+      steps = (units.broadcast(self.settings), *steps)
+    return self.unit(kind, self.all_stages, [(step, -1) for step in steps], micro)
 
   def layers(self, kind: str, micro: int, virtual: int) -> _Unit:
     """Appends a unit of layers on its stage."""

@@ -45,9 +45,12 @@ Block = tuple[Op, ...]
 
 
 class Tick(NamedTuple):
-  """Which units any stage runs in a tick; alike ticks cost alike."""
+  """Which units any stage runs in a tick, and whether the head waits for a broadcast; alike ticks
+  cost alike.
+  """
 
   arrive: bool
+  broadcast: bool
   head: bool
   backward: bool
   embed_gradient: bool
@@ -72,6 +75,7 @@ def ticks(table: Table) -> list[Tick]:
   has_others = table.num_stages > 1
   columns = (
     arrives & has_others,
+    (table.head_micro_Q >= 0) & table.head_needs_broadcast,
     table.head_micro_Q >= 0,
     has_backward,
     (table.embed_gradient_micro_Q >= 0) & has_backward,
@@ -149,14 +153,22 @@ def tick_blocks(settings: Config, runs: Tick, tied: bool) -> tuple[Block, ...]:
 
 
 def before_layers(settings: Config, runs: Tick) -> Block:
-  """Returns a tick's head and embedding, and beside them the transfer from the stage before."""
+  """Returns a tick's head and embedding, and beside them the transfer from the stage before, which
+  the head waits for unless it has a broadcast of its own.
+  """
+  head = (units.broadcast(settings),) if runs.broadcast else ()
   chains = []
   if runs.arrive:
     chains.append((ARRIVE, 0, (units.transfer(settings, "to the next stage"),)))
-  for kind in ("head", "embed"):
-    if getattr(runs, kind):
-      chains.append((kind, 0, units.unit(settings, kind)))
-  return _chains(*chains)
+  if runs.head:
+    chains.append(("head", 0, (*head, *units.unit(settings, "head"))))
+  if runs.embed:
+    chains.append(("embed", 0, units.unit(settings, "embed")))
+  block = _chains(*chains)
+  if runs.arrive and runs.head and not runs.broadcast:
+    arrival, first, *others = block
+    block = (arrival, first._replace(after=(0,)), *others)
+  return block
 
 
 def behind_layers(settings: Config, runs: Tick) -> Block:

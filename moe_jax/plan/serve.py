@@ -147,5 +147,6 @@ def _head_seconds(settings: Config, machine: Machine, sequences: int) -> float:
   """Returns the seconds of embedding and head for one position of each sequence."""
   tokens = max(1, sequences // settings.mesh.tensor)
   at = dataclasses.replace(steps.sizes(settings, positions=1), sequences=sequences, tokens=tokens)
-  found = (*units.unit(settings, "embed", at), *units.unit(settings, "head forward", at))
+  head = (units.broadcast(settings, at), *units.unit(settings, "head forward", at))
+  found = (*units.unit(settings, "embed", at), *head)
   return sum(seconds(step, settings, machine) for step in found)

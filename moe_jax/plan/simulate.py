@@ -124,7 +124,7 @@ class _Costs:
 
   def before(self, runs: program.Tick) -> tuple[float, int]:
     """Of what stands before the layers of a tick."""
-    key = ("before", runs.arrive, runs.head, runs.embed)
+    key = ("before", runs.arrive, runs.broadcast, runs.head, runs.embed)
     return self._known(key, lambda: [program.before_layers(self.settings, runs)])
 
   def behind(self, runs: program.Tick) -> tuple[float, int]:

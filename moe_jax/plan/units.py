@@ -58,35 +58,25 @@ def transfer(settings: Config, name: str, at: Sizes | None = None) -> Step:
 
 
 def begin(settings: Config) -> tuple[Step, ...]:
-  """Returns the steps before the first tick: master weights, split by ZeRO-1, to the compute copy.
-
-  XLA gathers the float32 originals and converts afterwards, whatever the compute dtype.
-  """
+  """Returns the steps before the first tick: master weights, split by ZeRO-1, to the compute copy."""
   mesh = settings.mesh
   held = leaves(settings.model)
-  gathered = sum(
-    leaf.state_elements(mesh)
+  dtype = DTYPE_BYTES[settings.model.dtype]
+  gathered_bytes = sum(
+    leaf.state_elements(mesh) * (_FLOAT32 if leaf.is_float32 else dtype)
     for leaf in held
     if leaf.is_zero_split(mesh) and not leaf.is_streamed(settings)
   )
-  copies = sum(
-    leaf.state_elements(mesh) if leaf.is_streamed(settings) else leaf.elements(mesh)
-    for leaf in held
-  )
-  dtype = DTYPE_BYTES[settings.model.dtype]
+  converted = sum(leaf.state_elements(mesh) for leaf in held)
   # The first layers of both directions; the others are gathered beside those before them.
   ahead = 2 * settings.pipeline.prefetch_layers
   return (
     # Of the targets' weights, which are to sum to 1 over the step.
     Step("sum the weights", "other", "all-reduce", axes=("expert",), operand_bytes=_FLOAT32),
+    Step("cast parameters", "other", num_bytes=converted * (_FLOAT32 + dtype), kernels=14),
     Step(
-      "gather parameters",
-      "other",
-      "all-gather",
-      axes=("expert",),
-      operand_bytes=gathered * _FLOAT32,
+      "gather parameters", "other", "all-gather", axes=("expert",), operand_bytes=gathered_bytes
     ),
-    Step("cast parameters", "other", num_bytes=copies * (_FLOAT32 + dtype), kernels=14),
     *[
       dataclasses.replace(step, name=f"{step.name} {number}")
       for step in phases.stream(settings)
@@ -165,13 +155,18 @@ def _embed_gradient(settings: Config, at: Sizes) -> tuple[Step, ...]:
   )
 
 
+def broadcast(settings: Config, at: Sizes | None = None) -> Step:
+  """Returns the step that brings a finished micro-batch to all stages, where the head needs it."""
+  x = activation_bytes(settings, at or sizes(settings))
+  return Step("broadcast output", "head", "all-reduce", axes=_STAGE, operand_bytes=x)
+
+
 def _head_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   whole = at.sequences * at.positions
   flops = 2.0 * whole * settings.model.d_model * vocabulary(settings)
   x, each = activation_bytes(settings, at), whole * _FLOAT32
   split = ("stage", "tensor")
   return (
-    Step("broadcast output", "head", "all-reduce", axes=_STAGE, operand_bytes=x),
     Step("gather output", "head", "all-gather", axes=("tensor",), operand_bytes=x),
     Step(
       "logits and loss", "head", flops=flops, num_bytes=4 * logits_bytes(settings, at), kernels=12
@@ -200,12 +195,10 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
     # and XLA takes it out of a loop that has a head in every tick.
     Step("sum share of loss", "head", "all-reduce", BACKWARD, split, _FLOAT32),
     *phases.transpose(settings, at, forward["gather output"]),
-    # The norm before the head is taken in float32, and the sum over stages before it is left.
     Step(
-      "sum cotangent", "head", "all-reduce", BACKWARD, _STAGE,
-      at.tokens * settings.model.d_model * _FLOAT32,
+      "sum cotangent", "head", "all-reduce", BACKWARD, _STAGE, activation_bytes(settings, at)
     ),
-  )  # fmt: skip
+  )
 
 
 _UNITS = {
