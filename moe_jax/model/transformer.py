@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
+from moe_jax.model import cross_entropy
 from moe_jax.model.attention import Attention, attend
 from moe_jax.model.layers import rms_norm
 from moe_jax.moe.layer import Experts, Report, Router, moe
@@ -142,26 +143,23 @@ def head_logits(shared: Shared, model: config.Model, y_bsD: jax.Array) -> jax.Ar
 
   Communication: all-gather over `tensor`, (tensor - 1) * y.size elements.
   """
-  h_bsD = rms_norm(shared.final_norm.scale[...], y_bsD, model.norm_epsilon)
-  h_bSD = collectives.gather(h_bsD, TENSOR, 1)
-  return jnp.einsum("bsd,dv->bsv", h_bSD, shared.head_kernel(), preferred_element_type=jnp.float32)
+  return cross_entropy.logits(_head_input(shared, model, y_bsD), shared.head_kernel())
 
 
 def head_loss(shared: Shared, model: config.Model, y_bsD: jax.Array, inputs: Inputs) -> jax.Array:
   """Returns this device's share of the weighted cross-entropy, a scalar, nats.
 
-  Communication: all-gather of `y` over `tensor`; all-reduces of three [b, S] arrays over `stage`
-  and `tensor`.
+  Communication: all-gather of `y` over `tensor`; that of `cross_entropy`.
   """
-  logits_bSv = head_logits(shared, model, y_bsD)
-  local_bS = inputs.targets_bS - _first_of_share(logits_bSv.shape[-1])
-  is_mine_bS = (local_bS >= 0) & (local_bS < logits_bSv.shape[-1])
-  high_bS = jax.lax.pmax(jax.lax.stop_gradient(logits_bSv.max(-1)), (STAGE, TENSOR))
-  total_bS = jax.lax.psum(jnp.exp(logits_bSv - high_bS[..., None]).sum(-1), (STAGE, TENSOR))
-  picked_bS = jnp.take_along_axis(logits_bSv, jnp.where(is_mine_bS, local_bS, 0)[..., None], -1)
-  target_bS = jax.lax.psum(jnp.where(is_mine_bS, picked_bS[..., 0], 0.0), (STAGE, TENSOR))
-  loss = jnp.sum(inputs.weights_bS * (high_bS + jnp.log(total_bS) - target_bS))
-  return collectives.share(loss)
+  return cross_entropy.cross_entropy(
+    _head_input(shared, model, y_bsD), shared.head_kernel(), inputs.targets_bS, inputs.weights_bS
+  )
+
+
+def _head_input(shared, model, y_bsD):
+  """Returns `h_bSD`, normed, at every position."""
+  h_bsD = rms_norm(shared.final_norm.scale[...], y_bsD, model.norm_epsilon)
+  return collectives.gather(h_bsD, TENSOR, 1)
 
 
 def init(key: jax.Array, model: config.Model) -> Parameters:

@@ -6,6 +6,7 @@ knows axes and arrays; it must not know tokens, experts or stages.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,17 @@ def gather(x, axis_name: str, dimension: int):
   if jax.lax.axis_size(axis_name) == 1:
     return x
   return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True)
+
+
+def stack(x, axis_names: tuple[str, ...]):
+  """Returns `x` of all devices along the axes, the first axis major, stacked before its own
+  dimensions.
+
+  Communication: all-gather over the axes, (n - 1) * x.size elements, n devices along all of them.
+  """
+  if math.prod(jax.lax.axis_size(name) for name in axis_names) == 1:
+    return x[None]
+  return jax.lax.all_gather(x, axis_names)
 
 
 def reduce_scatter(x, axis_name: str, dimension: int):

@@ -94,8 +94,9 @@ def run(
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
   of a cotangent backwards; per micro-batch an all-reduce of a cotangent for each of head and
-  embedding gradient, and one of an activation for the head where `Table.head_needs_broadcast`. And what the functions do, and the gathers of
-  streamed layers: of each layer of a forward or backward unit, and of the rings' once.
+  embedding gradient, and one of an activation for the head where `Table.head_needs_broadcast`. And
+  what the functions do, and the gathers of streamed layers: of each layer of a forward or backward
+  unit, and of the rings' once.
   """
   if table.is_forward_only:
     return _evaluate(functions, table, layers, shared, inputs)

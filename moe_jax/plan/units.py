@@ -58,7 +58,7 @@ def transfer(settings: Config, name: str, at: Sizes | None = None) -> Step:
 
 
 def begin(settings: Config) -> tuple[Step, ...]:
-  """Returns the steps before the first tick: master weights, split by ZeRO-1, to the compute copy."""
+  """Returns the steps before the first tick: master weights, split by ZeRO-1, to compute copies."""
   mesh = settings.mesh
   held = leaves(settings.model)
   dtype = DTYPE_BYTES[settings.model.dtype]
@@ -171,8 +171,7 @@ def _head_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
     Step(
       "logits and loss", "head", flops=flops, num_bytes=4 * logits_bytes(settings, at), kernels=12
     ),
-    Step("highest logit", "head", "all-reduce", axes=split, operand_bytes=each),
-    Step("sum of exponentials", "head", "all-reduce", axes=split, operand_bytes=2 * each),
+    Step("gather sums of exponentials", "head", "all-gather", axes=split, operand_bytes=each),
   )
 
 
@@ -180,7 +179,6 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Loss and its gradient of one micro-batch; every device a share of the vocabulary."""
   forward = {step.name: step for step in _head_forward(settings, at)}
   kernel = settings.model.d_model * vocabulary(settings) * _FLOAT32
-  split = ("stage", "tensor")
   return (
     *forward.values(),
     dataclasses.replace(
@@ -191,13 +189,8 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
       num_bytes=5 * logits_bytes(settings, at) + 2 * kernel,
       kernels=16,
     ),
-    # What a device's share of the loss brings to each logit; it is the same for every micro-batch,
-    # and XLA takes it out of a loop that has a head in every tick.
-    Step("sum share of loss", "head", "all-reduce", BACKWARD, split, _FLOAT32),
     *phases.transpose(settings, at, forward["gather output"]),
-    Step(
-      "sum cotangent", "head", "all-reduce", BACKWARD, _STAGE, activation_bytes(settings, at)
-    ),
+    Step("sum cotangent", "head", "all-reduce", BACKWARD, _STAGE, activation_bytes(settings, at)),
   )
 
 

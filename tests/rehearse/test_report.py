@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.model import flash
-from moe_jax.plan import cost
+from moe_jax.plan import cost, units
 from moe_jax.rehearse import memory, text
 from moe_jax.train import step as step_lib
 
@@ -68,6 +68,13 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
   assert found["prediction"]["bubble_fraction"] <= 0.016
   assert found["prediction"]["tokens_per_ms_per_gpu"] >= 100
   assert found["memory_bytes"]["total"] <= 4.312e9
+  # Master weights travel in bfloat16: XLA would rather gather float32 and convert afterwards.
+  settings = config_lib.from_mapping(found["config"])
+  planned = next(step for step in units.begin(settings) if step.kind == "all-gather")
+  gathers = ("all-gather", "expert")
+  sent = sum(r["bytes_per_gpu"] for r in found["collectives"] if (r["kind"], r["axis"]) == gathers)
+  expected = planned.operand_bytes * (settings.mesh.expert - 1)
+  assert sent == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.slow
