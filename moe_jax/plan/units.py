@@ -169,7 +169,7 @@ def _head_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   return (
     Step("gather output", "head", "all-gather", axes=("tensor",), operand_bytes=x),
     Step(
-      "logits and loss", "head", flops=flops, num_bytes=4 * logits_bytes(settings, at), kernels=12
+      "logits and loss", "head", flops=flops, num_bytes=3 * logits_bytes(settings, at), kernels=10
     ),
     Step("gather sums of exponentials", "head", "all-gather", axes=split, operand_bytes=each),
   )
@@ -186,8 +186,9 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
       name="logits and loss, back",
       part=BACKWARD,
       flops=2 * forward["logits and loss"].flops,
-      num_bytes=5 * logits_bytes(settings, at) + 2 * kernel,
-      kernels=16,
+      # The logits are read, their gradient is written and read twice.
+      num_bytes=(1 + 3 * at.dtype_bytes / _FLOAT32) * logits_bytes(settings, at) + 2 * kernel,
+      kernels=12,
     ),
     *phases.transpose(settings, at, forward["gather output"]),
     Step("sum cotangent", "head", "all-reduce", BACKWARD, _STAGE, activation_bytes(settings, at)),

@@ -79,13 +79,14 @@ def _layers(settings: Config, at: Sizes, kind: str) -> list[Array]:
 
 
 def _head(settings: Config, at: Sizes, waits: bool) -> list[Array]:
-  """Logits and their gradient, and the gathered positions."""
+  """Logits and, in the compute dtype, their gradient; and the gathered positions."""
   mesh = settings.mesh
   logits, activation = logits_bytes(settings, at), activation_bytes(settings, at)
+  gradient = logits // FLOAT32_BYTES * at.dtype_bytes
   last = Moment.ATTENTION if waits else Moment.HEAD
   found = [
     Array(logits, Moment.HEAD, Moment.HEAD),
-    Array(logits, Moment.HEAD, last),
+    Array(gradient, Moment.HEAD, last),
     Array(mesh.tensor * activation, Moment.HEAD, last),
     Array(3 * activation, Moment.HEAD, Moment.HEAD),
   ]

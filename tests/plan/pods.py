@@ -55,7 +55,7 @@ def compare(name: str) -> bool:
   """Prints one deployment's rows; returns whether they keep to the bars."""
   config, pod_name, sections = CASES[name]
   settings = settings_of(config, sections)
-  found, _, _ = report.make("train", settings, pod.describe(pod_name), lambda _: None)
+  found, _, _ = report.make("train", settings, pod.describe(pod_name))
   run = simulate.train(settings, Machine(cluster(pod_name)))
   links = {"inside": 0.0, "between": 0.0}
   for row in found["collectives"]:
