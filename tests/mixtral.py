@@ -145,8 +145,7 @@ def parameters(mixtral, model: Model) -> dict:
       "expert_norm": {"scale": layers("post_attention_layernorm")},
       "router": {"kernel": layers("mlp.gate", lambda weight: weight.T)},
       "experts": {
-        "gate": gate_up[..., :F].copy(),
-        "up": gate_up[..., F:].copy(),
+        "gate_up": gate_up.reshape(*gate_up.shape[:-1], 2, F),
         "down": experts("down_proj"),
       },
     },

@@ -50,8 +50,7 @@ def init_params(key, model: Model) -> dict:
       "expert_norm": {"scale": scale((L, D))},
       "router": {"kernel": normal((L, D, E), 1.5 * D**-0.5)},
       "experts": {
-        "gate": normal((L, E, D, F), D**-0.5),
-        "up": normal((L, E, D, F), D**-0.5),
+        "gate_up": jnp.stack([normal((L, E, D, F), D**-0.5) for _ in range(2)], 3),
         "down": normal((L, E, F, D), F**-0.5),
       },
     },
@@ -287,9 +286,8 @@ def _moe(params, model, x_TD):
   for e in range(E):
     is_chosen_TK = expert_TK == e
     weight_T = jnp.sum(jnp.where(is_chosen_TK, weight_TK, 0.0), axis=-1)
-    hidden_TF = jax.nn.silu(x_TD @ params["experts"]["gate"][e]) * (
-      x_TD @ params["experts"]["up"][e]
-    )
+    gate_DF, up_DF = params["experts"]["gate_up"][e].swapaxes(0, 1)
+    hidden_TF = jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)
     y_TD = y_TD + weight_T[:, None] * (hidden_TF @ params["experts"]["down"][e])
     counts.append(jnp.sum(is_chosen_TK, dtype=jnp.int32))
   counts_E = jnp.stack(counts)

@@ -13,20 +13,19 @@ class Weight(NamedTuple):
   """How files keep one parameter.
 
   Attributes:
-    name: of the tensor, `{layer}` and `{expert}` standing for numbers where each has its own.
+    name: of the tensor, `{layer}`, `{expert}` and `{part}` standing for what each has its own of.
     path: of the parameter, such as "layers/attention/query".
     dimensions: for each dimension of the tensor, those of the parameter that it holds, outermost
-      first. The parameter's leading dimensions, which the name counts, are in none.
+      first.
+    counted: the parameter's other dimensions, which the name counts, in the order above.
+    parts: what `{part}` stands for.
   """
 
   name: str
   path: str
   dimensions: tuple[tuple[int, ...], ...]
-
-  @property
-  def num_counted(self) -> int:
-    """Leading dimensions of the parameter that the name counts."""
-    return self.name.count("{")
+  counted: tuple[int, ...] = ()
+  parts: tuple[str, ...] = ()
 
 
 class Architecture(NamedTuple):
@@ -38,7 +37,9 @@ class Architecture(NamedTuple):
     defaults: what transformers takes where one of them is absent, if that is not an error.
     required: what other fields of its config.json must be if they are there.
     implied: fields of config.Model that it leaves no choice about.
-    experts: names of the router's and the experts' tensors (gate, up, down) within a layer.
+    router: name of its tensor within a layer.
+    expert: likewise of an expert's tensors, `{part}` standing for one of `parts`.
+    parts: gate, up and down.
   """
 
   class_name: str
@@ -46,7 +47,9 @@ class Architecture(NamedTuple):
   defaults: Mapping[str, object]
   required: Mapping[str, object]
   implied: Mapping[str, object]
-  experts: tuple[str, str, str, str]
+  router: str
+  expert: str
+  parts: tuple[str, str, str]
 
 
 _FIELDS = {
@@ -61,7 +64,7 @@ _FIELDS = {
 }
 _DEFAULTS = {"tie_word_embeddings": False, "head_dim": None}
 _REQUIRED = {"hidden_act": "silu", "attention_dropout": 0.0}
-_MLP = ("mlp.gate", *(f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")))
+_MLP = "mlp.gate", "mlp.experts.{expert}.{part}_proj", ("gate", "up", "down")
 # Each is what its modeling file in transformers 5.23 computes.
 ARCHITECTURES: dict[str, Architecture] = {
   "mixtral": Architecture(
@@ -75,10 +78,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     _DEFAULTS,
     {**_REQUIRED, "sliding_window": None, "router_jitter_noise": 0.0},
     {"qk_norm": "none", "normalize_choices": True, "clip_qkv": None, "router_bias": False},
-    (
-      "block_sparse_moe.gate",
-      *(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2")),
-    ),
+    "block_sparse_moe.gate",
+    "block_sparse_moe.experts.{expert}.{part}",
+    ("w1", "w3", "w2"),
   ),
   "qwen3_moe": Architecture(
     "Qwen3MoeForCausalLM",
@@ -99,7 +101,7 @@ ARCHITECTURES: dict[str, Architecture] = {
       "mlp_only_layers": [],
     },
     {"qk_norm": "head", "clip_qkv": None, "router_bias": False},
-    _MLP,
+    *_MLP,
   ),
   "olmoe": Architecture(
     "OlmoeForCausalLM",
@@ -113,37 +115,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     {**_DEFAULTS, "norm_topk_prob": False, "clip_qkv": None, "num_key_value_heads": None},
     {**_REQUIRED, "attention_bias": False},
     {"qk_norm": "projection", "router_bias": False},
-    _MLP,
+    *_MLP,
   ),
 }
 
 
 def weights(model: config.Model, kind: str) -> tuple[Weight, ...]:
   """Returns how files of an architecture keep each parameter of a model."""
-  router, gate, up, down = (
-    f"model.layers.{{layer}}.{name}.weight" for name in ARCHITECTURES[kind].experts
-  )
-  attention = lambda name: f"model.layers.{{layer}}.self_attn.{name}.weight"
+  architecture = ARCHITECTURES[kind]
+  *gate_up, down = architecture.parts
+  of_layer = lambda name: f"model.layers.{{layer}}.{name}.weight"
+  attention = lambda name: of_layer(f"self_attn.{name}")
+  expert = of_layer(architecture.expert)
   norm = {"none": None, "head": ((1,),), "projection": ((1, 2),)}[model.qk_norm]
   found = [
     Weight("model.embed_tokens.weight", "shared/embedding/table", ((0,), (1,))),
-    Weight("model.layers.{layer}.input_layernorm.weight", "layers/attention_norm/scale", ((1,),)),
-    Weight(attention("q_proj"), "layers/attention/query", ((2, 3), (1,))),
-    Weight(attention("k_proj"), "layers/attention/key", ((2, 3), (1,))),
-    Weight(attention("v_proj"), "layers/attention/value", ((2, 3), (1,))),
-    Weight(attention("o_proj"), "layers/attention/out", ((3,), (1, 2))),
-    Weight(
-      "model.layers.{layer}.post_attention_layernorm.weight", "layers/expert_norm/scale", ((1,),)
-    ),
-    Weight(router, "layers/router/kernel", ((2,), (1,))),
-    Weight(gate, "layers/experts/gate", ((3,), (2,))),
-    Weight(up, "layers/experts/up", ((3,), (2,))),
-    Weight(down, "layers/experts/down", ((3,), (2,))),
+    Weight(of_layer("input_layernorm"), "layers/attention_norm/scale", ((1,),), (0,)),
+    Weight(attention("q_proj"), "layers/attention/query", ((2, 3), (1,)), (0,)),
+    Weight(attention("k_proj"), "layers/attention/key", ((2, 3), (1,)), (0,)),
+    Weight(attention("v_proj"), "layers/attention/value", ((2, 3), (1,)), (0,)),
+    Weight(attention("o_proj"), "layers/attention/out", ((3,), (1, 2)), (0,)),
+    Weight(of_layer("post_attention_layernorm"), "layers/expert_norm/scale", ((1,),), (0,)),
+    Weight(of_layer(architecture.router), "layers/router/kernel", ((2,), (1,)), (0,)),
+    Weight(expert, "layers/experts/gate_up", ((4,), (2,)), (0, 1, 3), tuple(gate_up)),
+    Weight(expert, "layers/experts/down", ((3,), (2,)), (0, 1), (down,)),
     Weight("model.norm.weight", "shared/final_norm/scale", ((0,),)),
   ]
   if norm:
-    found.append(Weight(attention("q_norm"), "layers/attention/query_norm/scale", norm))
-    found.append(Weight(attention("k_norm"), "layers/attention/key_norm/scale", norm))
+    found.append(Weight(attention("q_norm"), "layers/attention/query_norm/scale", norm, (0,)))
+    found.append(Weight(attention("k_norm"), "layers/attention/key_norm/scale", norm, (0,)))
   if not model.tied_embeddings:
     found.append(Weight("lm_head.weight", "shared/head/kernel", ((1,), (0,))))
   return tuple(found)

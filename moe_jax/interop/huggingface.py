@@ -175,7 +175,7 @@ def _take(arrays, weight: Weight, leaf: jax.Array, order: np.ndarray, dtype: np.
 
 
 def _slabs(weight: Weight, leaf) -> Slabs:
-  return Slabs(leaf, weight.num_counted, _flat(weight))
+  return Slabs(leaf, weight.counted, _flat(weight))
 
 
 def _flat(weight: Weight) -> tuple[int, ...]:
@@ -183,8 +183,10 @@ def _flat(weight: Weight) -> tuple[int, ...]:
 
 
 def _tensor_name(weight: Weight, part: Part, order: np.ndarray) -> str:
-  layer, expert = (*part.stacked, None, None)[:2]
-  return weight.name.format(layer=None if layer is None else order[layer], expert=expert)
+  # What a name does not count it does not hold either.
+  layer, expert, number = (*part.stacked, *(0, 0, 0)[len(part.stacked) :])
+  parts = weight.parts or ("",)
+  return weight.name.format(layer=order[layer], expert=expert, part=parts[number])
 
 
 def _expected(weights: tuple[Weight, ...], leaves: Mapping) -> dict[str, tuple[int, ...]]:
@@ -193,7 +195,7 @@ def _expected(weights: tuple[Weight, ...], leaves: Mapping) -> dict[str, tuple[i
   for weight in weights:
     shape = leaves[weight.path].shape
     in_file = tuple(math.prod(shape[d] for d in group) for group in weight.dimensions)
-    for at in np.ndindex(*shape[: weight.num_counted]):
+    for at in np.ndindex(*(shape[d] for d in weight.counted)):
       found[_tensor_name(weight, Part(at, ()), np.arange(shape[0]))] = in_file
   return found
 

@@ -34,23 +34,23 @@ class Slabs:
 
   Args:
     struct: shape, dtype and NamedSharding of the parameter.
-    num_stacked: its leading dimensions along which tensors are stacked.
+    stacked: its dimensions along which tensors are stacked.
     order: its other dimensions, as they follow each other in the file.
   """
 
-  def __init__(self, struct: jax.ShapeDtypeStruct, num_stacked: int, order: tuple[int, ...]):
-    self._struct, self._num_stacked, self._order = struct, num_stacked, order
+  def __init__(
+    self, struct: jax.ShapeDtypeStruct, stacked: tuple[int, ...], order: tuple[int, ...]
+  ):
+    self._struct, self._stacked, self._order = struct, stacked, order
     self._sharding = struct.sharding
     spec = tuple(struct.sharding.spec)
     spec += (None,) * (len(struct.shape) - len(spec))
     self._spec = P(*spec)
     local = struct.sharding.shard_shape(struct.shape)
-    self._steps = local[:num_stacked]
-    num_parts = (
-      size // here for size, here in zip(struct.shape[:num_stacked], self._steps, strict=True)
-    )
+    self._steps = tuple(local[d] for d in stacked)
+    num_parts = (struct.shape[d] // local[d] for d in stacked)
     self._slab_shape = (*num_parts, *(struct.shape[d] for d in order))
-    self._slab_spec = P(*spec[:num_stacked], *(spec[d] for d in order))
+    self._slab_spec = P(*(spec[d] for d in (*stacked, *order)))
 
   def fill(self, read: Callable[[Part], np.ndarray]) -> jax.Array:
     """Returns the parameter, filled part by part; each is on its devices before the next is read.
@@ -66,7 +66,7 @@ class Slabs:
       pieces = {}
       for part, devices in self._parts(at):
         gc.collect(0)  # jax lets go of the host's array before only when Python collects
-        piece = np.expand_dims(read(part), tuple(range(self._num_stacked)))
+        piece = np.expand_dims(read(part), tuple(range(len(self._stacked))))
         pieces |= {device: jax.device_put(piece, device) for device in devices}
         jax.block_until_ready([pieces[device] for device in devices])
         del piece
@@ -88,7 +88,7 @@ class Slabs:
       by_device = {shard.device: shard.data for shard in slab.addressable_shards}
       for part, devices in self._parts(at):
         array = by_device[devices[0]]
-        yield part, np.asarray(array).reshape(array.shape[self._num_stacked :])
+        yield part, np.asarray(array).reshape(array.shape[len(self._stacked) :])
         array.delete()  # jax keeps the host's copy with the array
 
   def _parts(self, at: tuple[int, ...]) -> Iterator[tuple[Part, list[jax.Device]]]:
@@ -98,27 +98,25 @@ class Slabs:
       bounds = tuple(s.indices(n)[:2] for s, n in zip(index, self._struct.shape, strict=True))
       devices_by_part.setdefault(bounds, []).append(device)
     for bounds, devices in devices_by_part.items():
-      stacked = tuple(bounds[d][0] + at[d] for d in range(self._num_stacked))
+      stacked = tuple(bounds[d][0] + i for d, i in zip(self._stacked, at, strict=True))
       yield Part(stacked, tuple(slice(*bounds[d]) for d in self._order)), devices
 
   def _at(self, at):
-    return np.asarray(at, np.int32).reshape(self._num_stacked)
+    return np.asarray(at, np.int32).reshape(len(self._stacked))
 
   def _write(self, parameter, slab, at):
-    stacked = tuple(range(self._num_stacked))
-    back = np.argsort(self._order) + self._num_stacked
-    piece = jnp.transpose(slab, (*stacked, *map(int, back))).astype(parameter.dtype)
+    back = np.argsort((*self._stacked, *self._order))
+    piece = jnp.transpose(slab, tuple(map(int, back))).astype(parameter.dtype)
     return jax.lax.dynamic_update_slice(parameter, piece, self._starts(parameter, at))
 
   def _read(self, parameter, at, dtype):
-    stacked = tuple(range(self._num_stacked))
-    sizes = (*(1 for _ in stacked), *parameter.shape[self._num_stacked :])
+    sizes = [1 if d in self._stacked else size for d, size in enumerate(parameter.shape)]
     piece = jax.lax.dynamic_slice(parameter, self._starts(parameter, at), sizes)
-    return jnp.transpose(piece, (*stacked, *self._order)).astype(dtype)
+    return jnp.transpose(piece, (*self._stacked, *self._order)).astype(dtype)
 
   def _starts(self, parameter, at):
-    zeros = [jnp.int32(0)] * (parameter.ndim - self._num_stacked)
-    return [*(at[d] for d in range(self._num_stacked)), *zeros]
+    starts = dict(zip(self._stacked, at, strict=True))
+    return [starts.get(d, jnp.int32(0)) for d in range(parameter.ndim)]
 
   def _mapped(self, function, in_specs, out_specs, donate=()):
     mapped = jax.shard_map(

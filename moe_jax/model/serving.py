@@ -230,7 +230,7 @@ def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, 
     y_tD, plan = _few(settings, layers, index, routing, logits_tE, h_tD)
   else:
     experts = weights.experts
-    of_layer = Weights(experts.gate[...], experts.up[...], experts.down[...])
+    of_layer = Weights(experts.gate_up[...], experts.down[...])
     moe = config.Moe(dispatch="dropless", exchange=settings.moe.exchange)
     y_tD, plan = layer.serve(of_layer, moe, routing, logits_tE, h_tD)
   dropped = jnp.sum((plan.expert_TK == num_experts) & is_real_t1, dtype=jnp.int32)
@@ -244,7 +244,7 @@ def _few(settings: config.Config, layers, index, routing, logits_tE, h_tD):
     *routing.experts_TK.shape, logits_tE.shape[1], 1.0, False, EXCHANGE[settings.moe.exchange]
   )
   experts = layers["experts"]
-  stack = Weights(experts["gate"][...], experts["up"][...], experts["down"][...])
+  stack = Weights(experts["gate_up"][...], experts["down"][...])
   with jax.named_scope("dispatch"):
     plan = entry.plan(setting, routing, logits_tE)
     arrived = entry.send(setting, h_tD, plan, 0)

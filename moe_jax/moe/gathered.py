@@ -103,7 +103,7 @@ def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> 
     layer: which of them.
   """
   if arrived.chose_eM is None:
-    rows_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.gate_eDf.shape[1], *arrived.x_MD.shape))
+    rows_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.down_efD.shape[1], *arrived.x_MD.shape))
     return swiglu(jax.tree.map(lambda w: w[layer], stack), rows_eMD)
   return _chosen(stack, layer, arrived.x_MD, arrived.chose_eM)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import grouped_kernels
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Weights, gated
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
@@ -109,7 +109,7 @@ def _grouped_swiglu(weights, rows_RD, groups):
 
 
 def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
-  """Returns (`rows_RD`, gate_NJf, up_NJf): the sums, and of the blocks what `backward` takes.
+  """Returns (`rows_RD`, gate_up_NJ2f): the sums, and of the blocks what `backward` takes.
 
   Args:
     groups: of these experts; there may be more, which have no rows.
@@ -119,25 +119,25 @@ def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
   )
 
 
-def backward(weights: Weights, rows_RD, groups: Groups, gate_NJf, up_NJf, gradient_RD):
+def backward(weights: Weights, rows_RD, groups: Groups, gate_up_NJ2f, gradient_RD):
   """Returns the gradients of weights, float32, and of rows; arguments as of `forward` and as it
   returned them.
   """
   return jax.lax.platform_dependent(
-    weights, rows_RD, _of(weights, groups), gate_NJf, up_NJf, gradient_RD,
+    weights, rows_RD, _of(weights, groups), gate_up_NJ2f, gradient_RD,
     cuda=_kernels_backward, default=_blocks_backward,
   )  # fmt: skip
 
 
 def _of(weights: Weights, groups: Groups) -> Groups:
   """Returns the groups without the experts that follow those whose weights there are."""
-  e = weights.gate_eDf.shape[0]
+  e = len(weights.down_efD)
   return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
 
 
 def _forward(weights, rows_RD, groups):
-  y_RD, gate_NJf, up_NJf = forward(weights, rows_RD, groups)
-  return y_RD, (weights, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
+  y_RD, gate_up_NJ2f = forward(weights, rows_RD, groups)
+  return y_RD, (weights, rows_RD, groups, residual(gate_up_NJ2f))
 
 
 def _backward(saved, gradient_RD):
@@ -149,16 +149,16 @@ _grouped_swiglu.defvjp(_forward, _backward)
 
 
 def _kernels_forward(weights, rows_RD, groups, interpret=False):
-  y_NJD, gate_NJf, up_NJf = grouped_kernels.forward(
+  y_NJD, gate_up_NJ2f = grouped_kernels.forward(
     weights, _placed(rows_RD, groups), *_blocks(groups), interpret=interpret
   )
-  return _received(y_NJD, groups), gate_NJf, up_NJf
+  return _received(y_NJD, groups), gate_up_NJ2f
 
 
-def _kernels_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD, interpret=False):
+def _kernels_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, interpret=False):
   x_NJD, dy_NJD = _placed(rows_RD, groups), _placed(gradient_RD, groups)
   dweights, dx_NJD = grouped_kernels.backward(
-    weights, x_NJD, *_blocks(groups), gate_NJf, up_NJf, dy_NJD, interpret=interpret
+    weights, x_NJD, *_blocks(groups), gate_up_NJ2f, dy_NJD, interpret=interpret
   )
   return dweights, _received(dx_NJD, groups)
 
@@ -176,8 +176,8 @@ def _blocks(groups):
 def _blocks_values(weights, rows_RD, groups):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
-    gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
-    return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
+    gate_up_J2f = _gate_up(one, blocks.read(y_NJD))
+    return blocks.put(y_NJD, gated(gate_up_J2f) @ one.down_efD), ()
 
   y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
@@ -185,32 +185,31 @@ def _blocks_values(weights, rows_RD, groups):
 
 def _blocks_forward(weights, rows_RD, groups):
   def step(blocks, buffers, one: Weights):
-    gate_NJf, up_NJf, y_NJD = buffers
-    gate_Jf, up_Jf = _hidden(one, blocks.read(y_NJD))
-    y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
-    buffers = blocks.put(gate_NJf, gate_Jf), blocks.put(up_NJf, up_Jf), blocks.put(y_NJD, y_JD)
-    return buffers, ()
+    gate_up_NJ2f, y_NJD = buffers
+    gate_up_J2f = _gate_up(one, blocks.read(y_NJD))
+    y_JD = gated(gate_up_J2f) @ one.down_efD
+    return (blocks.put(gate_up_NJ2f, gate_up_J2f), blocks.put(y_NJD, y_JD)), ()
 
-  num_hidden = weights.down_efD.shape[1]
-  hidden = tuple(_buffer(groups, rows_RD, num_hidden) for _ in ("gate", "up"))
-  (gate_NJf, up_NJf, y_NJD), _ = _loop(weights, groups, step, (*hidden, _placed(rows_RD, groups)))
-  return _received(y_NJD, groups), gate_NJf, up_NJf
+  zeros = jnp.zeros((*groups.row_NJ.shape, 2, weights.down_efD.shape[1]), rows_RD.dtype)
+  buffers = varying_like(zeros, rows_RD), _placed(rows_RD, groups)
+  (gate_up_NJ2f, y_NJD), _ = _loop(weights, groups, step, buffers)
+  return _received(y_NJD, groups), gate_up_NJ2f
 
 
-def _blocks_backward(weights, rows_RD, groups, gate_NJf, up_NJf, gradient_RD):
+def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
   def nothing(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
   def step(blocks, d_NJD, one: Weights):
     # Rows that are none are zero here: those add nothing to any gradient.
     x_JD, dy_JD = _take_or_zero(rows_RD, blocks.read(groups.row_NJ)), blocks.read(d_NJD)
-    hidden_Jf, activation_vjp = jax.vjp(
-      lambda gate, up: jax.nn.silu(gate) * up, blocks.read(gate_NJf), blocks.read(up_NJf)
+    hidden_Jf, activation_vjp = jax.vjp(gated, blocks.read(gate_up_NJ2f))
+    (d_J2f,) = activation_vjp(dy_JD @ one.down_efD.T)
+    d_Jg, gate_up_Dg = d_J2f.reshape(len(d_J2f), -1), one.gate_up_eD2f.reshape(x_JD.shape[1], -1)
+    gradients = Weights(
+      _outer(x_JD, d_Jg).reshape(one.gate_up_eD2f.shape), _outer(hidden_Jf, dy_JD)
     )
-    dgate_Jf, dup_Jf = activation_vjp(dy_JD @ one.down_efD.T)
-    dx_JD = dgate_Jf @ one.gate_eDf.T + dup_Jf @ one.up_eDf.T
-    gradients = _outer(x_JD, dgate_Jf), _outer(x_JD, dup_Jf), _outer(hidden_Jf, dy_JD)
-    return blocks.put(d_NJD, dx_JD), Weights(*gradients)
+    return blocks.put(d_NJD, d_Jg @ gate_up_Dg.T), gradients
 
   dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
   return dweights, _received(dx_NJD, groups)
@@ -260,17 +259,13 @@ class _Blocks(NamedTuple):
     return put(x_NJi, self.first, rows.reshape(self.number, *x_NJi.shape[1:]))
 
 
-def _hidden(one: Weights, x_JD):
-  return x_JD @ one.gate_eDf, x_JD @ one.up_eDf
+def _gate_up(one: Weights, x_JD):
+  gate_up_Dg = one.gate_up_eD2f.reshape(x_JD.shape[1], -1)
+  return (x_JD @ gate_up_Dg).reshape(len(x_JD), *one.gate_up_eD2f.shape[1:])
 
 
 def _outer(left_Ji, right_Jo):
   return jnp.einsum("ji,jo->io", left_Ji, right_Jo, preferred_element_type=jnp.float32)
-
-
-def _buffer(groups, rows_RD, width):
-  zeros = jnp.zeros((*groups.row_NJ.shape, width), rows_RD.dtype)
-  return varying_like(zeros, rows_RD)
 
 
 def _placed(rows_RD, groups):

@@ -29,7 +29,7 @@ D_HIDDEN, D_ROWS, D_WEIGHTS = "grouped_d_hidden", "grouped_d_rows", "grouped_d_w
 
 
 def forward(weights: Weights, x_NJD, expert_N, used_2, *, interpret: bool = False):
-  """Returns `y_NJD`, this tensor rank's partial sums, and `gate_NJf`, `up_NJf`.
+  """Returns `y_NJD`, this tensor rank's partial sums, and `gate_up_NJ2f`.
 
   Args:
     weights: of this device's experts.
@@ -41,68 +41,65 @@ def forward(weights: Weights, x_NJD, expert_N, used_2, *, interpret: bool = Fals
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  run = _Call(x_NJD, expert_N, used_2, interpret)
-  gate_NJf, up_NJf = run(HIDDEN, _hidden_kernel, (x_NJD,), weights[:2], weights.up_eDf.shape[2], 2)
-  (y_NJD,) = run(OUTPUT, _output_kernel, (gate_NJf, up_NJf), (weights.down_efD,), x_NJD.shape[2], 1)
-  return y_NJD, gate_NJf, up_NJf
+  run = _Call(x_NJD, expert_N, used_2, len(weights.down_efD), interpret)
+  f, D = weights.down_efD.shape[1:]
+  (gate_up_NJ2f,) = run(HIDDEN, _hidden_kernel, (x_NJD,), weights.gate_up_eD2f, f, ((2,),))
+  (y_NJD,) = run(OUTPUT, _output_kernel, (gate_up_NJ2f,), weights.down_efD, D, ((),))
+  return y_NJD, gate_up_NJ2f
 
 
-def backward(
-  weights: Weights, x_NJD, expert_N, used_2, gate_NJf, up_NJf, dy_NJD, *, interpret=False
-):
+def backward(weights: Weights, x_NJD, expert_N, used_2, gate_up_NJ2f, dy_NJD, *, interpret=False):
   """Returns the gradients of the weights, float32, and of the rows, `dx_NJD`.
 
   Args:
     weights, x_NJD, expert_N, used_2, interpret: as `forward` took them.
-    gate_NJf, up_NJf: as it returned them.
+    gate_up_NJ2f: as it returned it.
     dy_NJD: gradient of its output; zero in rows that are empty.
   """
-  run = _Call(x_NJD, expert_N, used_2, interpret)
-  dgate_NJf, dup_NJf, hidden_NJf = run(
-    D_HIDDEN, _d_hidden_kernel, (dy_NJD, gate_NJf, up_NJf), (weights.down_efD,),
-    gate_NJf.shape[2], 3,
-  )  # fmt: skip
-  (dx_NJD,) = run(D_ROWS, _d_rows_kernel, (dgate_NJf, dup_NJf), weights[:2], x_NJD.shape[2], 1)
-  dweights = Weights(
-    run.outer(x_NJD, dgate_NJf, weights.gate_eDf.shape),
-    run.outer(x_NJD, dup_NJf, weights.up_eDf.shape),
-    run.outer(hidden_NJf, dy_NJD, weights.down_efD.shape),
-  )
+  run = _Call(x_NJD, expert_N, used_2, len(weights.down_efD), interpret)
+  f, D = weights.down_efD.shape[1:]
+  given = (dy_NJD, gate_up_NJ2f)
+  d_NJ2f, hidden_NJf = run(D_HIDDEN, _d_hidden_kernel, given, weights.down_efD, f, ((2,), ()))
+  (dx_NJD,) = run(D_ROWS, _d_rows_kernel, (d_NJ2f,), weights.gate_up_eD2f, D, ((),))
+  dweights = Weights(run.outer(x_NJD, d_NJ2f), run.outer(hidden_NJf, dy_NJD))
   return dweights, dx_NJD
 
 
 class _Call:
   """Calls kernels over the tiles of the same blocks."""
 
-  def __init__(self, x_NJD, expert_N, used_2, interpret):
-    self.like, self.interpret = x_NJD, interpret
+  def __init__(self, x_NJD, expert_N, used_2, num_experts, interpret):
+    self.like, self.num_experts, self.interpret = x_NJD, num_experts, interpret
     self.N, self.J = x_NJD.shape[:2]
     tiles = self.J // TILE
     expert_V = jnp.repeat(expert_N, tiles)
     self.expert_V = varying_like(expert_V, x_NJD)
     self.used_2 = varying_like((used_2 * tiles).astype(jnp.int32), x_NJD)
 
-  def __call__(self, name, kernel, rows, weights, width, num_outputs):
-    """Returns `num_outputs` arrays [N, J, width]; a program of the kernel writes a tile of each."""
-    rows = [_padded(x.reshape(self.N * self.J, -1), 1) for x in rows]
-    weights = [_padded(_padded(varying_like(w, self.like), 1), 2) for w in weights]
+  def __call__(self, name, kernel, rows, weights, width, outputs):
+    """Returns an array [N, J, *output, width] for each output; a program of the kernel writes a
+    tile of each of its matrices.
+    """
+    rows = [_padded(self._flat(x), -1) for x in rows]
+    weights = _padded(_padded(varying_like(weights, self.like), 1), -1)
     columns = math.ceil(width / TILE)
-    tile = pl.BlockSpec((TILE, TILE), lambda v, c: (v, c))
     found = pl.pallas_call(
       kernel,
       name=name,
       grid=(self.N * self.J // TILE, columns),
-      out_specs=[tile] * num_outputs,
-      out_shape=[self._out((self.N * self.J, columns * TILE))] * num_outputs,
+      out_specs=[_tile_of(output) for output in outputs],
+      out_shape=[self._out((self.N * self.J, *output, columns * TILE)) for output in outputs],
       compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
       interpret=self.interpret,
-    )(self.expert_V, self.used_2, *rows, *weights)
-    return [x[:, :width].reshape(self.N, self.J, width) for x in found]
+    )(self.expert_V, self.used_2, *rows, weights)
+    return [x[..., :width].reshape(self.N, self.J, *x.shape[1:-1], width) for x in found]
 
-  def outer(self, left_NJi, right_NJo, shape):
-    """Returns the sum over each expert's rows of left x right, [e, i, o] float32."""
-    left, right = (_padded(x.reshape(self.N * self.J, -1), 1) for x in (left_NJi, right_NJo))
-    num_experts, num_rows, num_columns = shape
+  def outer(self, left_NJi, right_NJo):
+    """Returns the sum over each expert's rows of left x right, [e, i, *o] float32."""
+    left, right = self._flat(left_NJi), self._flat(right_NJo)
+    num_rows, shape = left.shape[1], right.shape[1:]
+    left, right = _padded(left, -1), _padded(right.reshape(len(right), -1), -1)
+    num_experts = self.num_experts
     expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
     tile_V = jnp.arange(self.expert_V.size, dtype=jnp.int32)
     is_used_V = (tile_V >= self.used_2[0]) & (tile_V < self.used_2[1])
@@ -119,7 +116,10 @@ class _Call:
       compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
       interpret=self.interpret,
     )(first_e, length_e, left, right)
-    return found[:, :num_rows, :num_columns]
+    return found[:, :num_rows, : math.prod(shape)].reshape(num_experts, num_rows, *shape)
+
+  def _flat(self, x_NJi):
+    return x_NJi.reshape(self.N * self.J, *x_NJi.shape[2:])
 
   def _out(self, shape, dtype=None):
     varies = jax.typeof(self.like).manual_axis_type
@@ -129,8 +129,13 @@ class _Call:
 def _padded(x, axis):
   """Returns `x` with zeros behind it up to whole tiles: they add nothing to a sum."""
   missing = -x.shape[axis] % TILE
-  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+  widths = [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)]
   return jnp.pad(x, widths) if missing else x
+
+
+def _tile_of(output):
+  """Returns where a program writes an output of these dimensions between rows and columns."""
+  return pl.BlockSpec((TILE, *output, TILE), lambda v, c: (v, *(0 for _ in output), c))
 
 
 def _walk(expert_ref, used_ref, num_terms, step, num_sums):
@@ -153,32 +158,31 @@ def _at(index):
   return pl.ds(index * TILE, TILE)
 
 
-def _hidden_kernel(expert_ref, used_ref, x_ref, gate_w_ref, up_w_ref, gate_ref, up_ref):
+def _hidden_kernel(expert_ref, used_ref, x_ref, gate_up_w_ref, gate_up_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
     x = x_ref[here, _at(k)]
-    return [triton.dot(x, w_ref[expert, _at(k), column]) for w_ref in (gate_w_ref, up_w_ref)]
+    return [triton.dot(x, gate_up_w_ref[expert, _at(k), part, column]) for part in range(2)]
 
-  gate, up = _walk(expert_ref, used_ref, x_ref.shape[1], step, 2)
-  gate_ref[...], up_ref[...] = gate.astype(gate_ref.dtype), up.astype(up_ref.dtype)
+  sums = _walk(expert_ref, used_ref, x_ref.shape[1], step, 2)
+  for part in range(2):
+    gate_up_ref[:, part, :] = sums[part].astype(gate_up_ref.dtype)
 
 
-def _output_kernel(expert_ref, used_ref, gate_ref, up_ref, down_w_ref, y_ref):
+def _output_kernel(expert_ref, used_ref, gate_up_ref, down_w_ref, y_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
-    hidden = _silu(_wide(gate_ref[here, _at(k)])) * _wide(up_ref[here, _at(k)])
+    gate, up = (_wide(gate_up_ref[here, part, _at(k)]) for part in range(2))
     down = down_w_ref[expert, _at(k), column]
-    return [triton.dot(hidden.astype(down.dtype), down)]
+    return [triton.dot((gate * jax.nn.sigmoid(gate) * up).astype(down.dtype), down)]
 
-  (y,) = _walk(expert_ref, used_ref, gate_ref.shape[1], step, 1)
+  (y,) = _walk(expert_ref, used_ref, gate_up_ref.shape[2], step, 1)
   y_ref[...] = y.astype(y_ref.dtype)
 
 
-def _d_hidden_kernel(
-  expert_ref, used_ref, dy_ref, gate_ref, up_ref, down_w_ref, dgate_ref, dup_ref, hidden_ref
-):
+def _d_hidden_kernel(expert_ref, used_ref, dy_ref, gate_up_ref, down_w_ref, d_ref, hidden_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
@@ -186,25 +190,25 @@ def _d_hidden_kernel(
     return [triton.dot(dy_ref[here, _at(k)], down, trans_b=True)]
 
   (dhidden,) = _walk(expert_ref, used_ref, dy_ref.shape[1], step, 1)
-  gate, up = _wide(gate_ref[here, column]), _wide(up_ref[here, column])
+  gate, up = (_wide(gate_up_ref[here, part, column]) for part in range(2))
   sigmoid = jax.nn.sigmoid(gate)
   slope = sigmoid * (1 + gate * (1 - sigmoid))
-  dgate_ref[...] = (dhidden * up * slope).astype(dgate_ref.dtype)
-  dup_ref[...] = (dhidden * gate * sigmoid).astype(dup_ref.dtype)
+  d_ref[:, 0, :] = (dhidden * up * slope).astype(d_ref.dtype)
+  d_ref[:, 1, :] = (dhidden * gate * sigmoid).astype(d_ref.dtype)
   hidden_ref[...] = (gate * sigmoid * up).astype(hidden_ref.dtype)
 
 
-def _d_rows_kernel(expert_ref, used_ref, dgate_ref, dup_ref, gate_w_ref, up_w_ref, dx_ref):
+def _d_rows_kernel(expert_ref, used_ref, d_ref, gate_up_w_ref, dx_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
     products = [
-      triton.dot(d_ref[here, _at(k)], w_ref[expert, column, _at(k)], trans_b=True)
-      for d_ref, w_ref in ((dgate_ref, gate_w_ref), (dup_ref, up_w_ref))
+      triton.dot(d_ref[here, part, _at(k)], gate_up_w_ref[expert, column, part, _at(k)], trans_b=True)
+      for part in range(2)
     ]
     return [sum(products)]
 
-  (dx,) = _walk(expert_ref, used_ref, dgate_ref.shape[1], step, 1)
+  (dx,) = _walk(expert_ref, used_ref, d_ref.shape[2], step, 1)
   dx_ref[...] = dx.astype(dx_ref.dtype)
 
 
@@ -223,6 +227,3 @@ def _d_weights_kernel(first_ref, length_ref, left_ref, right_ref, out_ref):
 def _wide(x):
   return x.astype(jnp.float32)
 
-
-def _silu(x):
-  return x * jax.nn.sigmoid(x)

@@ -26,12 +26,12 @@ from moe_jax.pipeline.saving import residual
 
 
 class Experts(nnx.Module):
-  """Parameters of all experts, SwiGLU: gate and up [E, D, F], down [E, F, D]."""
+  """Parameters of all experts, SwiGLU: gate and up [E, D, 2, F], down [E, F, D]."""
 
   def __init__(self, model: config.Model, rngs: nnx.Rngs):
     E, D, F = model.experts, model.d_model, model.expert_hidden
-    self.gate = parameter(rngs, (E, D, F), ("experts", "model", "hidden"), fan_in=D)
-    self.up = parameter(rngs, (E, D, F), ("experts", "model", "hidden"), fan_in=D)
+    axes = ("experts", "model", "gate_up", "hidden")
+    self.gate_up = parameter(rngs, (E, D, 2, F), axes, fan_in=D)
     self.down = parameter(rngs, (E, F, D), ("experts", "hidden", "model"), fan_in=F)
 
 
@@ -91,7 +91,7 @@ def moe(
       kernel.kernel[...], x_tD, num_choices, normalize_choices, limit, bias_E
     )
     ranking_tE = router.ranking(logits_tE, num_choices, limit, bias_E)
-  weights = Weights(experts.gate[...], experts.up[...], experts.down[...])
+  weights = Weights(experts.gate_up[...], experts.down[...])
   y_tD, plan = serve(weights, moe_config, routing, ranking_tE, x_tD)
   # Statistics come last: no token waits for them.
   with jax.named_scope("dispatch"):

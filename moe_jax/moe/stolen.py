@@ -113,23 +113,23 @@ def _compute(weights, shadow_H, rows_RD, groups):
 
 def _forward(weights, shadow_H, rows_RD, groups):
   shadows = _Shadows(weights, shadow_H)
-  y_RD, gate_NJf, up_NJf = shadows.if_any(
+  y_RD, gate_up_NJ2f = shadows.if_any(
     lambda: grouped.forward(shadows.joined(), rows_RD, groups),
     lambda: grouped.forward(weights, rows_RD, groups),
   )
-  return y_RD, (weights, shadow_H, rows_RD, groups, residual(gate_NJf), residual(up_NJf))
+  return y_RD, (weights, shadow_H, rows_RD, groups, residual(gate_up_NJ2f))
 
 
 def _backward(saved, gradient_RD):
-  weights, shadow_H, rows_RD, groups, *hidden = saved
+  weights, shadow_H, rows_RD, groups, gate_up_NJ2f = saved
   shadows = _Shadows(weights, shadow_H)
 
   def of_all():
-    gradients, dx_RD = grouped.backward(shadows.joined(), rows_RD, groups, *hidden, gradient_RD)
+    gradients, dx_RD = grouped.backward(shadows.joined(), rows_RD, groups, gate_up_NJ2f, gradient_RD)
     return shadows.home(gradients), dx_RD
 
   def of_own():
-    return grouped.backward(weights, rows_RD, groups, *hidden, gradient_RD)
+    return grouped.backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD)
 
   dweights, dx_RD = shadows.if_any(of_all, of_own)
   return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None, dx_RD, None
@@ -143,7 +143,7 @@ class _Shadows:
 
   def __init__(self, weights: Weights, shadow_H: jax.Array):
     self.weights, self.shadow_H = weights, shadow_H
-    self.num_local = weights.gate_eDf.shape[0]
+    self.num_local = len(weights.down_efD)
     num_experts = self.num_local * jax.lax.axis_size(EXPERT)
     self.number = jnp.sum(shadow_H < num_experts, dtype=jnp.int32)
 
@@ -168,8 +168,8 @@ class _Shadows:
       add = lambda all_e, w: put(all_e, self.num_local + h, w[None])
       return jax.tree.map(add, joined, _summed(mine))
 
-    behind = ((0, self.shadow_H.size), (0, 0), (0, 0))
-    with_room = jax.tree.map(lambda w: jnp.pad(w, behind), self.weights)
+    behind = lambda w: ((0, self.shadow_H.size), *[(0, 0)] * (w.ndim - 1))
+    with_room = jax.tree.map(lambda w: jnp.pad(w, behind(w)), self.weights)
     return self.each(fetch, with_room)
 
   def home(self, gradients: Weights) -> Weights:

@@ -20,6 +20,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
   "hidden": (TENSOR,),
   "model": None,
   "head_dim": None,
+  "gate_up": None,
   "all_experts": None,  # the router scores every expert on every device
   "micro_batches": None,
   "sequences": (EXPERT,),

@@ -108,8 +108,7 @@ def leaves(model: Model) -> tuple[Leaf, ...]:
     Leaf("expert_norm", "dispatch", (D,), ("model",), True),
     Leaf("router", "dispatch", (D, E), ("model", "all_experts"), True),
     *([Leaf("router_bias", "dispatch", (E,), ("all_experts",), True)] * model.router_bias),
-    Leaf("gate", "experts", (E, D, F), ("experts", "model", "hidden")),
-    Leaf("up", "experts", (E, D, F), ("experts", "model", "hidden")),
+    Leaf("gate_up", "experts", (E, D, 2, F), ("experts", "model", "gate_up", "hidden")),
     Leaf("down", "experts", (E, F, D), ("experts", "hidden", "model")),
   )
   stacked = [

@@ -100,7 +100,7 @@ def _programs(args):
   from moe_jax.parallel.axes import EXPERT, TENSOR
 
   mesh = mesh_lib.make(config.Mesh(expert=NUM_PROCESSES))
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
   every = P((EXPERT, TENSOR))
 
   def region(dispatch, x_tD, experts_tK, weights_tK, weights):
@@ -130,9 +130,9 @@ def _programs(args):
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-  normal = lambda *shape: random.normal(0, shape[-2] ** -0.5, shape).astype(np.float32)
+  normal = lambda *shape: random.normal(0, shape[1] ** -0.5, shape).astype(np.float32)
   E, D, F = NUM_EXPERTS, args.width, args.hidden
-  weights = Weights(normal(E, D, F), normal(E, D, F), normal(E, F, D))
+  weights = Weights(normal(E, D, 2, F), normal(E, F, D))
   weights = jax.tree.map(put, weights, weights_spec)
   x_TD = put(normal(args.tokens, D), every)
   half_TK = put(np.full((args.tokens, NUM_CHOICES), 1 / NUM_CHOICES, np.float32), every)

@@ -73,7 +73,7 @@ def compiled(mesh_sizes, moe: dict) -> str:
     return entry.back(setting, computed, weights_tK, plan, 0)
 
   every = P((EXPERT, TENSOR))
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
   struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
   T, E, D, F = TOKENS * sizes.num_devices, NUM_EXPERTS, WIDTH, NUM_HIDDEN
   call = jax.jit(
@@ -83,7 +83,7 @@ def compiled(mesh_sizes, moe: dict) -> str:
   )
   lowered = call.lower(
     struct(T, D), struct(T, NUM_CHOICES, dtype=jnp.int32), struct(T, NUM_CHOICES), struct(T, E),
-    Weights(struct(E, D, F), struct(E, D, F), struct(E, F, D)),
+    Weights(struct(E, D, 2, F), struct(E, F, D)),
   )  # fmt: skip
   return lowered.compile().as_text()
 

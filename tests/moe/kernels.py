@@ -40,7 +40,7 @@ def run(weights, rows, sizes, gradient):
   return y, vjp(gradient)
 
 e, D, f, rows = 2, 512, 256, struct(8 * 1280, 512)
-weights = Weights(struct(e, D, f), struct(e, D, f), struct(e, f, D))
+weights = Weights(struct(e, D, 2, f), struct(e, f, D))
 jax.jit(run).lower(weights, rows, struct(8, e, dtype=jnp.int32), rows).compile()
 """
 

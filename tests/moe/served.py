@@ -22,7 +22,7 @@ from moe_jax.parallel.axes import EXPERT, TENSOR
 NUM_EXPERTS, NUM_CHOICES, WIDTH, NUM_HIDDEN = 16, 2, 12, 16
 LOADS = ("even", "zipf_1", "zipf_2", "one_hot", "an_empty_expert", "all_to_one_device")
 EVERY = P((EXPERT, TENSOR))
-_WEIGHTS_SPEC = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+_WEIGHTS_SPEC = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
 
 
 class Case(NamedTuple):
@@ -68,9 +68,7 @@ def case(load, num_tokens=256, num_ranks=1, width=WIDTH, num_hidden=NUM_HIDDEN):
   random = np.random.default_rng(1)
   normal = lambda *shape, std=1.0: jnp.asarray(random.normal(0, std, shape), jnp.float32)
   E, D, F = NUM_EXPERTS, width, num_hidden
-  weights = Weights(
-    normal(E, D, F, std=D**-0.5), normal(E, D, F, std=D**-0.5), normal(E, F, D, std=F**-0.5)
-  )
+  weights = Weights(normal(E, D, 2, F, std=D**-0.5), normal(E, F, D, std=F**-0.5))
   return Case(
     normal(num_tokens, D), experts_TK, jax.nn.softmax(chosen_TK, -1), logits_TE, weights,
     normal(num_tokens, D),
@@ -117,9 +115,9 @@ def loop(x_TD, experts_TK, weights_TK, logits_TE, weights, cotangent_TD):
 
   def y(x_TD, weights_TK, weights):
     total = jnp.zeros_like(x_TD)
-    for e in range(weights.gate_eDf.shape[0]):
+    for e in range(len(weights.down_efD)):
       weight_T = jnp.where(experts_TK == e, weights_TK, 0.0).sum(1)
-      gate_TF, up_TF = x_TD @ weights.gate_eDf[e], x_TD @ weights.up_eDf[e]
+      gate_TF, up_TF = (x_TD @ weights.gate_up_eD2f[e, :, part] for part in range(2))
       total += weight_T[:, None] * ((jax.nn.silu(gate_TF) * up_TF) @ weights.down_efD[e])
     return total
 
@@ -129,7 +127,7 @@ def loop(x_TD, experts_TK, weights_TK, logits_TE, weights, cotangent_TD):
 
 def check(found, expected, tolerance=1e-5):
   """Checks values and every gradient by relative L2, and that none is trivial."""
-  names = ("y", "x", "router weights", "gate", "up", "down")
+  names = ("y", "x", "router weights", "gate and up", "down")
   leaves = zip(names, jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
   for name, each, wanted in leaves:
     each, wanted = np.asarray(each, np.float64), np.asarray(wanted, np.float64)

@@ -43,7 +43,7 @@ FACTOR = 1.25
 def dense(mesh, num_rows):
   """Returns the jitted gradient of every expert on `num_rows` rows of its own."""
   sizes = config.Mesh(expert=mesh[0], tensor=mesh[1])
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
 
   def region(rows_eRD, weights, cotangent_eRD):
     # Whole rows on each tensor rank, partial sums out: the share of the product that a rank has.

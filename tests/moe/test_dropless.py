@@ -70,7 +70,7 @@ def test_stages_may_differ_in_rounds():
     jnp.concatenate(each) for each in list(zip(*cases, strict=True))[:4]
   )
   every = P((STAGE, EXPERT, TENSOR))
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
 
   def region(x_tD, experts_tK, weights_tK, logits_tE, weights):
     routing = Routing(experts_tK, weights_tK)
@@ -128,8 +128,8 @@ def test_dropless_sends_what_it_declares(mesh, exchange):
     moe_config = config.Moe(dispatch="dropless", capacity_factor=1.0, exchange=exchange)
     return layer.serve(weights, moe_config, Routing(experts_tK, weights_tK), logits_tE, x_tD)[0]
 
-  weights = Weights(*[struct(E, D, 16)] * 2, struct(E, 16, D))
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights = Weights(struct(E, D, 2, 16), struct(E, 16, D))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
   integers = (struct(tokens, K, dtype=jnp.int32), struct(tokens, K), struct(tokens, E))
   found = found_in(
     all_of, on, (*[every] * 4, weights_spec), every, *integers, struct(tokens, D), weights
@@ -151,7 +151,7 @@ def test_what_is_saved_is_not_exchanged_again(name, save, times):
   moe_config = config.Moe(dispatch=name, capacity_factor=1.0)
   tokens = 16 * 8
   case = jax.tree.map(lambda a: struct(*a.shape, dtype=a.dtype), served.case("even", tokens))
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
 
   def of_layer(weights, shared, x_tD, inputs):
     del shared

@@ -41,7 +41,7 @@ def test_what_chose_nobody_gets_nothing(num_tokens):
 def test_experts_of_a_layer_are_read_out_of_the_stack(num_tokens):
   random = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
-  stack = Weights(normal(3, E, 8, 6), normal(3, E, 8, 6), normal(3, E, 6, 8))
+  stack = Weights(normal(3, E, 8, 2, 6), normal(3, E, 6, 8))
   num_chose_e = np.arange(E) % 9  # nobody, few, more than few, all
   chose_eM = random.permuted(np.arange(num_tokens) < num_chose_e[:, None], axis=1)
   is_full = num_tokens == 256
@@ -74,13 +74,13 @@ def test_it_sends_what_it_declares(mesh):
   def region(experts_tK, weights_tK, logits_tE, x_tD, weights):
     return layer.serve(weights, GATHERED, Routing(experts_tK, weights_tK), logits_tE, x_tD)[0]
 
-  weights_spec = Weights(*[P(EXPERT, None, TENSOR)] * 2, P(EXPERT, TENSOR))
+  weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
   run = jax.shard_map(
     region, mesh=on, in_specs=(*[served.EVERY] * 4, weights_spec), out_specs=served.EVERY
   )
   T = t * X * tensor
   given = (struct(T, K, dtype=jnp.int32), struct(T, K), struct(T, E), struct(T, D))
-  weights = Weights(struct(E, D, F), struct(E, D, F), struct(E, F, D))
+  weights = Weights(struct(E, D, 2, F), struct(E, F, D))
   found = program.summary(program.collectives(run, *given, weights, mesh=on))
   sizes = {"X": X, "tensor": tensor, "t": t, "K": K, "D": D}
   phases = (gathered.plan, gathered.send, gathered.back)

@@ -50,8 +50,8 @@ def run(mesh, moe_config, weights, cotangent_TD):
   (router_graph, router), (experts_graph, experts) = make(moe_layer.Router), make(moe_layer.Experts)
   x_TD, kernel, gate, up, down = map(jnp.asarray, weights)
   fill = lambda state, values: jax.tree.unflatten(jax.tree.structure(state), values)
-  # An nnx.State is flattened by name: down, gate, up.
-  router, experts = fill(router, [kernel]), fill(experts, [down, gate, up])
+  # An nnx.State is flattened by name: down, gate_up.
+  router, experts = fill(router, [kernel]), fill(experts, [down, jnp.stack([gate, up], 2)])
 
   def region(x_tD, router, experts):
     y_tD, auxiliary, report = moe_layer.moe(
@@ -73,7 +73,8 @@ def run(mesh, moe_config, weights, cotangent_TD):
 
   gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
   (_, (y_TD, auxiliary, report)), (gx, grouter, gexperts) = gradient(x_TD, router, experts)
-  gdown, ggate, gup = jax.tree.leaves(gexperts)
+  gdown, ggate_up = jax.tree.leaves(gexperts)
+  ggate, gup = ggate_up.swapaxes(0, 2).swapaxes(1, 2)
   return y_TD, auxiliary, report, (gx, *jax.tree.leaves(grouter), ggate, gup, gdown)
 
 

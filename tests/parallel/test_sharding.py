@@ -78,7 +78,7 @@ def test_parameters_lie_as_the_design_says():
   layers, shared = specs.layers, specs.shared
   assert layers["attention"]["query"].get_value() == P(STAGE, None, TENSOR, None)
   assert layers["attention"]["out"].get_value() == P(STAGE, TENSOR, None, None)
-  assert layers["experts"]["gate"].get_value() == P(STAGE, EXPERT, None, TENSOR)
+  assert layers["experts"]["gate_up"].get_value() == P(STAGE, EXPERT, None, None, TENSOR)
   assert layers["experts"]["down"].get_value() == P(STAGE, EXPERT, TENSOR, None)
   assert layers["router"]["kernel"].get_value() == P(STAGE, None, None)
   assert shared["embedding"]["table"].get_value() == P((STAGE, TENSOR), None)
