@@ -32,8 +32,31 @@ def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
   weights = varying_like(weights, rows_eRD)
-  gate_up_eR2f = residual(jnp.einsum("erd,edgf->ergf", rows_eRD, weights.gate_up_eD2f))
+  gate_up_eR2f = residual(_gate_up(rows_eRD, weights.gate_up_eD2f))
   return jnp.einsum("erf,efd->erd", gated(gate_up_eR2f), weights.down_efD)
+
+
+@jax.custom_vjp
+def _gate_up(rows_eRD, gate_up_eD2f) -> jax.Array:
+  """Returns the product `gate_up_eR2f`: of matrices, for XLA turns arrays of more dimensions; and
+  what its gradient keeps are the weights, not their matrices.
+  """
+  product_eRg = jnp.einsum("erd,edg->erg", rows_eRD, _matrices(gate_up_eD2f))
+  return product_eRg.reshape(*rows_eRD.shape[:2], *gate_up_eD2f.shape[2:])
+
+
+def _gate_up_backward(kept, d_eR2f):
+  rows_eRD, gate_up_eD2f = kept
+  d_eRg = _matrices(d_eR2f)
+  d_eRD = jnp.einsum("erg,edg->erd", d_eRg, _matrices(gate_up_eD2f))
+  return d_eRD, jnp.einsum("erd,erg->edg", rows_eRD, d_eRg).reshape(gate_up_eD2f.shape)
+
+
+def _matrices(x_ei2f):
+  return x_ei2f.reshape(*x_ei2f.shape[:2], -1)
+
+
+_gate_up.defvjp(lambda *given: (_gate_up(*given), given), _gate_up_backward)
 
 
 @jax.custom_vjp

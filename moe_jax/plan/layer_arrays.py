@@ -154,14 +154,9 @@ class LayerArrays:
     found = [
       Array(arrived, Moment.HIDDEN, used_by_down),  # cotangent
       Array(self._partial_hidden(), Moment.HIDDEN, Moment.HIDDEN),  # of the product of gate and up
-      Array(2 * hidden, Moment.ROWS, used_by_gate),  # of gate and up, one array
-      # Their weights as one.
-      Array(2 * self._weight_elements * self._at.dtype_bytes, Moment.ROWS, Moment.ROWS),
+      Array(2 * hidden, Moment.ROWS, used_by_gate),  # of gate and up
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
-    if not self._is_remade:
-      # A slot ends between the two, so the halves lie apart until they are joined.
-      found.append(Array(2 * hidden, Moment.HIDDEN, Moment.HIDDEN))
     if self._save == "everything":
       return found
     last = Moment.HIDDEN if is_tied else Moment.ROWS
