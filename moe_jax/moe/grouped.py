@@ -8,7 +8,7 @@ summed, so an expert's blocks are multiplied in one product of just their number
 which several follow each other. Knows rows and group sizes; must not know where rows come from.
 
 Letters: S source devices, B rows of each, R = S * B, N blocks of J rows, e experts of this device,
-f this tensor rank's share of the hidden units.
+f this tensor rank's share of the hidden units, g twice as many: gate and up.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import grouped_kernels
-from moe_jax.moe.experts import Weights, gated
+from moe_jax.moe.experts import Weights
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
@@ -176,8 +176,8 @@ def _blocks(groups):
 def _blocks_values(weights, rows_RD, groups):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
-    gate_up_J2f = _gate_up(one, blocks.read(y_NJD))
-    return blocks.put(y_NJD, gated(gate_up_J2f) @ one.down_efD), ()
+    gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ _matrix(one))
+    return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
 
   y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
@@ -185,15 +185,16 @@ def _blocks_values(weights, rows_RD, groups):
 
 def _blocks_forward(weights, rows_RD, groups):
   def step(blocks, buffers, one: Weights):
-    gate_up_NJ2f, y_NJD = buffers
-    gate_up_J2f = _gate_up(one, blocks.read(y_NJD))
-    y_JD = gated(gate_up_J2f) @ one.down_efD
-    return (blocks.put(gate_up_NJ2f, gate_up_J2f), blocks.put(y_NJD, y_JD)), ()
+    gate_up_NJg, y_NJD = buffers
+    gate_up_Jg = blocks.read(y_NJD) @ _matrix(one)
+    gate_Jf, up_Jf = _halves(gate_up_Jg)
+    y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
+    return (blocks.put(gate_up_NJg, gate_up_Jg), blocks.put(y_NJD, y_JD)), ()
 
-  zeros = jnp.zeros((*groups.row_NJ.shape, 2, weights.down_efD.shape[1]), rows_RD.dtype)
-  buffers = varying_like(zeros, rows_RD), _placed(rows_RD, groups)
-  (gate_up_NJ2f, y_NJD), _ = _loop(weights, groups, step, buffers)
-  return _received(y_NJD, groups), gate_up_NJ2f
+  blocks, num_hidden = groups.row_NJ.shape, weights.down_efD.shape[1]
+  zeros_NJg = varying_like(jnp.zeros((*blocks, 2 * num_hidden), rows_RD.dtype), rows_RD)
+  (gate_up_NJg, y_NJD), _ = _loop(weights, groups, step, (zeros_NJg, _placed(rows_RD, groups)))
+  return _received(y_NJD, groups), gate_up_NJg.reshape(*blocks, 2, num_hidden)
 
 
 def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
@@ -203,13 +204,13 @@ def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
   def step(blocks, d_NJD, one: Weights):
     # Rows that are none are zero here: those add nothing to any gradient.
     x_JD, dy_JD = _take_or_zero(rows_RD, blocks.read(groups.row_NJ)), blocks.read(d_NJD)
-    hidden_Jf, activation_vjp = jax.vjp(gated, blocks.read(gate_up_NJ2f))
-    (d_J2f,) = activation_vjp(dy_JD @ one.down_efD.T)
-    d_Jg, gate_up_Dg = d_J2f.reshape(len(d_J2f), -1), one.gate_up_eD2f.reshape(x_JD.shape[1], -1)
-    gradients = Weights(
-      _outer(x_JD, d_Jg).reshape(one.gate_up_eD2f.shape), _outer(hidden_Jf, dy_JD)
+    gate_up_Jg = blocks.read(gate_up_NJ2f).reshape(len(x_JD), -1)
+    hidden_Jf, activation_vjp = jax.vjp(
+      lambda gate, up: jax.nn.silu(gate) * up, *_halves(gate_up_Jg)
     )
-    return blocks.put(d_NJD, d_Jg @ gate_up_Dg.T), gradients
+    d_Jg = jnp.concatenate(activation_vjp(dy_JD @ one.down_efD.T), 1)
+    of_gate_up = _outer(x_JD, d_Jg).reshape(one.gate_up_eD2f.shape)
+    return blocks.put(d_NJD, d_Jg @ _matrix(one).T), Weights(of_gate_up, _outer(hidden_Jf, dy_JD))
 
   dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
   return dweights, _received(dx_NJD, groups)
@@ -259,9 +260,13 @@ class _Blocks(NamedTuple):
     return put(x_NJi, self.first, rows.reshape(self.number, *x_NJi.shape[1:]))
 
 
-def _gate_up(one: Weights, x_JD):
-  gate_up_Dg = one.gate_up_eD2f.reshape(x_JD.shape[1], -1)
-  return (x_JD @ gate_up_Dg).reshape(len(x_JD), *one.gate_up_eD2f.shape[1:])
+def _matrix(one: Weights) -> jax.Array:
+  """Returns the expert's `gate_up_Dg`, both beside each other."""
+  return one.gate_up_eD2f.reshape(len(one.gate_up_eD2f), -1)
+
+
+def _halves(gate_up_Jg):
+  return jnp.split(gate_up_Jg, 2, 1)
 
 
 def _outer(left_Ji, right_Jo):

@@ -203,7 +203,9 @@ def _d_rows_kernel(expert_ref, used_ref, d_ref, gate_up_w_ref, dx_ref):
 
   def step(expert, k):
     products = [
-      triton.dot(d_ref[here, part, _at(k)], gate_up_w_ref[expert, column, part, _at(k)], trans_b=True)
+      triton.dot(
+        d_ref[here, part, _at(k)], gate_up_w_ref[expert, column, part, _at(k)], trans_b=True
+      )
       for part in range(2)
     ]
     return [sum(products)]
@@ -226,4 +228,3 @@ def _d_weights_kernel(first_ref, length_ref, left_ref, right_ref, out_ref):
 
 def _wide(x):
   return x.astype(jnp.float32)
-

@@ -125,7 +125,9 @@ def _backward(saved, gradient_RD):
   shadows = _Shadows(weights, shadow_H)
 
   def of_all():
-    gradients, dx_RD = grouped.backward(shadows.joined(), rows_RD, groups, gate_up_NJ2f, gradient_RD)
+    gradients, dx_RD = grouped.backward(
+      shadows.joined(), rows_RD, groups, gate_up_NJ2f, gradient_RD
+    )
     return shadows.home(gradients), dx_RD
 
   def of_own():
