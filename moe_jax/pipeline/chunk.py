@@ -99,6 +99,8 @@ class Chunk(NamedTuple):
   Attributes:
     steps: of a layer, with what they save.
     slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
+    due: of how many steps of a backward unit the weights' gradients must be there at the end of
+      each slot.
     quiet: first and last of the slots beside which weights to come are gathered.
     is_inside: of each step of a layer, whether it sends inside the host.
     weights: of this stage's layers.
@@ -109,6 +111,7 @@ class Chunk(NamedTuple):
 
   steps: SavedLayer
   slots: tuple[tuple[int, int], ...]
+  due: tuple[int, ...]
   quiet: tuple[int, int]
   is_inside: tuple[bool, ...]
   weights: Whole | Streamed
@@ -152,7 +155,6 @@ class Chunk(NamedTuple):
     ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
     back = backward and _BackwardLayer(self, backward, l, gy, saved, rings[1])
     coming = [each.coming for each in (ahead, back) if each]
-    num_done = 0  # steps whose weights' gradients must be there at the end of the slot
     for number, (num_ahead, num_back) in enumerate(self.slots):
       if number == self.quiet[0]:
         coming = [self.weights.gather(shares) for shares in coming]
@@ -160,17 +162,18 @@ class Chunk(NamedTuple):
         totals = totals._replace(stash=ahead.write(totals.stash))
         totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and follows)
       if back:
+        num_done = self.due[number - 1] if number else 0
         totals = self._run_back(back, num_back, totals, fills=ahead is not None, num_done=num_done)
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
         is_tied = number in (self.quiet[0] - 1, self.quiet[1])
-        tied = (x, totals.stash, back.gradients, back.of_parameters[:num_done])
+        num_due = self.due[number]
+        tied = (x, totals.stash, back.gradients, back.of_parameters[:num_due])
         tied, there = _both(tied, coming if is_tied else [])
-        x, stash, back.gradients, back.of_parameters[:num_done] = tied
+        x, stash, back.gradients, back.of_parameters[:num_due] = tied
         coming = there if is_tied else coming
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
-        num_done = len(back.of_parameters)
     found = iter(coming)
     put = lambda each, ring: (
       self.weights.put(l, each.unit.coming, each.ring, next(found)) if each else ring

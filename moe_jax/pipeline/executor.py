@@ -27,7 +27,7 @@ from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
-from moe_jax.pipeline.tie import cost, quiet, slots
+from moe_jax.pipeline.tie import cost, due, quiet, slots
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
@@ -141,6 +141,7 @@ class _Executor:
     self.chunk = Chunk(
       SAVE[save](steps, whole),
       side_by_side,
+      due(side_by_side, *given),
       quiet(side_by_side, *given),
       tuple(step.inside_bytes > 0 for step in steps),
       weights,

@@ -32,11 +32,14 @@ _OF_FORWARD = 2.0
 
 
 class Cost(NamedTuple):
-  """Seconds of a step's computation, and of its communication over each link."""
+  """Seconds of a step's computation, and of its communication over each link; and of the
+  computation those of its weights' gradients, which nothing in the layer waits for.
+  """
 
   compute_s: float
   inside_s: float
   between_s: float
+  free_s: float = 0.0
 
   @property
   def total_s(self) -> float:
@@ -50,10 +53,12 @@ def cost(step: Step, is_backward: bool) -> Cost:
     + step.made_bytes / _MADE_BYTES_PER_S
     + step.num_equations * _EQUATION_S
   )
+  has_weights = is_backward and step.flops > 0 and step.uses
   return Cost(
     compute_s * (_OF_FORWARD if is_backward else 1.0),
     _link_s(step.inside_bytes, _CHIP.inside_bytes_per_s),
     _link_s(step.between_bytes, _CHIP.between_bytes_per_s),
+    compute_s if has_weights else 0.0,
   )
 
 
@@ -91,6 +96,38 @@ def slots(
       if ways:
         best[f, b] = min(ways)
   return best[len(forward), len(backward)][1]
+
+
+def due(
+  slots: Sequence[tuple[int, int]], forward: Sequence[Cost], backward: Sequence[Cost]
+) -> tuple[int, ...]:
+  """Returns of how many backward steps, from the first on, the weights' gradients must be there at
+  the end of each slot: those of a step one slot after it, or later where more of them is hidden.
+
+  XLA would put them as late as it may. They are wanted beside communication, in the first slot that
+  has room for half of them beside what its streams compute themselves, else in the emptiest.
+
+  Args:
+    slots: as `slots` returns them.
+    forward, backward: as it takes them.
+  """
+  room_s, made = [], []  # of each slot; (slot, seconds) of each backward step
+  f = b = 0
+  for number, (more_f, more_b) in enumerate(slots):
+    ahead, back = forward[f : f + more_f], backward[b : b + more_b]
+    f, b = f + more_f, b + more_b
+    made += [(number, each.free_s) for each in back]
+    back = [each._replace(compute_s=each.compute_s - each.free_s) for each in back]
+    both = (*ahead, *back)
+    room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in both))
+  last, due_in = len(slots) - 1, []
+  for number, seconds in made:
+    later = range(min(max([number + 1, *due_in[-1:]]), last), last + 1)
+    fits = (slot for slot in later if room_s[slot] >= seconds / 2)
+    slot = next(fits, max(later, key=lambda slot: (room_s[slot], -slot)))
+    room_s[slot] -= seconds
+    due_in.append(slot)
+  return tuple(sum(slot <= number for slot in due_in) for number in range(len(slots)))
 
 
 def quiet(
