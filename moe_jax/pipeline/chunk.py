@@ -4,9 +4,10 @@ Where a tick has a forward and a backward unit, they belong to different micro-b
 nothing of each other. Layer by layer, the steps of the one run beside those of the other, the
 backward's from the last to the first: so while one exchanges tokens the other multiplies matrices.
 A barrier after each slot of steps says so to XLA, whose scheduler does not find it by itself; it
-holds the chain of activations and the chain of cotangents. Weights' gradients and what is saved may
-come a slot later than what they are made from, and fill what room is left there: first of all
-beside gathers and sums inside the host, which their own stream waits for while the other one sends.
+holds the chain of activations and the chain of cotangents. What is saved may come a slot later than
+what it is made from, and weights' gradients some slots later; they fill what room is left there:
+first of all beside gathers and sums inside the host, which their own stream waits for while the
+other one sends.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """

@@ -5,7 +5,8 @@ lays every product behind the last collective that it finds, or behind none, so 
 by slot: a slot ends when both streams are through. In a slot one exchange between hosts may travel,
 and beside it what the other stream computes and sends inside the host; two streams never share a
 link. Which steps share a slot is found by dynamic programming over the time that slots take, so a
-long exchange gets several products and a short gather a part of one.
+long exchange gets several products and a short gather a part of one. Weights' gradients, which no
+stream waits for, go where a slot has room.
 
 Knows what steps cost; must not know what they do.
 """

@@ -344,3 +344,13 @@ def test_tables_and_schedules_import_neither_jax_nor_matplotlib():
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert (done.returncode, done.stdout, done.stderr) == (0, "legal\n", "")
+
+
+@pytest.mark.parametrize(
+  ("schedule", "stages", "is_needed"),
+  [("1f1b", 1, False), ("1f1b", 2, False), ("interleaved", 2, False), ("gpipe", 2, True),
+   ("1f1b", 4, True), ("gpipe", 1, False)],
+)  # fmt: skip
+def test_two_stages_need_no_broadcast_where_heads_come_at_once(schedule, stages, is_needed):
+  table = SCHEDULES[schedule](stages, 4, 2 if schedule == "interleaved" else 1)
+  assert table.head_needs_broadcast == is_needed

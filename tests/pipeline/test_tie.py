@@ -60,6 +60,34 @@ def test_every_step_has_its_slot_and_none_is_longer_than_one_after_another(forwa
   assert total >= either
 
 
+def test_gradients_of_weights_are_due_a_slot_later_where_that_has_room():
+  product = Cost(20e-6, 0.0, 0.0, free_s=10e-6)
+  # Beside each product the other stream sends; behind it there is room for its gradient.
+  forward, backward = [EXCHANGE, EXCHANGE], [product, product]
+  assert tie.due([(1, 1), (1, 1)], forward, backward) == (0, 2)
+  assert tie.due([(1, 1), (1, 0), (0, 1)], forward, backward) == (0, 1, 2)
+
+
+def test_gradients_of_weights_wait_for_a_slot_that_has_room():
+  product = Cost(60e-6, 0.0, 0.0, free_s=30e-6)
+  # The second slot computes as long as it takes; in the third an exchange has nothing beside it.
+  forward, backward = [EXCHANGE, COMPUTE, EXCHANGE], [product]
+  assert tie.due([(1, 1), (1, 0), (1, 0)], forward, backward) == (0, 0, 1)
+
+
+@hypothesis.given(STREAM, STREAM)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_no_gradient_of_weights_is_due_before_it_is_made_and_all_are_at_the_end(forward, backward):
+  backward = [each._replace(free_s=each.compute_s / 2) for each in backward]
+  slots = tie.slots(forward, backward)
+  due, made = tie.due(slots, forward, backward), 0
+  for number, (_, more_b) in enumerate(slots):
+    made += more_b
+    assert due[number] <= made
+  assert list(due) == sorted(due)
+  assert due[-1] == len(backward)
+
+
 @pytest.mark.parametrize("is_backward", [False, True])
 def test_cost_counts_every_part(is_backward):
   nothing = Step(None, (), 0.0, 0.0, 0, 0.0, 0.0)
@@ -67,6 +95,9 @@ def test_cost_counts_every_part(is_backward):
   product = tie.cost(nothing._replace(flops=1e9), is_backward)
   at_half_of_peak_s = 1e9 / (0.5 * 989e12)
   assert product.compute_s == pytest.approx((1 + is_backward) * at_half_of_peak_s, rel=0.1)
+  assert product.free_s == 0.0
+  of_weights = tie.cost(nothing._replace(flops=1e9, uses=(0,)), is_backward)
+  assert of_weights.free_s == pytest.approx(is_backward * at_half_of_peak_s, rel=0.1)
   assert tie.cost(nothing._replace(inside_bytes=1e6), is_backward).inside_s > 0
   assert tie.cost(nothing._replace(between_bytes=1e6), is_backward).between_s > 0
 
