@@ -197,8 +197,8 @@ class _Shadows:
 
 
 def _summed(one: Weights) -> Weights:
-  """Returns the sums over `expert` of one expert's matrices, which travel as one message: as three
-  they take gloo three times as long.
+  """Returns the sums over `expert` of one expert's matrices, which travel as one message: gloo takes
+  as long for each.
   """
   flat, upright = ravel_pytree(one)
   return upright(varying_like(jax.lax.psum(flat, EXPERT), flat))

@@ -3,6 +3,8 @@
 Knows kernels by the shapes of their operands; must not know chips or time.
 """
 
+import math
+
 from moe_jax.model import flash
 from moe_jax.moe import grouped_kernels
 from moe_jax.rehearse.hlo import Shape
@@ -17,14 +19,14 @@ def _attention(name: str):
   return flops
 
 
-def _grouped(num_products: int, weights: int):
+def _grouped(weights: int):
   """Returns the operations of products of rows, operand 2, and experts' weights. At most: a block
   without rows is not multiplied, but the text cannot say which are.
   """
 
   def flops(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
-    num_rows, (_, i, o) = operands[2].dims[0], operands[weights].dims
-    return 2.0 * num_products * num_rows * i * o
+    num_rows, (_, *of_expert) = operands[2].dims[0], operands[weights].dims
+    return 2.0 * num_rows * math.prod(of_expert)
 
   return flops
 
@@ -36,9 +38,9 @@ def _grouped_outer(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
 
 FLOPS: KernelFlops = {
   **{name: _attention(name) for name in flash.PRODUCTS},
-  grouped_kernels.HIDDEN: _grouped(2, 3),
-  grouped_kernels.OUTPUT: _grouped(1, 4),
-  grouped_kernels.D_HIDDEN: _grouped(1, 5),
-  grouped_kernels.D_ROWS: _grouped(2, 4),
+  grouped_kernels.HIDDEN: _grouped(3),
+  grouped_kernels.OUTPUT: _grouped(3),
+  grouped_kernels.D_HIDDEN: _grouped(4),
+  grouped_kernels.D_ROWS: _grouped(3),
   grouped_kernels.D_WEIGHTS: _grouped_outer,
 }

@@ -41,13 +41,13 @@ def test_grouped_kernels_count_every_block():
   N, D, F = 640, 128, 256  # rows; 2 experts
   index = (Shape("s32", (10,)), Shape("s32", (1,)))
   array = lambda *dims: Shape("bf16", dims)
-  narrow, wide = array(N, D), array(N, F)
-  up, down = array(2, D, F), array(2, F, D)
+  narrow, wide, both = array(N, D), array(N, F), array(N, 2, F)
+  gate_up, down = array(2, D, 2, F), array(2, F, D)
   operands = {
-    "grouped_hidden": ((narrow, up, up), 2),
-    "grouped_output": ((wide, wide, down), 1),
-    "grouped_d_hidden": ((narrow, wide, wide, down), 1),
-    "grouped_d_rows": ((wide, wide, up, up), 2),
+    "grouped_hidden": ((narrow, gate_up), 2),
+    "grouped_output": ((both, down), 1),
+    "grouped_d_hidden": ((narrow, both, down), 1),
+    "grouped_d_rows": ((both, gate_up), 2),
     "grouped_d_weights": ((narrow, wide), 1),
   }
   assert {*operands, *flash.PRODUCTS} == set(kernels.FLOPS)
