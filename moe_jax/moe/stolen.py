@@ -197,8 +197,8 @@ class _Shadows:
 
 
 def _summed(one: Weights) -> Weights:
-  """Returns the sums over `expert` of one expert's matrices, which travel as one message: gloo takes
-  as long for each.
+  """Returns the sums over `expert` of one expert's matrices, which travel as one message: apart,
+  each takes gloo as long as all.
   """
   flat, upright = ravel_pytree(one)
   return upright(varying_like(jax.lax.psum(flat, EXPERT), flat))
