@@ -114,7 +114,7 @@ def test_the_reader_counts_the_ticks_of_the_table(tiny, found):
   heads = [
     n
     for u, n in found.times.items()
-    if isinstance(u, Collective) and u.phase == "head" and u.kind == "all-gather"
+    if isinstance(u, Collective) and (u.phase, u.kind, u.axis) == ("head", "all-gather", "tensor")
   ]
   assert sum(heads) == table.ticks_by_kind["head"]
   assert np.all(np.asarray(list(found.times.values())) > 0)
