@@ -33,7 +33,12 @@ def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
   """
   weights = varying_like(weights, rows_eRD)
   gate_up_eR2f = residual(_gate_up(rows_eRD, weights.gate_up_eD2f))
-  return jnp.einsum("erf,efd->erd", gated(gate_up_eR2f), weights.down_efD)
+  return jnp.einsum("erf,efd->erd", _gated(gate_up_eR2f), weights.down_efD)
+
+
+def joined(x_2f: jax.Array) -> jax.Array:
+  """Returns `x_g`, gates and what they let through beside each other, g = 2 f."""
+  return x_2f.reshape(*x_2f.shape[:-2], -1)
 
 
 @jax.custom_vjp
@@ -41,26 +46,22 @@ def _gate_up(rows_eRD, gate_up_eD2f) -> jax.Array:
   """Returns the product `gate_up_eR2f`: of matrices, for XLA turns arrays of more dimensions; and
   what its gradient keeps are the weights, not their matrices.
   """
-  product_eRg = jnp.einsum("erd,edg->erg", rows_eRD, _matrices(gate_up_eD2f))
+  product_eRg = jnp.einsum("erd,edg->erg", rows_eRD, joined(gate_up_eD2f))
   return product_eRg.reshape(*rows_eRD.shape[:2], *gate_up_eD2f.shape[2:])
 
 
 def _gate_up_backward(kept, d_eR2f):
   rows_eRD, gate_up_eD2f = kept
-  d_eRg = _matrices(d_eR2f)
-  d_eRD = jnp.einsum("erg,edg->erd", d_eRg, _matrices(gate_up_eD2f))
+  d_eRg = joined(d_eR2f)
+  d_eRD = jnp.einsum("erg,edg->erd", d_eRg, joined(gate_up_eD2f))
   return d_eRD, jnp.einsum("erd,erg->edg", rows_eRD, d_eRg).reshape(gate_up_eD2f.shape)
-
-
-def _matrices(x_ei2f):
-  return x_ei2f.reshape(*x_ei2f.shape[:2], -1)
 
 
 _gate_up.defvjp(lambda *given: (_gate_up(*given), given), _gate_up_backward)
 
 
 @jax.custom_vjp
-def gated(gate_up_2f: jax.Array) -> jax.Array:
+def _gated(gate_up_2f: jax.Array) -> jax.Array:
   """Returns `hidden_f` [..., f], silu of the gates of `gate_up_2f` [..., 2, f] times the rest."""
   return jax.nn.silu(gate_up_2f[..., 0, :]) * gate_up_2f[..., 1, :]
 
@@ -75,4 +76,4 @@ def _gated_backward(gate_up_2f, d_f):
   return (d_f[..., None, :] * slope_2f,)
 
 
-gated.defvjp(lambda gate_up_2f: (gated(gate_up_2f), gate_up_2f), _gated_backward)
+_gated.defvjp(lambda gate_up_2f: (_gated(gate_up_2f), gate_up_2f), _gated_backward)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import grouped_kernels
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Weights, joined
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
@@ -176,7 +176,7 @@ def _blocks(groups):
 def _blocks_values(weights, rows_RD, groups):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
-    gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ _matrix(one))
+    gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ joined(one.gate_up_eD2f))
     return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
 
   y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
@@ -186,7 +186,7 @@ def _blocks_values(weights, rows_RD, groups):
 def _blocks_forward(weights, rows_RD, groups):
   def step(blocks, buffers, one: Weights):
     gate_up_NJg, y_NJD = buffers
-    gate_up_Jg = blocks.read(y_NJD) @ _matrix(one)
+    gate_up_Jg = blocks.read(y_NJD) @ joined(one.gate_up_eD2f)
     gate_Jf, up_Jf = _halves(gate_up_Jg)
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
     return (blocks.put(gate_up_NJg, gate_up_Jg), blocks.put(y_NJD, y_JD)), ()
@@ -204,13 +204,15 @@ def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
   def step(blocks, d_NJD, one: Weights):
     # Rows that are none are zero here: those add nothing to any gradient.
     x_JD, dy_JD = _take_or_zero(rows_RD, blocks.read(groups.row_NJ)), blocks.read(d_NJD)
-    gate_up_Jg = blocks.read(gate_up_NJ2f).reshape(len(x_JD), -1)
+    gate_up_Jg = joined(blocks.read(gate_up_NJ2f))
     hidden_Jf, activation_vjp = jax.vjp(
       lambda gate, up: jax.nn.silu(gate) * up, *_halves(gate_up_Jg)
     )
     d_Jg = jnp.concatenate(activation_vjp(dy_JD @ one.down_efD.T), 1)
     of_gate_up = _outer(x_JD, d_Jg).reshape(one.gate_up_eD2f.shape)
-    return blocks.put(d_NJD, d_Jg @ _matrix(one).T), Weights(of_gate_up, _outer(hidden_Jf, dy_JD))
+    return blocks.put(d_NJD, d_Jg @ joined(one.gate_up_eD2f).T), Weights(
+      of_gate_up, _outer(hidden_Jf, dy_JD)
+    )
 
   dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
   return dweights, _received(dx_NJD, groups)
@@ -258,11 +260,6 @@ class _Blocks(NamedTuple):
   def put(self, x_NJi, rows) -> jax.Array:
     """Returns `x_NJi` with these as their rows."""
     return put(x_NJi, self.first, rows.reshape(self.number, *x_NJi.shape[1:]))
-
-
-def _matrix(one: Weights) -> jax.Array:
-  """Returns the expert's `gate_up_Dg`, both beside each other."""
-  return one.gate_up_eD2f.reshape(len(one.gate_up_eD2f), -1)
 
 
 def _halves(gate_up_Jg):

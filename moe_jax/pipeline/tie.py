@@ -120,6 +120,7 @@ def due(
     made += [(number, each.free_s) for each in back]
     back = [each._replace(compute_s=each.compute_s - each.free_s) for each in back]
     both = (*ahead, *back)
+    # A slot that must not be, as none of `slots` is, has no room.
     room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in both))
   last, due_in = len(slots) - 1, []
   for number, seconds in made:
