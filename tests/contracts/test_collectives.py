@@ -1,14 +1,7 @@
-"""The program's collectives are those that the docstrings declare: kind, axis, elements a device.
+"""The collectives of each part are those that its docstring declares: kind, axis, elements."""
 
-And the gradients of parameters are summed once a step, outside every loop.
-"""
-
-import collections
 import dataclasses
-import functools
-import itertools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +13,13 @@ from moe_jax.model import attention, qk_norm, transformer
 from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
-from moe_jax.parallel import collectives, parameters, sharding
+from moe_jax.parallel import collectives, parameters
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
-from moe_jax.pipeline.schedules import SCHEDULES, forward_only
-from moe_jax.train import step
 from tests.contracts import program
-from tests.pipeline import toy
+from tests.contracts.small import SEQUENCE, settings_of, struct
 from tests.train import parity
 
 MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 2), (8, 1, 1)]
-# Sizes that no two dimensions of a device share, so that a shape tells what it is of.
-MODEL = {"d_model": 24, "head_dim": 6, "experts": 8, "expert_hidden": 40, "layers": 4}
-SEQUENCE = 32
-
-
-def settings_of(mesh, **different):
-  return parity.settings_of(mesh, sequence=SEQUENCE, model=MODEL, **different)
-
-
-def struct(*shape, dtype=jnp.float32):
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def on_mesh(settings, function, in_specs, out_specs):
@@ -210,203 +190,3 @@ def test_embedding_and_head_send_what_they_declare(mesh):
   gathered = program.declared(transformer.head_logits, tensor=tensor, y_size=x_size)
   shares = ("all-gather", f"{STAGE}+{TENSOR}", (n - 1) * (B // X) * S)
   assert found == in_summary([*gathered, shares])
-
-
-@functools.cache
-def step_program(mesh, schedule="1f1b", chunks=1, save="inputs", ahead=0):
-  pipeline = {
-    "schedule": schedule, "chunks": chunks, "micro_batches": 4, "save": save,
-    "prefetch_layers": ahead,
-  }  # fmt: skip
-  settings = settings_of(mesh, pipeline=pipeline)
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  rows = (4, 8, SEQUENCE)
-  inputs = transformer.Inputs(*[struct(*rows, dtype=jnp.int32)] * 4, struct(*rows))
-  on = parity.mesh_of(settings)
-  function = step.loss_and_gradients(settings, on)
-  return settings, on, program.collectives(function, shapes, inputs, mesh=on)
-
-
-def parameter_shapes(settings, on):
-  """Returns the shape on one device of every parameter, and of one layer's."""
-  specs = transformer.specs(settings.model)
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-
-  def here(leaf, spec):
-    return jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
-
-  layers = jax.tree.leaves(jax.tree.map(here, shapes.layers, specs.layers), is_leaf=is_shape)
-  shared = jax.tree.leaves(jax.tree.map(here, shapes.shared, specs.shared), is_leaf=is_shape)
-  return {*layers, *shared, *(shape[1:] for shape in layers)}
-
-
-def is_shape(node):
-  return isinstance(node, tuple) and all(isinstance(size, int) for size in node)
-
-
-@pytest.mark.parametrize(
-  ("mesh", "schedule", "chunks", "save", "ahead"),
-  [
-    ((2, 2, 2), "1f1b", 1, "inputs", 0),
-    ((2, 2, 2), "interleaved", 2, "everything", 0),
-    ((2, 2, 2), "gpipe", 1, "residuals", 0),
-    ((4, 2, 1), "1f1b", 1, "inputs", 0),
-    ((2, 1, 4), "1f1b", 1, "everything", 0),
-    ((4, 2, 1), "1f1b", 1, "inputs", 3),
-  ],
-)
-def test_no_gradient_of_a_parameter_is_summed_in_a_loop(mesh, schedule, chunks, save, ahead):
-  settings, on, found = step_program(mesh, schedule, chunks, save, ahead)
-  assert summed_in_loops(found, parameter_shapes(settings, on)) == []
-  assert [c for c in found if c.kind == "all-to-all" and c.num_loops]  # loops are looked into
-
-
-def summed_in_loops(found, shapes):
-  return [
-    c
-    for c in found
-    if c.num_loops and c.kind in ("all-reduce", "reduce-scatter") and c.shape in shapes
-  ]
-
-
-def test_a_gradient_that_is_summed_in_a_loop_is_found():
-  mesh = parity.mesh_of(settings_of((2, 2, 2)))
-
-  def region(weights, x):
-    def layer(total, w):
-      return total + jnp.tanh(total @ w), None
-
-    # Not `collectives.varying`: the transposed loop sums the gradient of each layer.
-    loss = lambda weights: jax.lax.scan(layer, x, weights)[0].sum()
-    return jax.grad(loss)(weights)
-
-  call = jax.shard_map(region, mesh=mesh, in_specs=(P(), P(ALL)), out_specs=P())
-  found = program.collectives(call, struct(3, 7, 7), struct(16, 7), mesh=mesh)
-  assert summed_in_loops(found, {(7, 7)})
-
-
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 2, 1), (2, 1, 4)])
-def test_each_gradient_is_summed_once_after_the_loops(mesh):
-  settings, on, found = step_program(mesh)
-  specs = transformer.specs(settings.model)
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  expected = collections.Counter()
-  for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True):
-    here = jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
-    remaining = sharding.replicated_axes(spec)
-    dimension = sharding.zero_dimension(spec, leaf.shape, on)
-    if dimension is not None:
-      expected["reduce-scatter", (EXPERT,), here] += 1
-      size = here[dimension] // on.shape[EXPERT]
-      here = (*here[:dimension], size, *here[dimension + 1 :])
-      remaining = tuple(axis for axis in remaining if axis != EXPERT)
-    if remaining:
-      expected["all-reduce", remaining, here] += 1
-  outside = collections.Counter(
-    (c.kind, c.axes, c.shape) for c in found if not c.num_loops and math.prod(c.shape) > 1
-  )
-  reports = [shape for _, axes, shape in outside if axes == (EXPERT, TENSOR)]
-  per_stage = settings.model.layers // settings.mesh.stage
-  reports = {(per_stage,), (per_stage, settings.model.experts)} & set(reports)
-  outside = collections.Counter(
-    {
-      key: n
-      for key, n in outside.items()
-      if key[1:] not in [((EXPERT, TENSOR), r) for r in reports]
-    }
-  )
-  assert outside == expected
-
-
-@pytest.mark.parametrize(
-  ("mesh", "schedule", "chunks", "ahead"),
-  [
-    ((2, 2, 2), "1f1b", 1, 1),
-    ((4, 2, 1), "1f1b", 1, 3),
-    ((2, 1, 2), "interleaved", 2, 1),
-  ],
-)
-def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule, chunks, ahead):
-  """Over `expert`, attention's weights of one layer: `ahead` times for each direction before the
-  ticks; then in each loop over ticks once for each unit that it has in the loop over a chunk's
-  layers, if that has more than one, and once behind it, for the chunk's last. Nothing else changes.
-  """
-  settings, _, found = step_program(mesh, schedule, chunks, "inputs", ahead)
-  model, X, tensor = settings.model, settings.mesh.expert, settings.mesh.tensor
-  attention_size = model.d_model * model.head_dim * 2 * (model.heads + model.kv_heads) // tensor
-  is_gather = lambda c: c.kind == "all-gather" and c.axes == (EXPERT,)
-  sent = collections.Counter()
-  for gather in filter(is_gather, found):
-    sent[gather.num_loops] += gather.elements
-  of_layer = (X - 1) / X * attention_size
-  layers = model.layers // (settings.mesh.stage * chunks)
-  has_forward, has_backward = (
-    (of >= 0).any(1)
-    for of in (step.table(settings).forward_micro_QZ, step.table(settings).backward_micro_QZ)
-  )
-  loops = [both for both, _ in itertools.groupby(zip(has_forward, has_backward, strict=True))]
-  num_units = sum(int(f) + int(b) for f, b in loops)
-  expected = {0: 2 * ahead * of_layer, 1: num_units * of_layer, 2: num_units * of_layer}
-  assert sent == {loops: n for loops, n in expected.items() if loops < 2 or layers > 1}
-  without = step_program(mesh, schedule, chunks, "inputs")[2]
-  assert not any(map(is_gather, without))
-  assert collections.Counter(itertools.filterfalse(is_gather, found)) == (
-    collections.Counter(without)
-  )
-
-
-@pytest.mark.parametrize("is_forward_only", [False, True], ids=["train", "forward_only"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_executor_sends_what_it_declares(schedule, is_forward_only):
-  """Along `stage`: a transfer each way in a tick, and all-reduces for head and embedding."""
-  case = toy.Case(schedule, stages=4, micro_batches=8, chunks=1 + (schedule == "interleaved"))
-  mesh = toy.make_mesh(case)
-  table = forward_only(case.table()) if is_forward_only else case.table()
-  arrays = toy.make(case.layers, case.micro_batches)
-  found = program.collectives(toy.pipelined(mesh, table), *arrays, mesh=mesh)
-  activation = (toy.NUM_ROWS, toy.WIDTH)
-  in_loops = [c for c in found if c.num_loops and c.axes == (STAGE,)]
-  assert {c.shape for c in in_loops} == {activation}
-  # The loop over ticks, not that over layers; and for head and embedding, where not every tick has
-  # one, a loop of at most one turn.
-  deepest = {"collective-permute": 1, "all-reduce": 1 if is_forward_only else 2}
-  assert all(1 <= c.num_loops <= deepest[c.kind] for c in in_loops)
-
-  # Each run of ticks that have the same halves is a loop of its own.
-  halves = [
-    (bool((f >= 0).any()), bool((b >= 0).any()))
-    for f, b in zip(table.forward_micro_QZ, table.backward_micro_QZ, strict=True)
-  ]
-  runs = [
-    [tick for tick, _ in run]
-    for _, run in itertools.groupby(enumerate(halves), key=operator.itemgetter(1))
-  ]
-  loops_with = lambda at_Q: sum(bool(at_Q[run].any()) for run in runs)
-  arrivals = loops_with((table.arrival_slot_QZ >= 0).any(1))
-  backwards = loops_with((table.backward_micro_QZ >= 0).any(1))
-  heads, embeds = loops_with(table.head_micro_Q >= 0), loops_with(table.embed_micro_Q >= 0)
-  embed_gradients = loops_with(table.embed_gradient_micro_Q >= 0) * (not is_forward_only)
-  count = collections.Counter(c.kind for c in in_loops)
-  assert count["collective-permute"] == arrivals + backwards
-  # The head broadcasts its activation and sums that one's cotangent; the embedding gradient
-  # broadcasts a cotangent; the embedding of the toy, as the model's, sums over stages.
-  head_cotangents = 0 if is_forward_only else heads
-  assert count["all-reduce"] == heads + head_cotangents + embed_gradients + embeds
-
-
-@pytest.mark.parametrize(
-  ("save", "exchanges", "sums"),
-  [("inputs", 6, 4), ("exchanges", 4, 2), ("residuals", 4, 2), ("everything", 4, 2)],
-)
-def test_what_is_saved_is_not_exchanged_again(save, exchanges, sums):
-  """All-to-alls a layer: of rows two forward, two backward, and two where the layer is computed
-  again; of counts two, along both axes, wherever the layer is computed.
-  """
-  settings, _, found = step_program((2, 2, 2), "1f1b", 1, save)
-  inside = [c for c in found if c.num_loops and c.kind == "all-to-all"]
-  rows = [c for c in inside if c.shape[-1] == settings.model.d_model]
-  # Forward units stand in two of the loops over ticks (warm-up, steady), backward units in two; in
-  # each a layer stands twice, for the last of a chunk comes after the loop over the others.
-  assert settings.model.layers // settings.mesh.stage > 1
-  assert len(rows) == 2 * 2 * exchanges
-  assert len(inside) - len(rows) == 2 * 2 * sums
