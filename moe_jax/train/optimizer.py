@@ -4,6 +4,7 @@ Pure functions of whole (global) arrays; `jit` shards them. Must not know the mo
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax import config
@@ -30,11 +31,19 @@ def make(train: config.Train) -> optax.GradientTransformation:
   Source: Decoupled Weight Decay Regularization (arXiv:1711.05101), algorithm 2.
   """
   return optax.chain(
-    optax.clip_by_global_norm(train.clip_norm),
+    _clip_by_global_norm(train.clip_norm),
     optax.scale_by_adam(b1=train.beta1, b2=train.beta2),
     optax.add_decayed_weights(train.weight_decay, mask=_decayed),
     optax.scale_by_learning_rate(schedule(train)),
   )
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+  """Returns optax' transformation of this name, as one factor: optax divides every gradient by the
+  norm, which XLA thinks too dear to repeat in what reads it, and so writes all of them out first.
+  """
+  factor = lambda updates: jnp.minimum(1, most / optax.tree.norm(updates))
+  return optax.stateless(lambda updates, _: optax.tree.scale(factor(updates), updates))
 
 
 def _decayed(parameters):
