@@ -25,6 +25,8 @@ from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
 
+_LARGE = 1 / 8  # of a layer's weights
+
 
 class Totals(NamedTuple):
   """What layers add to, or write into.
@@ -202,6 +204,7 @@ class Chunk(NamedTuple):
   def _run_back(self, back, num_steps: int, totals: Totals, *, fills: bool, num_done) -> Totals:
     """Runs the next backward steps; beside the first of several in a slot, where it sends inside
     the host, comes what forward steps saved, unless steps that run again stand there already, and
+    beside the first such step of the layer its large weights, which the next one multiplies by;
     beside the layer's last the weights' gradients that are left.
     """
     for number in range(num_steps):
@@ -209,9 +212,12 @@ class Chunk(NamedTuple):
       back.run()
       if not (fills and self.is_inside[-1 - place]):
         continue
-      if number == 0 and num_steps > 1 and not self.steps.runs_again:
-        back.gradients, stash = _both(back.gradients, totals.stash)
-        totals = totals._replace(stash=stash)
+      if number == 0 and num_steps > 1:
+        if not any(self.is_inside[-1 - earlier] for earlier in range(place)):
+          back.cut_weights()
+        if not self.steps.runs_again:
+          back.gradients, stash = _both(back.gradients, totals.stash)
+          totals = totals._replace(stash=stash)
       if back.is_done:
         left = slice(num_done, place)
         back.gradients, back.of_parameters[left] = _both(back.gradients, back.of_parameters[left])
@@ -232,8 +238,11 @@ class _ForwardLayer:
   """One layer on its way forwards."""
 
   def __init__(self, chunk: Chunk, unit: Forward, l: jax.Array, x: Tree, ring: Tree):
-    self.chunk, self.unit, self.l, self.carry = chunk, unit, l, x
-    self.weights, self.ring, self.coming = chunk.weights.take(unit.first + l, l, unit.coming, ring)
+    self.chunk, self.unit, self.l = chunk, unit, l
+    # With x, or XLA cuts the weights of all layers of both units out of the stack at once, and the
+    # first product waits for all of them.
+    self.carry, number = _both(x, unit.first + l)
+    self.weights, self.ring, self.coming = chunk.weights.take(number, l, unit.coming, ring)
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
 
@@ -282,7 +291,8 @@ class _BackwardLayer:
   ):
     self.chunk, self.unit = chunk, unit
     self.number = unit.first + (chunk.num_layers - 1 - place)
-    self.weights, self.ring, self.coming = chunk.weights.take(self.number, place, unit.coming, ring)
+    gy, number = _both(gy, self.number)  # as of a forward layer
+    self.weights, self.ring, self.coming = chunk.weights.take(number, place, unit.coming, ring)
     self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
     self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
@@ -295,6 +305,18 @@ class _BackwardLayer:
       self.weights, self.chunk.shared, self.unit.inputs, self.restored, self.gradients
     )
     self.of_parameters.append(of_parameters)
+
+  def cut_weights(self) -> None:
+    """Has the large weights cut out of their stack before the next step; what is smaller is read
+    where it lies.
+    """
+    leaves, tree = jax.tree.flatten(self.weights)
+    least = _LARGE * sum(leaf.size for leaf in leaves)
+    large = [i for i, leaf in enumerate(leaves) if leaf.size >= least]
+    self.gradients, cut = _both(self.gradients, [leaves[i] for i in large])
+    for i, leaf in zip(large, cut, strict=True):
+      leaves[i] = leaf
+    self.weights = jax.tree.unflatten(tree, leaves)
 
   @property
   def is_done(self) -> bool:
