@@ -235,6 +235,8 @@ def _flops(eqn) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval
     return 2.0 * eqn.outvars[0].aval.size * math.prod(left.shape[d] for d in contracted)
+  if eqn.params.get("cost_estimate"):  # a kernel's own
+    return float(eqn.params["cost_estimate"].flops)
   inner = [_flops_of(jaxpr.eqns) for jaxpr in jex.jaxprs_in_params(eqn.params)]
   if eqn.primitive.name == "cond":
     return max(inner)
