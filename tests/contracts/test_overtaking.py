@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from moe_jax import config
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import ALL
 from moe_jax.rehearse import lowering
 from moe_jax.train import optimizer, step
 from tests import runs
@@ -71,7 +74,20 @@ def test_what_a_loop_only_hands_through_does_not_wait_for_it(element, found):
   assert overtaking.pairs(PROGRAM.replace("INDEX", str(element))) == found
 
 
+def waiting(num_devices):
+  """Returns `collectives.after` inside a region on so many devices."""
+  mesh = mesh_lib.make(config.Mesh(expert=num_devices), jax.devices()[:num_devices])
+  after = lambda first, then: collectives.after(*collectives.varying((first, then)))
+  return jax.shard_map(after, mesh=mesh, in_specs=(P(), P()), out_specs=P(ALL))
+
+
 @pytest.mark.parametrize("value", [0.0, -1.5, float("inf"), float("nan")])
 def test_to_wait_changes_nothing(value):
-  waits = jax.jit(collectives.after)
-  assert waits(jnp.full(3, value), jnp.arange(4)).tolist() == [0, 1, 2, 3]
+  found = jax.jit(waiting(2))(jnp.full(3, value), jnp.arange(4))
+  assert found.tolist() == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize(("num_devices", "adds"), [(1, False), (2, True)])
+def test_one_device_waits_for_nothing(num_devices, adds):
+  text = jax.jit(waiting(num_devices)).lower(jnp.zeros(3), jnp.arange(4)).as_text()
+  assert ("stablehlo.add" in text) == adds

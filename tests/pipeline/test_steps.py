@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
@@ -119,3 +120,27 @@ def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
   assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
   assert (scatter.inside_bytes, scatter.between_bytes) == (b * WIDTH * 4 / 2, 0)
   assert (exchange.inside_bytes, exchange.between_bytes) == (0, b * d * 2 / 2)
+
+
+def test_a_kernel_counts_what_it_says_of_itself():
+  found = []
+
+  def kernel(x_ref, y_ref):  # its product is that of one program of a grid
+    y_ref[...] = x_ref[...] @ x_ref[...].T @ x_ref[...]
+
+  def calling(weights, shared, x_bd, inputs):
+    x_bD = collectives.gather(x_bd, TENSOR, 1)
+    varies = jax.typeof(x_bD).manual_axis_type
+    y_bD = pl.pallas_call(
+      kernel,
+      out_shape=jax.ShapeDtypeStruct(x_bD.shape, x_bD.dtype, manual_axis_type=varies),
+      cost_estimate=pl.CostEstimate(flops=1_000_000, transcendentals=0, bytes_accessed=0),
+    )(x_bD)
+    return collectives.reduce_scatter(y_bD, TENSOR, 1), jnp.sum(y_bD), {}
+
+  def keep(*arguments):
+    found.extend(steps.cut(calling, arguments))
+    return collectives.varying(jnp.zeros(()))
+
+  run(config.Mesh(expert=2, tensor=2), keep)
+  assert sum(step.flops for step in found) == 1_000_000

@@ -65,6 +65,7 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
   assert finished.returncode == 0, finished.stderr
   found = json.loads(path.read_text())
   assert found["exposure"]["beside_kernels_fraction"] >= 0.95
+  assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.64
   assert found["prediction"]["bubble_fraction"] <= 0.016
   assert found["prediction"]["tokens_per_ms_per_gpu"] >= 100
   assert found["memory_bytes"]["total"] <= 4.312e9
