@@ -104,6 +104,7 @@ class Chunk(NamedTuple):
     slots: how many steps of a forward and of a backward unit run side by side, slot by slot.
     due: of how many steps of a backward unit the weights' gradients must be there at the end of
       each slot.
+    due_alone: likewise of a backward unit without a forward one, each of whose steps is a slot.
     quiet: first and last of the slots beside which weights to come are gathered.
     is_inside: of each step of a layer, whether it sends inside the host.
     weights: of this stage's layers.
@@ -115,6 +116,7 @@ class Chunk(NamedTuple):
   steps: SavedLayer
   slots: tuple[tuple[int, int], ...]
   due: tuple[int, ...]
+  due_alone: tuple[int, ...]
   quiet: tuple[int, int]
   is_inside: tuple[bool, ...]
   weights: Whole | Streamed
@@ -158,25 +160,34 @@ class Chunk(NamedTuple):
     ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
     back = backward and _BackwardLayer(self, backward, l, gy, saved, rings[1])
     coming = [each.coming for each in (ahead, back) if each]
-    for number, (num_ahead, num_back) in enumerate(self.slots):
-      if number == self.quiet[0]:
+    slots, due, quiet = self.slots, self.due, self.quiet
+    alone = ahead is None
+    if alone:
+      slots, due, quiet = ((0, 1),) * len(self.due_alone), self.due_alone, (0, 0)
+    for number, (num_ahead, num_back) in enumerate(slots):
+      if number == quiet[0]:
         coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
         totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and follows)
       if back:
-        num_done = self.due[number - 1] if number else 0
-        totals = self._run_back(back, num_back, totals, fills=ahead is not None, num_done=num_done)
+        num_done = due[number - 1] if number else 0
+        totals = self._run_back(
+          back, num_back, totals, alone=alone, follows=follows, num_done=num_done
+        )
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
-        is_tied = number in (self.quiet[0] - 1, self.quiet[1])
-        num_due = self.due[number]
+        is_tied = number in (quiet[0] - 1, quiet[1])
+        num_due = due[number]
         tied = (x, totals.stash, back.gradients, back.of_parameters[:num_due])
         tied, there = _both(tied, coming if is_tied else [])
         x, stash, back.gradients, back.of_parameters[:num_due] = tied
         coming = there if is_tied else coming
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
+      elif back:
+        there = slice(due[number])
+        back.gradients, back.of_parameters[there] = _both(back.gradients, back.of_parameters[there])
     found = iter(coming)
     put = lambda each, ring: (
       self.weights.put(l, each.unit.coming, each.ring, next(found)) if each else ring
@@ -201,23 +212,33 @@ class Chunk(NamedTuple):
         totals = totals._replace(g_layers=g_layers)
     return totals
 
-  def _run_back(self, back, num_steps: int, totals: Totals, *, fills: bool, num_done) -> Totals:
-    """Runs the next backward steps; beside the first of several in a slot, where it sends inside
-    the host, comes what forward steps saved, unless steps that run again stand there already, and
-    beside the first such step of the layer its large weights, which the next one multiplies by;
-    beside the layer's last the weights' gradients that are left.
+  def _run_back(
+    self, back, num_steps: int, totals: Totals, *, alone: bool, follows: bool, num_done: int
+  ) -> Totals:
+    """Runs the next backward steps, and lays beside those that send what nothing waits for.
+
+    Beside the layer's first gather inside the host: its large weights, which the next step
+    multiplies by. Alone: beside the layer's first step the sums of gradients, if they may be
+    missing. With a forward unit: beside the first of several steps in a slot, where it sends inside
+    the host, what forward steps saved, unless steps that run again stand there already; beside the
+    layer's last the weights' gradients that are left.
     """
     for number in range(num_steps):
       place = len(back.of_parameters)
       back.run()
-      if not (fills and self.is_inside[-1 - place]):
+      if alone and follows and place == 0:
+        back.gradients, g_layers = _both(back.gradients, totals.g_layers)
+        totals = totals._replace(g_layers=g_layers)
+      if not self.is_inside[-1 - place]:
         continue
-      if number == 0 and num_steps > 1:
-        if not any(self.is_inside[-1 - earlier] for earlier in range(place)):
-          back.cut_weights()
-        if not self.steps.runs_again:
-          back.gradients, stash = _both(back.gradients, totals.stash)
-          totals = totals._replace(stash=stash)
+      leads = number == 0 and num_steps > 1
+      if (alone or leads) and not any(self.is_inside[-1 - before] for before in range(place)):
+        back.cut_weights()
+      if alone:
+        continue
+      if leads and not self.steps.runs_again:
+        back.gradients, stash = _both(back.gradients, totals.stash)
+        totals = totals._replace(stash=stash)
       if back.is_done:
         left = slice(num_done, place)
         back.gradients, back.of_parameters[left] = _both(back.gradients, back.of_parameters[left])

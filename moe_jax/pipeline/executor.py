@@ -27,7 +27,7 @@ from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
-from moe_jax.pipeline.tie import cost, due, quiet, slots
+from moe_jax.pipeline.tie import cost, due, due_alone, quiet, slots
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
@@ -142,6 +142,7 @@ class _Executor:
       SAVE[save](steps, whole),
       side_by_side,
       due(side_by_side, *given),
+      due_alone(given[1]),
       quiet(side_by_side, *given),
       tuple(step.inside_bytes > 0 for step in steps),
       weights,

@@ -132,6 +132,14 @@ def due(
   return tuple(sum(slot <= number for slot in due_in) for number in range(len(slots)))
 
 
+def due_alone(backward: Sequence[Cost]) -> tuple[int, ...]:
+  """Returns `due` of a backward stream with no other beside it, each step a slot; what is left for
+  the last slot need not be there: it may go beside the next layer's first exchange.
+  """
+  found = due(((0, 1),) * len(backward), (), backward)
+  return (*found[:-1], *(found[-2:-1] or (0,)))
+
+
 def quiet(
   slots: Sequence[tuple[int, int]], forward: Sequence[Cost], backward: Sequence[Cost]
 ) -> tuple[int, int]:

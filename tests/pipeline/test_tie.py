@@ -75,6 +75,12 @@ def test_gradients_of_weights_wait_for_a_slot_that_has_room():
   assert tie.due([(1, 1), (1, 0), (1, 0)], forward, backward) == (0, 0, 1)
 
 
+def test_alone_gradients_of_weights_go_beside_the_next_exchange_and_the_last_ones_are_not_due():
+  product = Cost(60e-6, 0.0, 0.0, free_s=30e-6)
+  assert tie.due_alone([product, INSIDE, EXCHANGE, product, COMPUTE]) == (0, 0, 2, 3, 3)
+  assert tie.due_alone([product]) == (0,)
+
+
 @hypothesis.given(STREAM, STREAM)
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_no_gradient_of_weights_is_due_before_it_is_made_and_all_are_at_the_end(forward, backward):
