@@ -7,7 +7,7 @@ A barrier after each slot of steps says so to XLA, whose scheduler does not find
 holds the chain of activations and the chain of cotangents. What is saved may come a slot later than
 what it is made from, and weights' gradients some slots later; they fill what room is left there:
 first of all beside gathers and sums inside the host, which their own stream waits for while the
-other one sends.
+other one sends. A backward unit alone in its tick has them beside its own exchanges.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """
