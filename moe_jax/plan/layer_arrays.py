@@ -73,20 +73,7 @@ class LayerArrays:
     """Returns those of a tick without a forward unit."""
     if self._has_rounds:
       return [*self._kept(), *self._rounds(), *self._slices()]
-    if not self._is_remade:
-      return [*self._kept(), *self._rows(), *self._gradients(), *self._padded(is_beside=False)]
-    # Untied, weights' gradients come last: no token waits for them.
-    found = [*self._kept(), *self._rows(is_tied=False)]
-    if self._of_chunk == 2:
-      # Both layers are computed again at once; the other's gate and up wait.
-      second = 2 * self._hidden + self._again_bytes()
-      found.append(Array(second, Moment.HIDDEN, Moment.ATTENTION))
-      # What the kernel returned for the one waits beside the other's.
-      of_kernel = Array(self._padded_bytes(), Moment.ATTENTION, Moment.ATTENTION)
-      found += [of_kernel] * _QUERY_KEY_VALUE
-    else:
-      found += self._gradients()
-    return [*found, *self._padded(is_beside=False)]
+    return [*self._kept(), *self._rows(), *self._gradients(), *self._padded(is_beside=False)]
 
   def on_one_device(self, has_forward: bool) -> list[Array]:
     """Returns those of a tick where nothing is sent: XLA schedules for little memory, and reads the
@@ -145,26 +132,22 @@ class LayerArrays:
     heads = 2 * (model.heads + model.kv_heads) // tensor
     return at.sequences * at.positions * heads * model.head_dim * at.dtype_bytes
 
-  def _rows(self, is_tied: bool = True) -> list[Array]:
+  def _rows(self) -> list[Array]:
     """Rows, hidden units and their cotangents, up to the gradients that are made of them."""
     arrived, hidden = self._arrived, self._hidden
-    # Where nothing ties them, products that no token waits for come last, and so do their operands.
-    used_by_gate = Moment.GATE_AND_UP if is_tied else Moment.ATTENTION
-    used_by_down = Moment.DOWN if is_tied else Moment.ATTENTION
     found = [
-      Array(arrived, Moment.HIDDEN, used_by_down),  # cotangent
+      Array(arrived, Moment.HIDDEN, Moment.DOWN),  # cotangent
       Array(self._partial_hidden(), Moment.HIDDEN, Moment.HIDDEN),  # of the product of gate and up
-      Array(2 * hidden, Moment.ROWS, used_by_gate),  # of gate and up
+      Array(2 * hidden, Moment.ROWS, Moment.GATE_AND_UP),  # of gate and up
       *[Array(each, Moment.ROWS, Moment.ROWS) for each in self._partial_rows()],
     ]
     if self._save == "everything":
       return found
-    last = Moment.HIDDEN if is_tied else Moment.ROWS
     return [
       *found,
-      Array(arrived, Moment.HIDDEN, used_by_gate),
-      Array(2 * hidden, Moment.HIDDEN, last),  # gate and up
-      Array(hidden, Moment.HIDDEN if is_tied else Moment.ROWS, used_by_down),  # gate x up
+      Array(arrived, Moment.HIDDEN, Moment.GATE_AND_UP),
+      Array(2 * hidden, Moment.HIDDEN, Moment.HIDDEN),  # gate and up
+      Array(hidden, Moment.HIDDEN, Moment.DOWN),  # gate x up
       *[Array(self._sent, Moment.AHEAD, Moment.DOWN)] * 2,
       Array(self._sent, Moment.ATTENTION, Moment.ATTENTION),
     ]

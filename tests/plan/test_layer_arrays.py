@@ -9,25 +9,23 @@ from moe_jax.plan.packing import alive_bytes, packed_bytes
 from tests import runs
 
 
-def test_the_backward_kernel_of_two_layers_by_hand():
+def test_the_backward_kernel_of_a_layer_by_hand():
   """2 x 2 x 2, two layers a stage, 4 sequences of 16 positions, 32 tokens a rank, float32.
 
-  With room for every choice each rank sends 256 rows, so 512 x 16 arrive: 32,768 bytes; hidden
-  units, 8 of 16, are half of that. Nothing ties a backward layer to another, so both are computed
-  again. The one waits with rows, gate x up and three cotangents for its weights' gradients, the
-  other with gate and up.
+  With room for every choice each rank sends 256 rows of 16: 16,384 bytes. A layer waits for the
+  cotangents of the one behind it, and its experts' gradients, due beside its exchanges, are there:
+  no rows or hidden units wait for them.
   """
-  arrived, hidden, sent = 32_768, 16_384, 16_384
-  gathered, activation = 64 * 16 * 4, 32 * 16 * 4
+  gathered, activation, sent = 64 * 16 * 4, 32 * 16 * 4, 16_384
   heads = 4 * 64 * 4 * 4 * 4  # queries, keys, values and output of 4 heads of 4
   turns = 8 * 64 * 2 * 4  # sines and cosines of half a head's width
   again = gathered + heads + turns + 6 * activation
   padded = 4 * 64 * 4 * 16 * 4  # to 64 positions and a width of 16
-  # Four go into the kernel and three come out; three more came out of the other layer's.
-  one, other = 2 * arrived + 3 * hidden + again, 2 * hidden + again
-  expected = 10 * padded + one + other + sent
+  weights = 3 * 4 * 16 * 8 * 4  # gate, up and down of 4 experts of 8 hidden units
+  # Four go into the kernel and three come out.
+  expected = 7 * padded + again + sent + weights
   found = _arrays().alone()
-  assert alive_bytes(found, Moment.ATTENTION) == expected == 892_928
+  assert alive_bytes(found, Moment.ATTENTION) == expected == 518_144
 
 
 @pytest.mark.parametrize("save", config.SAVE)
