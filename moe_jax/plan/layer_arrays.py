@@ -215,22 +215,15 @@ class LayerArrays:
     return found
 
   def _slices(self) -> list[Array]:
-    """Single layers' weights of the experts, cut out of those of all layers."""
+    """The two layers' weights of the experts, cut out of those of all layers."""
     model, mesh = self._settings.model, self._settings.mesh
     if model.layers == mesh.stage:
       return []
     each = self._weight_elements * self._at.dtype_bytes
-    whole = Moment.HIDDEN, Moment.ATTENTION
-    found = [
+    return [
       *[Array(each, Moment.HIDDEN, Moment.HIDDEN)] * 2,
       *[Array(each, Moment.HIDDEN, Moment.GATE_AND_UP)] * _WEIGHTS,  # of the forward layer
     ]
-    if self._of_chunk == 2:
-      found += [Array(each, *whole)] * _WEIGHTS
-      if self._at.dtype_bytes == FLOAT32_BYTES:
-        # XLA cuts the sums of gradients out with the weights, unless they wait for what is added.
-        found += [Array(each, *whole)] * _WEIGHTS
-    return found
 
   def _forward(self) -> list[Array]:
     """A forward layer: tokens on their way while the backward layer multiplies, then its rows."""
@@ -274,8 +267,8 @@ class LayerArrays:
     # Computed again, they are padded from then on.
     found += [Array(each, Moment.HIDDEN, Moment.ATTENTION)] * _QUERY_KEY_VALUE
     if is_beside:
-      found.append(Array(each, Moment.HIDDEN, Moment.HIDDEN))  # and the kernel's output
-      found += [Array(each, Moment.HIDDEN, Moment.HIDDEN)] * (1 + _QUERY_KEY_VALUE)  # forward's
+      # The forward layer's go into its kernel when the kernel that ran again has returned.
+      found += [Array(each, Moment.HIDDEN, Moment.HIDDEN)] * _QUERY_KEY_VALUE
     return found
 
   def _padded_bytes(self) -> int:

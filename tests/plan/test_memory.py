@@ -55,7 +55,7 @@ def test_the_total_is_the_compiled_programs():
   """Unequal meshes, schedules, policies and dispatches; `python -m tests.plan.agreement memory` has
   them all."""
   names = [
-    "laptop 1x2x4, gpipe", "laptop 4x1x2, residuals", "laptop, dropless",
+    "tiny", "laptop 1x2x4, gpipe", "laptop 4x1x2, residuals", "laptop, dropless",
     "laptop, stealing", "pod64", "pod64_10b, streams 1 layer",
   ]  # fmt: skip
   words = [sys.executable, "-m", "tests.plan.agreement", "memory", *names]
