@@ -90,7 +90,7 @@ class _Call:
       out_specs=[_tile_of(output) for output in outputs],
       out_shape=[self._out((self.N * self.J, *output, columns * TILE)) for output in outputs],
       compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
-      cost_estimate=_products(self.N * self.J, *weights.shape[1:]),
+      cost_estimate=_cost(self.N * self.J, *weights.shape[1:]),
       interpret=self.interpret,
     )(self.expert_V, self.used_2, *rows, weights)
     return [x[..., :width].reshape(self.N, self.J, *x.shape[1:-1], width) for x in found]
@@ -115,7 +115,7 @@ class _Call:
       out_specs=pl.BlockSpec((None, TILE, TILE), lambda e, r, c: (e, r, c)),
       out_shape=self._out((num_experts, i, o), jnp.float32),
       compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
-      cost_estimate=_products(len(left), i, o),
+      cost_estimate=_cost(len(left), i, o),
       interpret=self.interpret,
     )(first_e, length_e, left, right)
     return found[:, :num_rows, : math.prod(shape)].reshape(num_experts, num_rows, *shape)
@@ -128,9 +128,16 @@ class _Call:
     return jax.ShapeDtypeStruct(shape, dtype or self.like.dtype, manual_axis_type=varies)
 
 
-def _products(num_rows: int, *sizes: int) -> pl.CostEstimate:
-  """Returns what products of so many rows and matrices of these sizes take at most."""
-  return pl.CostEstimate(flops=2 * num_rows * math.prod(sizes), transcendentals=0, bytes_accessed=0)
+def kernel_flops(num_rows: int, *sizes: int) -> float:
+  """Returns the operations of a kernel's product of so many rows and matrices of these sizes. At
+  most: a block without rows is not multiplied.
+  """
+  return 2.0 * num_rows * math.prod(sizes)
+
+
+def _cost(num_rows: int, *sizes: int) -> pl.CostEstimate:
+  flops = int(kernel_flops(num_rows, *sizes))
+  return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0)
 
 
 def _padded(x, axis):

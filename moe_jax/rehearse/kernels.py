@@ -3,8 +3,6 @@
 Knows kernels by the shapes of their operands; must not know chips or time.
 """
 
-import math
-
 from moe_jax.model import flash
 from moe_jax.moe import grouped_kernels
 from moe_jax.rehearse.hlo import Shape
@@ -20,20 +18,18 @@ def _attention(name: str):
 
 
 def _grouped(weights: int):
-  """Returns the operations of products of rows, operand 2, and experts' weights. At most: a block
-  without rows is not multiplied, but the text cannot say which are.
-  """
+  """Returns the operations of products of rows, operand 2, and experts' weights."""
 
   def flops(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
     num_rows, (_, *of_expert) = operands[2].dims[0], operands[weights].dims
-    return 2.0 * num_rows * math.prod(of_expert)
+    return grouped_kernels.kernel_flops(num_rows, *of_expert)
 
   return flops
 
 
 def _grouped_outer(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
   (num_rows, i), (_, o) = operands[2].dims, operands[3].dims
-  return 2.0 * num_rows * i * o
+  return grouped_kernels.kernel_flops(num_rows, i, o)
 
 
 FLOPS: KernelFlops = {
