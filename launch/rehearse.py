@@ -62,8 +62,7 @@ def main(config) -> int:
     _write(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
   if _PICTURE.value:
     path = pathlib.Path(_PICTURE.value)
-    title = f"A steady tick of {found['pod']['name']}: {found['binding']}"
-    _write(path, picture.page(events, title))
+    _write(path, picture.page(events, found["pod"]["name"], found["binding"]))
     _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(events)))
   if _PROFILE.value and profile:
     _write(pathlib.Path(_PROFILE.value), profile)

@@ -1,7 +1,8 @@
 """How a schedule looks: a row per stage over time, in which what is blank is the bubble.
 
 Time is lockstep time: a tick is as long as the kinds of unit that any stage runs in it, one after
-the other, so a stage without such a unit is seen to wait. The only module that needs matplotlib.
+the other, so a stage without such a unit is seen to wait. Knows tables and costs; must not know
+what runs them. Needs matplotlib, so that nothing but a picture imports it.
 """
 
 import math
@@ -26,7 +27,8 @@ _COLORS = {
   "forward": "#2b62ad",
 }
 _LABELS = {"embed_gradient": "embedding gradient", "embed": "embedding"}
-_INK, _FAINT, _BLANK = "#222222", "#9aa1a9", "#f1f2f4"
+_INK, _FAINT, _BLANK, _HATCH = "#222222", "#9aa1a9", "#f1f2f4", "#d0748a"
+_IDLE = {"facecolor": _BLANK, "edgecolor": _HATCH, "hatch": "/////", "linewidth": 0.0}
 _WIDTH_INCHES, _LEFT_INCHES, _RIGHT_INCHES = 15.0, 0.75, 0.2
 _TOP_INCHES, _BOTTOM_INCHES, _ROW_INCHES, _GAP_INCHES = 1.05, 0.6, 0.36, 0.5
 _NARROWEST_INCHES = 0.14  # of a cell whose number is to be read
@@ -132,7 +134,7 @@ def _draw(axes, table, line, longest):
   inches = _line_inches() / longest
   axes.set_xlim(start, start + longest)
   axes.set_ylim(table.num_stages - 0.5, -0.5)
-  axes.barh(range(table.num_stages), end - start, height=0.88, left=start, color=_BLANK, zorder=0)
+  axes.barh(range(table.num_stages), end - start, 0.88, start, zorder=0, **_IDLE)
   for span in line:
     width = span.end - span.start
     for stage, micro, chunk in span.cells:
@@ -181,8 +183,8 @@ def _legend(table, costs):
       chunks = table.num_chunks if kind in ("forward", "backward") else 1
       handles.append(tuple(Patch(color=_shade(kind, y, chunks)) for y in range(chunks)))
       labels.append(_LABELS.get(kind, kind) + (f", chunks 0 to {chunks - 1}" if chunks > 1 else ""))
-  handles.append(Patch(facecolor=_BLANK, edgecolor=_FAINT, linewidth=0.5))
-  return handles, [*labels, "idle"]
+  handles.append(Patch(**_IDLE))
+  return handles, [*labels, "idle: the bubble"]
 
 
 def _shade(kind, chunk, num_chunks):

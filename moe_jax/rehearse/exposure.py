@@ -25,6 +25,7 @@ class Event(NamedTuple):
   Attributes:
     row: "compute", "inside", "between", or "waiting" for exposed communication.
     phase: of the model.
+    is_backward: whether it belongs to a backward pass.
   """
 
   row: str
@@ -32,6 +33,7 @@ class Event(NamedTuple):
   phase: str
   start_s: float
   end_s: float
+  is_backward: bool
 
 
 @dataclasses.dataclass
@@ -172,7 +174,8 @@ class Simulator:
   def _compute(self, clock: _Clock, run: Run, unit: Compute, events) -> None:
     seconds = self.seconds(unit)
     if events is not None:
-      events.append(Event("compute", unit.name, unit.phase, clock.now_s, clock.now_s + seconds))
+      end_s = clock.now_s + seconds
+      events.append(Event("compute", unit.name, unit.phase, clock.now_s, end_s, unit.is_backward))
     clock.now_s += seconds
     run.compute_s += seconds
     run.times[unit] += 1
@@ -192,12 +195,12 @@ class Simulator:
       run.waited_for[name] = after.name if after else f"the end of {block.name}"
       clock.waits.append((clock.now_s, end_s))
       if events is not None:
-        events.append(Event("waiting", name, unit.phase, clock.now_s, end_s))
+        events.append(Event("waiting", name, unit.phase, clock.now_s, end_s, unit.is_backward))
       clock.now_s = end_s
     exposed_s = sum(max(0.0, min(end_s, b) - max(begin_s, a)) for a, b in clock.waits)
     run.hidden_s[unit] += end_s - begin_s - exposed_s
     if events is not None:
-      events.append(Event(self.link(unit), name, unit.phase, begin_s, end_s))
+      events.append(Event(self.link(unit), name, unit.phase, begin_s, end_s, unit.is_backward))
     if not clock.flights:
       clock.waits.clear()
 
@@ -214,7 +217,7 @@ class Simulator:
       if events is not None:
         name = f"{loop.name}, {times} turns"
         end_s = clock.now_s + times * part.total_s
-        events.append(Event("compute", name, _main_phase(part), clock.now_s, end_s))
+        events.append(Event("compute", name, _main_phase(part), clock.now_s, end_s, False))
       clock.now_s += times * part.total_s
 
   def _turns(self, loop: Loop, first: int) -> dict[Any, int]:

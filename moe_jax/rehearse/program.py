@@ -43,11 +43,16 @@ _FREE, _KNOWN = frozenset(_FREE_OPCODES.split()), frozenset(_KERNEL_OPCODES.spli
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compute:
-  """One kernel."""
+  """One kernel.
+
+  Attributes:
+    is_backward: whether it belongs to the backward pass, recomputation included.
+  """
 
   name: str
   phase: str
   work: work.Work
+  is_backward: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +63,7 @@ class Collective:
     is_async: whether a `Done` of the same name waits for it; otherwise it is waited for at once.
     operand_bytes: what this device puts in.
     groups: who takes part.
-    is_backward: whether it is the transpose of one in the forward pass.
+    is_backward: whether it belongs to the backward pass, recomputation included.
   """
 
   name: str
@@ -194,6 +199,10 @@ def phase_of(op_name: str) -> str:
   return "+".join(sorted(found)) or OTHER
 
 
+def _is_backward(op_name: str) -> bool:
+  return "transpose(" in op_name
+
+
 def flat(block: Block, times: int = 1) -> Iterator[tuple[Any, int]]:
   """Yields every unit but loops and branches with how often loops run it; all branches count."""
   for unit in block.units:
@@ -286,7 +295,7 @@ class _Reader:
       is_async=each.opcode.endswith("-start"),
       operand_bytes=sum(operand.num_bytes for operand in operands),
       groups=groups.parse(collective.attributes, self.mesh),
-      is_backward="transpose(" in op_name,
+      is_backward=_is_backward(op_name),
     )
 
   def _compute(self, computation: Computation, each: Instruction) -> Compute:
@@ -296,7 +305,7 @@ class _Reader:
     # An async computation other than a collective counts as running where it is begun.
     if each.opcode.removesuffix("-start") not in _KNOWN:
       self.unknown[each.opcode] += 1
-    return Compute(each.name, phase_of(each.op_name), found)
+    return Compute(each.name, phase_of(each.op_name), found, _is_backward(each.op_name))
 
   def _is_branch(self, loop: Instruction) -> bool:
     """Returns whether a loop turns once or not at all."""

@@ -127,8 +127,11 @@ def test_the_picture_and_the_trace_show_the_same_tick(done):
   events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
   assert len(events) == page.count("<rect ") > 50
   assert {event["tid"] for event in events} == {0, 1, 2, 3}
-  exchange = next(e for e in events if e["name"].startswith("all-to-all"))
-  assert f"{exchange['name']}, {exchange['args']['phase']}: {exchange['dur']:.1f} us" in page
+  for is_backward in (False, True):
+    of_unit = [e for e in events if e["args"]["is_backward"] == is_backward]
+    exchange = next(e for e in of_unit if e["name"].startswith("all-to-all"))
+    words = f"{exchange['name']}, {exchange['args']['phase']}{', backward' * is_backward}"
+    assert f"{words}: {exchange['dur']:.1f} us" in page
 
 
 @pytest.mark.slow
