@@ -1,1 +1,1 @@
-"""The network: layers, attention, transformer."""
+"""The network: layers, attention, transformer; with a cache for serving."""

@@ -134,7 +134,7 @@ class Chunk(NamedTuple):
     """
     layer = functools.partial(self._layer, forward, backward)
     last = self.num_layers - 1
-    follows = last == 1  # the last layer the other one, with no loop between: XLA unrolls one turn
+    sums_pending = last == 1  # no loop between the two layers: XLA unrolls one turn
 
     def body(carry, l):
       totals, x, gy, saved = carry
@@ -148,13 +148,13 @@ class Chunk(NamedTuple):
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    return layer(last, follows, *carry)
+    return layer(last, sums_pending, *carry)
 
-  def _layer(self, forward, backward, l, follows, totals: Totals, x, gy, saved):
+  def _layer(self, forward, backward, l, sums_pending, totals: Totals, x, gy, saved):
     """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied.
 
     Args:
-      follows: whether sums of gradients of the layer before may be missing yet.
+      sums_pending: whether sums of gradients of the layer before may be missing yet.
     """
     rings = totals.rings
     ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
@@ -169,11 +169,11 @@ class Chunk(NamedTuple):
         coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
-        totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and follows)
+        totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and sums_pending)
       if back:
         num_done = due[number - 1] if number else 0
         totals = self._run_back(
-          back, num_back, totals, alone=alone, follows=follows, num_done=num_done
+          back, num_back, totals, alone=alone, sums_pending=sums_pending, num_done=num_done
         )
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
@@ -213,7 +213,7 @@ class Chunk(NamedTuple):
     return totals
 
   def _run_back(
-    self, back, num_steps: int, totals: Totals, *, alone: bool, follows: bool, num_done: int
+    self, back, num_steps: int, totals: Totals, *, alone: bool, sums_pending: bool, num_done: int
   ) -> Totals:
     """Runs the next backward steps, and lays beside those that send what nothing waits for.
 
@@ -226,7 +226,7 @@ class Chunk(NamedTuple):
     for number in range(num_steps):
       place = len(back.of_parameters)
       back.run()
-      if alone and follows and place == 0:
+      if alone and sums_pending and place == 0:
         back.gradients, g_layers = _both(back.gradients, totals.g_layers)
         totals = totals._replace(g_layers=g_layers)
       if not self.is_inside[-1 - place]:

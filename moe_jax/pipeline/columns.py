@@ -1,18 +1,15 @@
-"""A schedule's table as the program reads it: one row a tick, and runs of ticks that are alike.
+"""A schedule's table as the program reads it: one row a tick, of this stage.
 
-Ticks that agree on having a forward and having a backward unit become one loop, whose body holds
-only what its ticks need. The executor makes the loops, the rehearsal finds them again in the
-compiled program. Knows tables; must not know what a unit computes.
+Knows tables; must not know what a unit computes.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.pipeline.segments import directions, stash_slots
 from moe_jax.pipeline.table import Table
 
 
@@ -67,80 +64,3 @@ def rows(table: Table, stage: jax.Array) -> Row:
     backward_is_reversed=this_stage(backward_QZ),
     backward_inbox_slot=this_stage(table.backward_inbox_slot_QZ),
   )
-
-
-def stash_slots(table: Table) -> np.ndarray:
-  """Returns where the forward cell of each tick and stage writes, int32 [ticks, stages].
-
-  That of an idle cell holds nothing that is still to be read, or what the backward unit beside it
-  reads; so what an idle cell makes needs no mask. -1 where there is no such slot.
-  """
-  slot_QZ = table.forward_slot_QZ.copy()
-  for stage in range(table.num_stages):
-    held: set[int] = set()
-    for tick in range(table.num_ticks):
-      read = table.backward_slot_QZ[tick, stage]
-      held.discard(read)
-      if slot_QZ[tick, stage] < 0:
-        free = [slot for slot in range(table.peak_in_flight) if slot not in held]
-        # The slot that is read last, for that one is to be written layer by layer.
-        slot_QZ[tick, stage] = min(free, key=lambda slot: (slot == read, slot), default=-1)
-      else:
-        held.add(slot_QZ[tick, stage])
-  return slot_QZ
-
-
-def directions(table: Table, slot_QZ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns in which ticks a stage's forward unit writes, and its backward unit reads, a slot of
-  the stash whose layers lie last to first, bool [ticks, stages].
-
-  Args:
-    slot_QZ: of `stash_slots`.
-
-  A backward unit reads the layers last to first, and a forward unit beside it writes the same slot
-  first to last: each layer where the one just read lay. So one slot does for both.
-  """
-  forward_QZ = np.zeros(slot_QZ.shape, bool)
-  backward_QZ = np.zeros(table.backward_slot_QZ.shape, bool)
-  for stage in range(table.num_stages):
-    is_reversed: dict[int, bool] = {}
-    for tick in range(table.num_ticks):
-      read, written = table.backward_slot_QZ[tick, stage], slot_QZ[tick, stage]
-      if read >= 0:
-        backward_QZ[tick, stage] = is_reversed[read]
-      if written >= 0:
-        is_reversed[written] = written == read and not is_reversed[read]
-        forward_QZ[tick, stage] = is_reversed[written]
-  return forward_QZ, backward_QZ
-
-
-def units(table: Table) -> dict[str, np.ndarray]:
-  """Returns, for each kind of unit, in which ticks any stage runs it.
-
-  full: all run a forward unit; free: those that do not have a slot to write.
-  """
-  return {
-    "arrival": (table.arrival_slot_QZ >= 0).any(1),
-    "head": table.head_micro_Q >= 0,
-    "backward": (table.backward_micro_QZ >= 0).any(1),
-    "embed_gradient": (table.embed_gradient_micro_Q >= 0) & (not table.is_forward_only),
-    "embed": table.embed_micro_Q >= 0,
-    "forward": (table.forward_micro_QZ >= 0).any(1),
-    "full": (table.forward_micro_QZ >= 0).all(1),
-    "free": (stash_slots(table) >= 0).all(1),
-  }
-
-
-def segments(table: Table) -> Iterator[tuple[int, int]]:
-  """Yields [start, stop) of the longest runs of ticks that agree on having a forward and having a
-  backward unit.
-  """
-  at = units(table)
-  halves = np.stack([at["forward"], at["backward"]], 1)
-  edges = np.flatnonzero((halves[1:] != halves[:-1]).any(1)) + 1
-  yield from itertools.pairwise([0, *edges.tolist(), table.num_ticks])
-
-
-def presence(at_Q: np.ndarray) -> str:
-  """Returns whether a unit runs never, always or sometimes in a run of ticks."""
-  return "always" if at_Q.all() else "sometimes" if at_Q.any() else "never"

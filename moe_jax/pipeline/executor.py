@@ -8,7 +8,7 @@ head and embedding, which every stage takes part in, are skipped alike by every 
 
 The forward unit may write the slot of the stash that the backward unit beside it frees.
 
-Must not know the model: it is given `Functions`.
+Must not know the model: it is given `functions.Functions`.
 """
 
 import functools
@@ -20,14 +20,14 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns, forward
+from moe_jax.pipeline import buffers, columns, forward, tie
 from moe_jax.pipeline.chunk import Backward, Chunk, Forward, Totals
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import SAVE
+from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
-from moe_jax.pipeline.tie import cost, due, due_alone, quiet, slots
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
@@ -45,7 +45,7 @@ class Result(NamedTuple):
     auxiliary_loss: this device's share of the weighted auxiliary losses, float32.
     reports: the layers' reports, [layers of this stage, ...], summed over micro-batches.
     outputs: the head's outputs, [micro-batches, ...].
-    gradients: (layers, shared) as the parameters, float32, this device's share; None if
+    gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; None if
       forward-only.
     ticks: how many ticks ran, int32.
   """
@@ -135,15 +135,15 @@ class _Executor:
     example = jax.eval_shape(of_layer)
     whole = (*example[:2], x, example[2])
     steps = cut(functions.layer, whole)
-    costs = [[cost(step, is_backward) for step in steps] for is_backward in (False, True)]
+    costs = [[tie.cost(step, is_backward) for step in steps] for is_backward in (False, True)]
     given = costs[0], costs[1][::-1]
-    side_by_side = slots(*given)
+    slots = tie.side_by_side(*given)
     self.chunk = Chunk(
       SAVE[save](steps, whole),
-      side_by_side,
-      due(side_by_side, *given),
-      due_alone(given[1]),
-      quiet(side_by_side, *given),
+      slots,
+      tie.due(slots, *given),
+      tie.due_alone(given[1]),
+      tie.quiet(slots, *given),
       tuple(step.inside_bytes > 0 for step in steps),
       weights,
       shared,
@@ -159,13 +159,11 @@ class _Executor:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
     coming = self.chunk.weights.coming(self.table, self.stage)
-    for start, stop in columns.segments(self.table):
-      piece = slice(start, stop)
-      self.units = {
-        kind: columns.presence(at_Q[piece]) for kind, at_Q in columns.units(self.table).items()
-      }
+    for segment in segments(self.table):
+      self.units = segment.presence()
       body = lambda state, given: (self._tick(state, *given), None)
-      state, _ = jax.lax.scan(body, state, jax.tree.map(lambda a: a[piece], (rows, coming)))
+      piece = jax.tree.map(lambda a: a[segment.ticks], (rows, coming))
+      state, _ = jax.lax.scan(body, state, piece)
     totals = state.totals
     gradients = (totals.g_layers, totals.g_shared)
     found = (state.loss, totals.auxiliary_loss, totals.reports, state.outputs, gradients)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
 from moe_jax.pipeline import buffers, columns
+from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.table import Table
 
 Tree = Any
@@ -119,7 +120,7 @@ class Units:
   Attributes:
     num_layers: of a chunk.
     x: shapes of what the embedding makes.
-    units: how often each kind of unit runs in the ticks at hand, as `columns.presence` says.
+    units: how often each kind of unit runs in the ticks at hand, as `Segment.presence` says.
   """
 
   def __init__(self, functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
@@ -133,12 +134,10 @@ class Units:
   def ticks(self, tick: Callable, run: Tree) -> Tree:
     """Returns what `tick(run, row)` makes of `run` in all rows of the table."""
     rows = columns.rows(self.table, self.stage)
-    for start, stop in columns.segments(self.table):
-      piece = slice(start, stop)
-      units = columns.units(self.table).items()
-      self.units = {kind: columns.presence(at_Q[piece]) for kind, at_Q in units}
+    for segment in segments(self.table):
+      self.units = segment.presence()
       body = lambda run, row: (tick(run, row), None)
-      run, _ = jax.lax.scan(body, run, jax.tree.map(lambda a: a[piece], rows))
+      run, _ = jax.lax.scan(body, run, jax.tree.map(lambda a: a[segment.ticks], rows))
     return run
 
   def start(self, carry: Tree, state: Tree, report_of: Callable[[Tree], Tree]) -> Result:

@@ -147,7 +147,7 @@ class _Halves(Units):
     behind = [*end[1], *transfers[1][: int(is_first)], *begin[1]]
     costs = [[tie.cost(step, False) for step in steps] for steps in (ahead, behind)]
     after = len(begin[0]), len(behind) - len(begin[1])
-    return tie.slots(*costs, after, exchange_first=True)
+    return tie.side_by_side(*costs, after, exchange_first=True)
 
   def _begin(self, half: int) -> Callable:
     def begin(weights, _, carry, given):

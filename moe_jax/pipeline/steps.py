@@ -18,7 +18,7 @@ import jax.extend.core as jex
 from moe_jax.parallel.axes import TENSOR
 
 _COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum_invariant", "reduce_scatter")
-_RESIDUAL = "name"  # as `saving.residual` marks it
+_NAME = "name"  # as `saving.residual` marks it
 _CALLS = ("closed_call", "custom_vjp_call", "jit", "remat2")
 _SMALL_COLLECTIVE = 0.05  # of the bytes of the largest
 _SMALL_PRODUCT = 0.03  # of the FLOPs of all
@@ -150,7 +150,7 @@ def _narrowest(eqns, start: int, stop: int) -> int:
   last_use = {id(v): place for place, eqn in enumerate(eqns) for v in eqn.invars}
   crossing = [0.0] * (stop + 1)
   for place, eqn in enumerate(eqns[:stop]):
-    if eqn.primitive.name == _RESIDUAL:
+    if eqn.primitive.name == _NAME:
       continue
     for var in eqn.outvars:
       for between in range(place + 1, min(last_use.get(id(var), 0), stop) + 1):

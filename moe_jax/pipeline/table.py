@@ -1,7 +1,8 @@
 """What a pipeline schedule is: a plain numpy table of units over (tick, stage), proved legal.
 
 Every stage runs the same program in lockstep, and idle cells are masked. Virtual stage w (logical
-order of the layers) lives on stage w % Z as its chunk w // Z. A tick runs, in this order:
+order of the layers) lives on stage w % Z as its chunk w // Z. What the units of a tick read and
+write is as if they ran in this order, whatever is run side by side:
 
   0. what the forward units of the tick before produced arrives on the next stage of the ring, what
      its backward units produced on the previous one; the last virtual stage's output arrives on

@@ -63,7 +63,7 @@ def cost(step: Step, is_backward: bool) -> Cost:
   )
 
 
-def slots(
+def side_by_side(
   forward: Sequence[Cost],
   backward: Sequence[Cost],
   after: tuple[int, int] = (0, 0),
@@ -109,7 +109,7 @@ def due(
   has room for half of them beside what its streams compute themselves, else in the emptiest.
 
   Args:
-    slots: as `slots` returns them.
+    slots: as `side_by_side` returns them.
     forward, backward: as it takes them.
   """
   room_s, made = [], []  # of each slot; (slot, seconds) of each backward step
@@ -120,7 +120,7 @@ def due(
     made += [(number, each.free_s) for each in back]
     back = [each._replace(compute_s=each.compute_s - each.free_s) for each in back]
     both = (*ahead, *back)
-    # A slot that must not be, as none of `slots` is, has no room.
+    # A slot that must not be, as none of `side_by_side` is, has no room.
     room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in both))
   last, due_in = len(slots) - 1, []
   for number, seconds in made:
@@ -147,7 +147,7 @@ def quiet(
   in a row that send nothing there and compute longest; all, where there are none.
 
   Args:
-    slots: as `slots` returns them.
+    slots: as `side_by_side` returns them.
     forward, backward: as it takes them.
   """
   best, most_s, first, seconds = (0, len(slots) - 1), 0.0, 0, 0.0

@@ -1,1 +1,1 @@
-"""Choose before running: hardware, cost, memory. Imports without jax."""
+"""Choose before running: hardware, cost, memory, simulation, search. Imports without jax."""

@@ -8,13 +8,13 @@ chips.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Config, Pipeline
+from moe_jax.pipeline import segments
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import memory, phases, units
 from moe_jax.plan.dispatches import COUNTS
@@ -65,23 +65,19 @@ def ticks(table: Table) -> list[Tick]:
   The executor makes one loop of each run of ticks that agree on having a forward and a backward
   unit; a transfer that any tick of a loop needs is in all of them.
   """
-  has_forward = (table.forward_micro_QZ >= 0).any(1)
-  has_backward = (table.backward_micro_QZ >= 0).any(1)
-  arrives = (table.arrival_slot_QZ >= 0).any(1)
-  both = np.stack([has_forward, has_backward], 1)
-  edges = np.flatnonzero((both[1:] != both[:-1]).any(1)) + 1
-  for start, stop in itertools.pairwise([0, *edges.tolist(), table.num_ticks]):
-    arrives[start:stop] = arrives[start:stop].any()
-  has_others = table.num_stages > 1
+  at, has_others = segments.units(table), table.num_stages > 1
+  arrives = [
+    np.full(each.at["arrival"].shape, each.at["arrival"].any()) for each in segments.segments(table)
+  ]
   columns = (
-    arrives & has_others,
-    (table.head_micro_Q >= 0) & table.head_needs_broadcast,
-    table.head_micro_Q >= 0,
-    has_backward,
-    (table.embed_gradient_micro_Q >= 0) & has_backward,
-    has_backward & has_others,
-    table.embed_micro_Q >= 0,
-    has_forward,
+    np.concatenate(arrives) & has_others,
+    at["head"] & table.head_needs_broadcast,
+    at["head"],
+    at["backward"],
+    at["embed_gradient"] & at["backward"],
+    at["backward"] & has_others,
+    at["embed"],
+    at["forward"],
   )
   return [Tick(*row) for row in np.stack(columns, 1).tolist()]
 

@@ -7,9 +7,8 @@ here and in `layer_arrays` are of all configurations alike. Knows sizes and tabl
 time.
 """
 
-import numpy as np
-
 from moe_jax.config import Config
+from moe_jax.pipeline import segments
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import saving, units
 from moe_jax.plan.layer_arrays import LayerArrays, Moment
@@ -30,10 +29,11 @@ def train(settings: Config, at: Sizes, table: Table) -> tuple[int, str]:
     at: sizes of a micro-batch on one device.
     table: the schedule.
   """
-  has_forward, has_backward = (
-    (of >= 0).any(1) for of in (table.forward_micro_QZ, table.backward_micro_QZ)
-  )
-  ticks = {"alone": has_backward & ~has_forward, "beside": has_backward & has_forward}
+  runs = segments.units(table)
+  ticks = {
+    "alone": runs["backward"] & ~runs["forward"],
+    "beside": runs["backward"] & runs["forward"],
+  }
   found = [
     [
       *_layers(settings, at, kind),
@@ -47,7 +47,7 @@ def train(settings: Config, at: Sizes, table: Table) -> tuple[int, str]:
   packed = [packed_bytes(arrays) for arrays in found]
   most = found[packed.index(max(packed))]
   peak = max(Moment, key=lambda moment: alive_bytes(most, moment))
-  needed = max(packed) + _small_bytes(settings, has_forward, has_backward)
+  needed = max(packed) + _small_bytes(settings, table)
   return needed, _PEAK.get(peak, "backward")
 
 
@@ -97,12 +97,11 @@ def _head(settings: Config, at: Sizes, waits: bool) -> list[Array]:
   return found
 
 
-def _small_bytes(settings: Config, has_forward: np.ndarray, has_backward: np.ndarray) -> int:
+def _small_bytes(settings: Config, table: Table) -> int:
   """Each loop of ticks has the layer's code once, or in the loop over a chunk's layers and behind
   it.
   """
-  changes = (has_forward[1:] != has_forward[:-1]) | (has_backward[1:] != has_backward[:-1])
-  loops = 1 + int(np.count_nonzero(changes))
+  loops = len(list(segments.segments(table)))
   return loops * min(2, units.layers_per_unit(settings)) * SMALL_BYTES
 
 

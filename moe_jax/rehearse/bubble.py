@@ -7,11 +7,12 @@ know the model.
 
 from collections.abc import Mapping
 
+from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.table import KINDS, Table
 from moe_jax.plan.hardware import Chip
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Branch, Program
-from moe_jax.rehearse.ticks import Taken, kind_of, loops_over_ticks, segments
+from moe_jax.rehearse.ticks import Taken, kind_of, loops_over_ticks
 
 
 def fraction(
@@ -31,7 +32,7 @@ def unit_seconds(
 ) -> Mapping[str, float] | None:
   """Returns the seconds of one unit of every kind, or None where a loop for one is missing."""
   loops = loops_over_ticks(program)
-  pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
+  pieces = [each.at for each in segments(table) if len(each.at["head"]) > 1]
   if taken.unknown or len(loops) != len(pieces):
     return None
   costs = dict.fromkeys(KINDS, 0.0)

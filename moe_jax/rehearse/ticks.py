@@ -9,10 +9,9 @@ import collections
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from moe_jax.moe import rounds, stolen
-from moe_jax.pipeline import columns, executor
+from moe_jax.pipeline import executor
+from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.table import Table
 from moe_jax.rehearse.program import Block, Branch, Done, Loop, Program, phase_of
 from moe_jax.serve import sampling
@@ -49,7 +48,7 @@ def branches_taken(program: Program, table: Table) -> Taken:
   unknown: collections.Counter[str] = collections.Counter()
   assumed: collections.Counter[str] = collections.Counter()
   loops = loops_over_ticks(program)
-  pieces = [piece for piece in segments(table) if len(piece["head"]) > 1]
+  pieces = [each.at for each in segments(table) if len(each.at["head"]) > 1]
   matched = [loop.trips for loop in loops] == [len(piece["head"]) for piece in pieces]
   for loop, piece in zip(loops, pieces if matched else [None] * len(loops), strict=True):
     for branch in _branches(loop.body):
@@ -110,14 +109,6 @@ def _kinds_of_turn(loop: Loop, branch_of_turn: Mapping) -> list[tuple[int, int]]
 def loops_over_ticks(program: Program) -> list[Loop]:
   """Returns the loops of the program itself, but for those that are taken not to turn."""
   return [unit for unit in program.entry.units if isinstance(unit, Loop) and unit.trips]
-
-
-def segments(table: Table) -> list[dict[str, np.ndarray]]:
-  """Returns, for each loop over ticks, in which of its ticks a stage runs each kind of unit."""
-  at = columns.units(table)
-  return [
-    {kind: at_Q[start:stop] for kind, at_Q in at.items()} for start, stop in columns.segments(table)
-  ]
 
 
 def _branches(block: Block, outside_loops: bool = False):

@@ -1,1 +1,1 @@
-"""Generate from a trained model."""
+"""A trained model in service: paged cache, prefill, decode, continuous batching."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from moe_jax.pipeline import columns
+from moe_jax.pipeline import segments
 from moe_jax.pipeline.picture import picture
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import CLASSIC_COSTS, KINDS, Table, check, to_text
@@ -43,10 +43,10 @@ def small():
 def test_idle_cells_write_where_nothing_waits(name, stages, micro_batches, chunks):
   """Played on a stash: what a unit writes is there, whole, when its backward unit reads it."""
   table = SCHEDULES[name](stages, micro_batches, chunks if name == "interleaved" else 1)
-  slot_QZ = columns.stash_slots(table)
+  slot_QZ = segments.stash_slots(table)
   busy_QZ = table.forward_micro_QZ >= 0
   assert (slot_QZ[busy_QZ] == table.forward_slot_QZ[busy_QZ]).all()
-  forward_QZ, backward_QZ = columns.directions(table, slot_QZ)
+  forward_QZ, backward_QZ = segments.directions(table, slot_QZ)
   for stage in range(stages):
     # Of each slot two layers; of each layer whose unit wrote it.
     stash = [[None, None] for _ in range(table.peak_in_flight)]

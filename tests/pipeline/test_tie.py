@@ -32,26 +32,26 @@ def seconds(slots, forward, backward):
 
 
 def test_an_exchange_has_the_other_stream_s_products_beside_it():
-  assert tie.slots([COMPUTE, EXCHANGE], [EXCHANGE, COMPUTE]) == ((1, 1), (1, 1))
+  assert tie.side_by_side([COMPUTE, EXCHANGE], [EXCHANGE, COMPUTE]) == ((1, 1), (1, 1))
 
 
 def test_a_long_exchange_gets_several_products_and_a_gather():
-  assert tie.slots([EXCHANGE], [COMPUTE, INSIDE, COMPUTE]) == ((1, 3),)
+  assert tie.side_by_side([EXCHANGE], [COMPUTE, INSIDE, COMPUTE]) == ((1, 3),)
 
 
 def test_products_are_laid_beside_each_of_two_collectives_not_behind_the_last():
   gather = Cost(0.0, 30e-6, 0.0)
-  assert tie.slots([COMPUTE, COMPUTE], [gather, EXCHANGE]) == ((1, 1), (1, 1))
+  assert tie.side_by_side([COMPUTE, COMPUTE], [gather, EXCHANGE]) == ((1, 1), (1, 1))
 
 
 def test_two_exchanges_do_not_share_a_slot():
-  assert tie.slots([EXCHANGE], [EXCHANGE]) in (((0, 1), (1, 0)), ((1, 0), (0, 1)))
+  assert tie.side_by_side([EXCHANGE], [EXCHANGE]) in (((0, 1), (1, 0)), ((1, 0), (0, 1)))
 
 
 @hypothesis.given(STREAM, STREAM)
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_every_step_has_its_slot_and_none_is_longer_than_one_after_another(forward, backward):
-  found = tie.slots(forward, backward)
+  found = tie.side_by_side(forward, backward)
   total = seconds(found, forward, backward)
   assert total is not None
   alone = [(1, 0)] * len(forward) + [(0, 1)] * len(backward)
@@ -85,7 +85,7 @@ def test_alone_gradients_of_weights_go_beside_the_next_exchange_and_the_last_one
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_no_gradient_of_weights_is_due_before_it_is_made_and_all_are_at_the_end(forward, backward):
   backward = [each._replace(free_s=each.compute_s / 2) for each in backward]
-  slots = tie.slots(forward, backward)
+  slots = tie.side_by_side(forward, backward)
   due, made = tie.due(slots, forward, backward), 0
   for number, (_, more_b) in enumerate(slots):
     made += more_b
