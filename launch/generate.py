@@ -68,7 +68,7 @@ def main() -> None:
   generate = Generator(dataclasses.replace(settings, serve=serve), model.mesh)
   parameters = generate.programs.parameters(model.parameters)
   wish = Wish(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
-  text = TextStream(model.tokenizer)
+  text = TextStream(model.tokenizer, prompt)
   _show(_PROMPT.value)
   for step in generate.stream(parameters, [prompt], new_tokens=new_tokens, wishes=wish):
     for _, token in step:

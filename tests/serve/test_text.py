@@ -60,6 +60,20 @@ def test_what_is_no_text_of_an_imported_tokenizer_is_shown_as_such(name):
     assert len(ids) < 9 or sum(map(bool, found)) >= 2
 
 
+@pytest.mark.parametrize("name", IMPORTED)
+def test_text_goes_on_from_its_prompt(name):
+  tokenizer = IMPORTED[name]
+  ids = tokenizer.encode("漢字 the the 字</s><|im_end|> the").tolist()
+  whole = tokenizer.decode(ids)
+  for num in range(len(ids) + 1):
+    stream = TextStream(tokenizer, ids[:num])
+    found = "".join(map(stream.add, ids[num:])) + stream.end()
+    before = tokenizer.decode(ids[:num])
+    if not before.endswith("\ufffd"):  # and where the prompt ends within a character, all of it
+      assert before + found == whole
+    assert whole.endswith(found) and "\ufffd" not in found
+
+
 def test_a_token_decodes_few_others(monkeypatch):
   decode, lengths = Bytes.decode, []
   monkeypatch.setattr(
