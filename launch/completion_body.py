@@ -74,13 +74,12 @@ def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> A
   fields = _object(body)
   _check_names(fields)
   _check_model(fields, model)
-  wish = _wish(fields)
   options = _stream_options(fields)
   new_tokens = _number(fields, "max_tokens", 16, int, 1)
   stop_tokens = _tokens(fields.get("stop_token_ids") or [], "stop_token_ids")
   deadline_s = _number(fields, "deadline_s", deadline_s, float, 0)
   requests = [
-    Request(prompt, new_tokens, wish, stop_tokens, deadline_s)
+    Request(prompt, new_tokens, _wish(fields), stop_tokens, deadline_s)
     for prompt in _prompts(fields, tokenizer)
   ]
   return Asked(requests, _stops(fields), _boolean(fields, "stream"), options)
@@ -127,6 +126,7 @@ def _check_model(fields: dict, served: str) -> None:
 
 
 def _wish(fields: dict) -> Wish:
+  """Returns how a prompt's tokens are chosen; without a seed by another one at each call."""
   temperature = _number(fields, "temperature", 1.0, float, 0, 2)
   if 0 < temperature < _LOWEST_TEMPERATURE:
     raise Wrong(

@@ -201,6 +201,9 @@ def test_seeds_decide_draws(port, idle):
   text = lambda found: found[1]["choices"][0]["text"]
   assert text(draw(seed=1, top_k=40)) == text(draw(seed=1, top_k=40))
   assert len({text(draw()) for _ in range(3)}) == 3
+  texts = lambda found: {choice["text"] for choice in found[1]["choices"]}
+  assert len(texts(draw(prompt=[PROMPT] * 3))) == 3
+  assert len(texts(draw(prompt=[PROMPT] * 3, seed=1))) == 1
 
 
 def test_a_client_that_hangs_up_frees_its_slot(port, idle):
