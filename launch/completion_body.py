@@ -1,7 +1,8 @@
 """The body of a completions request, checked: what is wrong gets one line that says what would do.
 
 Fields are those of OpenAI's API; of those that are not implemented only the value that asks for
-nothing is taken. Knows JSON and tokenizers; must not know the engine's state or HTTP.
+nothing is taken, and of `user`, which asks for nothing, any. Knows JSON and tokenizers; must not
+know the engine's state or HTTP.
 """
 
 import difflib
@@ -18,12 +19,12 @@ MOST_STOPS = 4  # as OpenAI
 _LOWEST_TEMPERATURE = 1e-5  # below, logits over it leave float32
 
 _NEUTRAL = {
-  "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "presence_penalty": 0,
-  "frequency_penalty": 0, "logit_bias": None,
+  "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0,
+  "frequency_penalty": 0, "logit_bias": {},
 }  # fmt: skip
 _FIELDS = (
   "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop",
-  "stop_token_ids", "stream", "stream_options", "deadline_s", *_NEUTRAL,
+  "stop_token_ids", "stream", "stream_options", "user", "deadline_s", *_NEUTRAL,
 )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> A
   _check_model(fields, model)
   options = _stream_options(fields)
   new_tokens = _number(fields, "max_tokens", 16, int, 1)
-  stop_tokens = _tokens(fields.get("stop_token_ids") or [], "stop_token_ids")
+  stop_tokens = _stop_tokens(fields)
   deadline_s = _number(fields, "deadline_s", deadline_s, float, 0)
   requests = [
     Request(prompt, new_tokens, _wish(fields), stop_tokens, deadline_s)
@@ -180,6 +181,11 @@ def _tokens(value, field: str) -> list[int]:
   if isinstance(value, list) and all(type(each) is int for each in value):
     return value
   raise Wrong(f"{field}={_shown(value)} is no list of token ids", field)
+
+
+def _stop_tokens(fields: dict) -> list[int]:
+  value = fields.get("stop_token_ids")
+  return [] if value is None else _tokens(value, "stop_token_ids")
 
 
 def _stops(fields: dict) -> list[str]:

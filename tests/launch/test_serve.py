@@ -310,10 +310,15 @@ def test_a_deadline_ends_a_request(port, idle):
     ({"prompt": "x", "stop": [""]}, 400, 'stop=[""] is not 1 to 4 texts'),
     ({"prompt": "x", "stop": list("abcde")}, 400, "is not 1 to 4 texts"),
     ({"prompt": "x", "stop_token_ids": [999]}, 400, "stop_tokens has token 999"),
+    ({"prompt": "x", "stop_token_ids": 0}, 400, "stop_token_ids=0 is no list of token ids"),
+    ({"prompt": "x", "stop_token_ids": False}, 400, "stop_token_ids=false is no list of token"),
+    ({"prompt": "x", "stop_token_ids": ""}, 400, 'stop_token_ids="" is no list of token ids'),
     ({"prompt": "x", "deadline_s": 0}, 400, "deadline_s=0.0 is not positive"),
     ({"prompt": "x", "max_token": 4}, 400, '"max_token" is not a field; did you mean max_tokens?'),
     ({"prompt": "x", "n": 2}, 400, "n=2 is not supported; leave it out"),
     ({"prompt": "x", "echo": True}, 400, "echo=true is not supported"),
+    ({"prompt": "x", "suffix": "y"}, 400, 'suffix="y" is not supported'),
+    ({"prompt": "x", "logit_bias": {"9": 1}}, 400, 'logit_bias={"9": 1} is not supported'),
   ],
 )
 def test_bad_input_gets_a_clear_4xx(port, body, status, message):
@@ -327,7 +332,9 @@ def test_bad_input_gets_a_clear_4xx(port, body, status, message):
 
 def test_what_asks_for_nothing_is_taken(port, idle):
   neutral = {"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "suffix": None}
-  assert ask(port, {"prompt": "x", "max_tokens": 1, "stop": None}, **neutral)[0] == 200
+  asked = {"prompt": "x", "max_tokens": 1, "stop": None, "stop_token_ids": None, "user": "me"}
+  assert ask(port, asked, **neutral)[0] == 200
+  assert ask(port, asked, logit_bias={}, suffix="")[0] == 200
 
 
 def test_other_paths_and_methods_get_an_openai_error(port):
