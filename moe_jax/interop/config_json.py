@@ -115,7 +115,7 @@ def kind_of(model: config.Model) -> str:
 
 def _architecture_of(fields: Mapping) -> tuple[str, Architecture]:
   kind = fields.get("model_type")
-  if kind not in ARCHITECTURES:
+  if not isinstance(kind, str) or kind not in ARCHITECTURES:
     raise ValueError(
       f"config.json: model_type={kind!r} is not supported; this program reads"
       f" {', '.join(ARCHITECTURES)}"
@@ -146,8 +146,13 @@ def _without_aliases(fields: Mapping, architecture: Architecture) -> dict:
 
 def _rope_theta(fields: Mapping) -> float | None:
   """Returns the base of the rotary positions; transformers 5 keeps it in `rope_parameters`."""
-  scaling = fields.get("rope_scaling")
-  parameters = {"rope_type": "default", **(fields.get("rope_parameters") or {})}
+  scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters") or {}
+  if not isinstance(parameters, Mapping):
+    raise ValueError(
+      f"config.json: rope_parameters={parameters!r} is of type {type(parameters).__name__};"
+      " expected an object of fields, such as rope_type and rope_theta"
+    )
+  parameters = {"rope_type": "default", **parameters}
   theta = parameters.pop("rope_theta", fields.get("rope_theta"))
   if scaling is not None or parameters != {"rope_type": "default"}:
     raise ValueError(

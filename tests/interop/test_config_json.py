@@ -114,6 +114,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
   ("fields", "message"),
   [
     ({"model_type": "llama"}, r"model_type='llama' is not supported; .* mixtral, qwen3_moe, olmoe"),
+    ({"model_type": [], "hidden_size": 8}, r"model_type=\[\] is not supported; .* mixtral"),
+    ({**MIXTRAL_8X7B, "rope_parameters": "x"}, r"rope_parameters='x' is of type str; expected an"),
     ({"hidden_size": 8}, r"model_type=None is not supported"),
     ({**MIXTRAL_8X7B, "sliding_window": 4096}, r"sliding_window=4096 is not supported"),
     (
