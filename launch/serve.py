@@ -121,6 +121,11 @@ def _bind() -> socket.socket:
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind(address)
+  except UnicodeError:  # of names that no name server takes: an empty part, or one too long
+    raise ValueError(
+      f"--host={_HOST.value} is no name of a host: between its dots are 1 to 63 letters; choose"
+      " an address such as 127.0.0.1"
+    ) from None
   except OSError as error:
     raise ValueError(
       f"--host={_HOST.value} --port={_PORT.value}: {error.strerror}; choose another, or --port=0"

@@ -403,6 +403,8 @@ def test_sigterm_lets_requests_finish(trained):
     (("--queue=0",), "--queue=0"),
     (("--slot=1",), "did you mean --slots?"),
     (("--host=nowhere.invalid",), "--host=nowhere.invalid --port=8000"),
+    (("--host=a..b",), "--host=a..b is no name of a host"),
+    ((f"--host={'x' * 70}",), "between its dots are 1 to 63 letters"),
   ],
 )
 def test_a_mistyped_flag_takes_one_line(trained, flags, message):
