@@ -31,12 +31,14 @@ class Served(NamedTuple):
   Attributes:
     service: runs requests.
     tokenizer: of the model.
+    end_tokens: each ends a text of the model.
     model: its name.
     deadline_s: of requests that name none.
   """
 
   service: Service
   tokenizer: Tokenizer
+  end_tokens: tuple[int, ...]
   model: str
   deadline_s: float
 

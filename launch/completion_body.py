@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import secrets
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.interop.tokenizer import Tokenizer
@@ -60,12 +61,15 @@ class Asked(NamedTuple):
   include_usage: bool
 
 
-def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> Asked:
+def parse(
+  body: bytes, tokenizer: Tokenizer, end_tokens: Sequence[int], model: str, deadline_s: float
+) -> Asked:
   """Returns what a body asks for; lengths and ids are left to the engine to check.
 
   Args:
     body: JSON in UTF-8.
     tokenizer: of prompts that are text.
+    end_tokens: stop tokens beside those of the body.
     model: name of the one that is served.
     deadline_s: where the body names none.
 
@@ -77,7 +81,7 @@ def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> A
   _check_model(fields, model)
   options = _stream_options(fields)
   new_tokens = _number(fields, "max_tokens", 16, int, 1)
-  stop_tokens = _stop_tokens(fields)
+  stop_tokens = [*end_tokens, *_stop_tokens(fields)]
   deadline_s = _number(fields, "deadline_s", deadline_s, float, 0)
   requests = [
     Request(prompt, new_tokens, _wish(fields), stop_tokens, deadline_s)

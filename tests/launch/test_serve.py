@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,6 +195,19 @@ def test_stops_by_token_and_by_text(port, trained, idle):
   assert found["choices"][0] == {
     "index": 0, "text": text[: text.index(stop)], "logprobs": None, "finish_reason": "stop",
   }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_model_that_ends_its_text_stops(trained, tmp_path):
+  folder, ids = trained
+  ends = shutil.copytree(folder, tmp_path / "tiny")
+  (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[6]]}))
+  first = ids.index(ids[6])
+  other = next(token for token in range(256) if token not in ids)
+  with server(ends) as (_, port):
+    for more in ({}, {"stop_token_ids": [other]}):
+      found = ask(port, {"prompt": PROMPT, "max_tokens": 40}, **more)[1]["choices"][0]
+      assert (found["text"], found["finish_reason"]) == (text_of(ids[:first]), "stop")
 
 
 def test_seeds_decide_draws(port, idle):
