@@ -7,7 +7,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from launch.completion_body import Asked, Wrong
@@ -31,12 +31,14 @@ class Served(NamedTuple):
   Attributes:
     service: runs requests.
     tokenizer: of the model.
+    end_tokens: each ends a text of the model.
     model: its name.
     deadline_s: of requests that name none.
   """
 
   service: Service
   tokenizer: Tokenizer
+  end_tokens: tuple[int, ...]
   model: str
   deadline_s: float
 
@@ -62,7 +64,9 @@ class Answers:
       "model": served.model,
     }
     self._service = served.service
-    self._texts = [_Text(served.tokenizer, asked) for _ in asked.requests]
+    self._texts = [
+      _Text(served.tokenizer, request.prompt, asked.stops) for request in asked.requests
+    ]
     self._ids: list[int] = []
     self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
@@ -123,8 +127,8 @@ class Answers:
 class _Text:
   """The text of one prompt's continuation, ended by tokens or by stop strings."""
 
-  def __init__(self, tokenizer: Tokenizer, asked: Asked):
-    self._stream, self._stop = TextStream(tokenizer), StopText(asked.stops)
+  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
+    self._stream, self._stop = TextStream(tokenizer, prompt), StopText(stops)
     self.num_tokens = 0
 
   def add(self, event: Event) -> tuple[str, str]:

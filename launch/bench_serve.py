@@ -43,6 +43,13 @@ def main(settings: config_lib.Config) -> None:
       f"--prompt_tokens and --new_tokens come to {mix.prompt_tokens[1] + mix.new_tokens[1]}; choose"
       f" at most serve.max_tokens={most} together, or raise it"
     )
+  if _PLOT.value:
+    # Only here, for matplotlib takes a second to import; and before the measurement.
+    from launch import load_curve
+
+    if not loads:
+      raise ValueError("--loads= is empty, and --plot draws over loads; choose one, such as 0.6")
+    load_curve.check(pathlib.Path(_PLOT.value))
   found = load_figures.measure(settings, mix, loads, _QUEUE.value)
   print(load_figures.to_text(found))
   if _JSON.value:
@@ -50,8 +57,6 @@ def main(settings: config_lib.Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
   if _PLOT.value:
-    from launch import load_curve
-
     load_curve.draw(found, pathlib.Path(_PLOT.value))
 
 

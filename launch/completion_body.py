@@ -1,13 +1,15 @@
 """The body of a completions request, checked: what is wrong gets one line that says what would do.
 
 Fields are those of OpenAI's API; of those that are not implemented only the value that asks for
-nothing is taken. Knows JSON and tokenizers; must not know the engine's state or HTTP.
+nothing is taken, and of `user`, which asks for nothing, any. Knows JSON and tokenizers; must not
+know the engine's state or HTTP.
 """
 
 import difflib
 import json
 import math
 import secrets
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.interop.tokenizer import Tokenizer
@@ -18,12 +20,12 @@ MOST_STOPS = 4  # as OpenAI
 _LOWEST_TEMPERATURE = 1e-5  # below, logits over it leave float32
 
 _NEUTRAL = {
-  "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "presence_penalty": 0,
-  "frequency_penalty": 0, "logit_bias": None,
+  "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0,
+  "frequency_penalty": 0, "logit_bias": {},
 }  # fmt: skip
 _FIELDS = (
   "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop",
-  "stop_token_ids", "stream", "stream_options", "deadline_s", *_NEUTRAL,
+  "stop_token_ids", "stream", "stream_options", "user", "deadline_s", *_NEUTRAL,
 )  # fmt: skip
 
 
@@ -59,12 +61,15 @@ class Asked(NamedTuple):
   include_usage: bool
 
 
-def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> Asked:
+def parse(
+  body: bytes, tokenizer: Tokenizer, end_tokens: Sequence[int], model: str, deadline_s: float
+) -> Asked:
   """Returns what a body asks for; lengths and ids are left to the engine to check.
 
   Args:
     body: JSON in UTF-8.
     tokenizer: of prompts that are text.
+    end_tokens: stop tokens beside those of the body.
     model: name of the one that is served.
     deadline_s: where the body names none.
 
@@ -74,13 +79,12 @@ def parse(body: bytes, tokenizer: Tokenizer, model: str, deadline_s: float) -> A
   fields = _object(body)
   _check_names(fields)
   _check_model(fields, model)
-  wish = _wish(fields)
   options = _stream_options(fields)
   new_tokens = _number(fields, "max_tokens", 16, int, 1)
-  stop_tokens = _tokens(fields.get("stop_token_ids") or [], "stop_token_ids")
+  stop_tokens = [*end_tokens, *_stop_tokens(fields)]
   deadline_s = _number(fields, "deadline_s", deadline_s, float, 0)
   requests = [
-    Request(prompt, new_tokens, wish, stop_tokens, deadline_s)
+    Request(prompt, new_tokens, _wish(fields), stop_tokens, deadline_s)
     for prompt in _prompts(fields, tokenizer)
   ]
   return Asked(requests, _stops(fields), _boolean(fields, "stream"), options)
@@ -127,6 +131,7 @@ def _check_model(fields: dict, served: str) -> None:
 
 
 def _wish(fields: dict) -> Wish:
+  """Returns how a prompt's tokens are chosen; without a seed by another one at each call."""
   temperature = _number(fields, "temperature", 1.0, float, 0, 2)
   if 0 < temperature < _LOWEST_TEMPERATURE:
     raise Wrong(
@@ -180,6 +185,11 @@ def _tokens(value, field: str) -> list[int]:
   if isinstance(value, list) and all(type(each) is int for each in value):
     return value
   raise Wrong(f"{field}={_shown(value)} is no list of token ids", field)
+
+
+def _stop_tokens(fields: dict) -> list[int]:
+  value = fields.get("stop_token_ids")
+  return [] if value is None else _tokens(value, "stop_token_ids")
 
 
 def _stops(fields: dict) -> list[str]:

@@ -68,7 +68,12 @@ async def _completions(served: Served, request: Request) -> Response:
     body = await _body(request)
     # On another thread: a long text takes the tokenizer a while, and others wait for their tokens.
     asked = await asyncio.to_thread(
-      completion_body.parse, body, served.tokenizer, served.model, served.deadline_s
+      completion_body.parse,
+      body,
+      served.tokenizer,
+      served.end_tokens,
+      served.model,
+      served.deadline_s,
     )
     answers = Answers(served, asked)
     answers.submit()

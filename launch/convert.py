@@ -86,6 +86,7 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
       " --tokenizer=bytes if their ids are bytes"
     )
   tokenizer = TOKENIZERS[_TOKENIZER.value].load(source, model.vocab)
+  end_tokens = huggingface.read_end_tokens(source, model.vocab)
   abstract, shardings, optimizer = _abstract(settings)
   parameters = huggingface.load(source, abstract.parameters, np.arange(model.layers))
   zero = np.int32(0)
@@ -96,6 +97,7 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
   partial.mkdir(parents=True)
   tokenizer.save(partial)
   write_summary(partial / huggingface.CONFIG, config.as_dict(settings))
+  write_summary(partial / huggingface.GENERATION, {"eos_token_id": list(end_tokens)})
   train = settings.train
   meta = {
     "config": config.as_dict(settings),
@@ -124,7 +126,7 @@ def _export(workdir: pathlib.Path, target: pathlib.Path, mesh_sizes: config.Mesh
   model = trained.load(workdir, settings)
   huggingface.save(
     target, model.parameters, settings.model, np.arange(settings.model.layers), model.tokenizer,
-    num_positions=window, dtype=_DTYPE.value or "float32",
+    num_positions=window, end_tokens=model.end_tokens, dtype=_DTYPE.value or "float32",
   )  # fmt: skip
   print(f"exported {_size(model.parameters)}, checkpoint {model.step} of {workdir}, to {target}")
 

@@ -2,11 +2,12 @@
 
   python -m launch.generate --workdir=runs/laptop --prompt='def '
 
-The folder is one that launch.train left, or launch.convert made of an imported model. Exit codes: 0
-done; 2 bad input; 130 Ctrl-C.
+The folder is one that launch.train left, or launch.convert made of an imported model; where such a
+model ends its text, the program does. Exit codes: 0 done; 2 bad input; 130 Ctrl-C.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 
@@ -19,7 +20,10 @@ from moe_jax import config
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from", required=True)
 _NEW_TOKENS = flags.DEFINE_integer(
-  "new_tokens", 0, "to make; 0 fills the window that the model was trained on", lower_bound=0
+  "new_tokens",
+  0,
+  "to make at most; 0 fills the window that the model was trained on",
+  lower_bound=0,
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.8, "divides the logits; 0 takes the most likely token", lower_bound=0
@@ -68,11 +72,12 @@ def main() -> None:
   generate = Generator(dataclasses.replace(settings, serve=serve), model.mesh)
   parameters = generate.programs.parameters(model.parameters)
   wish = Wish(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
-  text = TextStream(model.tokenizer)
+  text = TextStream(model.tokenizer, prompt)
   _show(_PROMPT.value)
-  for step in generate.stream(parameters, [prompt], new_tokens=new_tokens, wishes=wish):
-    for _, token in step:
-      _show(text.add(token))
+  steps = generate.stream(parameters, [prompt], new_tokens=new_tokens, wishes=wish)
+  tokens = (token for step in steps for _, token in step)
+  for token in itertools.takewhile(lambda token: token not in model.end_tokens, tokens):
+    _show(text.add(token))
   _show(text.end() + "\n")
 
 

@@ -13,12 +13,23 @@ _PANELS = (
 )
 
 
+def check(path: pathlib.Path) -> None:
+  """Refuses a file that `draw` could not write.
+
+  Raises:
+    ValueError: its ending is of no kind of picture.
+  """
+  kinds = Figure().canvas.get_supported_filetypes()
+  if path.suffix[1:].lower() not in kinds:
+    raise ValueError(f"picture {str(path)!r} ends in none of .{', .'.join(kinds)}; choose one")
+
+
 def draw(found: dict, path: pathlib.Path) -> None:
   """Writes the picture; the file's ending says its kind.
 
   Args:
-    found: of `load_figures.measure`.
-    path: where.
+    found: of `load_figures.measure`, at one load or more.
+    path: where; `check` takes it.
   """
   rows = sorted(found["loads"], key=lambda row: row["offered_per_s"])
   offered = [row["offered_per_s"] for row in rows]

@@ -5,9 +5,10 @@
     -d '{"model": "laptop", "prompt": "def ", "max_tokens": 60}'
 
 POST /v1/completions (with "stream": true as server-sent events), GET /v1/models, /health and
-/metrics (Prometheus). Fields beyond OpenAI's: top_k, stop_token_ids, deadline_s. The port answers
-once everything is compiled. A full queue answers 429. Exit codes: 0 after SIGTERM, which lets
-running requests finish; 2 bad input; 130 Ctrl-C.
+/metrics (Prometheus). Fields beyond OpenAI's: top_k, stop_token_ids (beside those with which an
+imported model ends its text), deadline_s. The port answers once everything is compiled. A full
+queue answers 429. Exit codes: 0 after SIGTERM, which lets running requests finish; 2 bad input; 130
+Ctrl-C.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ def main() -> int:
   model = trained.load(workdir, settings)
   programs = Programs(settings, model.mesh)
   engine = Engine(settings, programs, programs.parameters(model.parameters), queue=_QUEUE.value)
-  return _answer(listening, engine, model.tokenizer, _NAME.value or workdir.resolve().name)
+  return _answer(listening, engine, model, _NAME.value or workdir.resolve().name)
 
 
 def _check_installed() -> None:
@@ -121,6 +122,11 @@ def _bind() -> socket.socket:
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind(address)
+  except UnicodeError:  # of names that no name server takes: an empty part, or one too long
+    raise ValueError(
+      f"--host={_HOST.value} is no name of a host: between its dots are 1 to 63 letters; choose"
+      " an address such as 127.0.0.1"
+    ) from None
   except OSError as error:
     raise ValueError(
       f"--host={_HOST.value} --port={_PORT.value}: {error.strerror}; choose another, or --port=0"
@@ -128,7 +134,7 @@ def _bind() -> socket.socket:
   return found
 
 
-def _answer(listening: socket.socket, engine, tokenizer, name: str) -> int:
+def _answer(listening: socket.socket, engine, model: trained.Trained, name: str) -> int:
   """Answers until a signal comes or the engine fails; returns the exit code."""
   import asyncio
 
@@ -150,7 +156,7 @@ def _answer(listening: socket.socket, engine, tokenizer, name: str) -> int:
     loop = asyncio.get_running_loop()
     stop = lambda: setattr(server, "should_exit", True)
     with Service(engine, on_failure=lambda: loop.call_soon_threadsafe(stop)) as service:
-      served = answers.Served(service, tokenizer, name, deadline_s)
+      served = answers.Served(service, model.tokenizer, model.end_tokens, name, deadline_s)
       server = Server(
         uvicorn.Config(
           completions.app(served), http="h11", ws="none", lifespan="off", log_level="warning",

@@ -54,6 +54,7 @@ def _sample(config, outcome, workdir: pathlib.Path) -> None:
 
   from moe_jax.serve.generate import Generator
   from moe_jax.serve.packing import Wish
+  from moe_jax.serve.text import TextStream
 
   dataset, sequence = outcome.dataset, config.train.sequence
   prompt = dataset.eval_batch(0)["tokens"][0, : max(1, sequence // 4)]
@@ -66,7 +67,8 @@ def _sample(config, outcome, workdir: pathlib.Path) -> None:
   )  # fmt: skip
   if jax.process_index() > 0:
     return
-  before, after = dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(new)
+  text = TextStream(dataset.tokenizer, prompt)
+  before, after = dataset.tokenizer.decode(prompt), "".join(map(text.add, new)) + text.end()
   (workdir / "sample.txt").write_text(before + after, encoding="utf-8")
   print(f"sample: {len(prompt)} held-out tokens\n{before}\nand how the model goes on\n{after}")
 

@@ -19,6 +19,7 @@ class Trained(NamedTuple):
     settings: as it was trained, on the mesh asked for.
     mesh: of live devices.
     tokenizer: of its text.
+    end_tokens: each ends a text.
     parameters: master weights, layers in logical order, as a schedule without chunks takes them.
     step: of the checkpoint.
   """
@@ -26,6 +27,7 @@ class Trained(NamedTuple):
   settings: config.Config
   mesh: Any
   tokenizer: Any
+  end_tokens: tuple[int, ...]
   parameters: Any
   step: int
 
@@ -60,11 +62,13 @@ def load(workdir: pathlib.Path, settings: config.Config) -> Trained:
   """Returns the newest intact checkpoint of a run on the mesh of `settings`.
 
   Raises:
-    ValueError: there is none, every one is damaged, or the mesh does not fit the devices.
+    ValueError: there is none, every one is damaged, a file beside them is, or the mesh does not fit
+      the devices.
     OSError: a file cannot be read.
   """
   import jax
 
+  from moe_jax.interop import huggingface
   from moe_jax.interop.tokenizer import TOKENIZERS
   from moe_jax.parallel import mesh as mesh_lib
   from moe_jax.train import checkpoint, optimizer, state
@@ -72,6 +76,7 @@ def load(workdir: pathlib.Path, settings: config.Config) -> Trained:
   devices = jax.devices()[: settings.mesh.num_devices]
   mesh = mesh_lib.make(settings.mesh, devices)
   tokenizer = TOKENIZERS[settings.data.tokenizer].load(workdir, settings.model.vocab)
+  end_tokens = huggingface.read_end_tokens(workdir, settings.model.vocab)
   made = optimizer.make(settings.train)
   struct = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
   abstract = jax.tree.map(
@@ -86,7 +91,7 @@ def load(workdir: pathlib.Path, settings: config.Config) -> Trained:
     raise ValueError(f"{workdir} holds no checkpoint; name the folder of a run that has saved one")
   step, leaves, _ = found
   parameters = state.from_names(abstract, leaves).parameters
-  return Trained(settings, mesh, tokenizer, parameters, step)
+  return Trained(settings, mesh, tokenizer, end_tokens, parameters, step)
 
 
 def mesh_sizes(text: str) -> config.Mesh:

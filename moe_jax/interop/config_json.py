@@ -5,7 +5,7 @@ is refused, for it may change the model. Knows fields; must not know tensors or 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe_jax import config
 from moe_jax.interop.architectures import ARCHITECTURES, Architecture
@@ -61,12 +61,37 @@ def model_of(fields: Mapping, dtype: str) -> config.Model:
   return whole.model
 
 
-def fields_of(model: config.Model, dtype: str, num_positions: int) -> dict:
+def end_tokens_of(fields: Mapping, vocab: int) -> tuple[int, ...]:
+  """Returns the tokens each of which ends a text; none where the fields name none.
+
+  Args:
+    fields: of config.json or generation_config.json.
+    vocab: of the model.
+
+  Raises:
+    ValueError: what is named is no token of the model.
+  """
+  named = fields.get("eos_token_id")
+  if named is None:
+    return ()
+  found = named if isinstance(named, list) else [named]
+  if not all(type(token) is int and 0 <= token < vocab for token in found):
+    raise ValueError(
+      f"eos_token_id={named!r} is neither a token from 0 to {vocab - 1} nor a list of those;"
+      " correct it, or use null for none"
+    )
+  return tuple(found)
+
+
+def fields_of(
+  model: config.Model, dtype: str, num_positions: int, end_tokens: Sequence[int] = ()
+) -> dict:
   """Returns the config.json of a model.
 
   Args:
     dtype: of the weights in the files.
     num_positions: that the model was trained for; Hugging Face keeps it as a hint.
+    end_tokens: each ends a text.
 
   Raises:
     ValueError: no architecture computes what this model does.
@@ -85,7 +110,7 @@ def fields_of(model: config.Model, dtype: str, num_positions: int) -> dict:
     "rope_scaling": None,
     "max_position_embeddings": num_positions,
     "bos_token_id": None,
-    "eos_token_id": None,
+    "eos_token_id": list(end_tokens) if len(end_tokens) > 1 else next(iter(end_tokens), None),
     "pad_token_id": None,
   }
 
@@ -115,7 +140,7 @@ def kind_of(model: config.Model) -> str:
 
 def _architecture_of(fields: Mapping) -> tuple[str, Architecture]:
   kind = fields.get("model_type")
-  if kind not in ARCHITECTURES:
+  if not isinstance(kind, str) or kind not in ARCHITECTURES:
     raise ValueError(
       f"config.json: model_type={kind!r} is not supported; this program reads"
       f" {', '.join(ARCHITECTURES)}"
@@ -146,8 +171,13 @@ def _without_aliases(fields: Mapping, architecture: Architecture) -> dict:
 
 def _rope_theta(fields: Mapping) -> float | None:
   """Returns the base of the rotary positions; transformers 5 keeps it in `rope_parameters`."""
-  scaling = fields.get("rope_scaling")
-  parameters = {"rope_type": "default", **(fields.get("rope_parameters") or {})}
+  scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters") or {}
+  if not isinstance(parameters, Mapping):
+    raise ValueError(
+      f"config.json: rope_parameters={parameters!r} is of type {type(parameters).__name__};"
+      " expected an object of fields, such as rope_type and rope_theta"
+    )
+  parameters = {"rope_type": "default", **parameters}
   theta = parameters.pop("rope_theta", fields.get("rope_theta"))
   if scaling is not None or parameters != {"rope_type": "default"}:
     raise ValueError(

@@ -8,7 +8,7 @@ and every parameter must be there. Knows parameters, names and files; must not k
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,19 +23,19 @@ from moe_jax.interop.tokenizer import Tokenizer
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Parameters
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 _COMPUTE = {"float32": "F32", "bfloat16": "BF16"}
 
 
-def read_fields(folder: str | Path) -> dict:
-  """Returns the fields of a folder's config.json.
+def read_fields(folder: str | Path, name: str = CONFIG) -> dict:
+  """Returns the fields of a folder's config.json, or of another file.
 
   Raises:
     ValueError: it is missing, or not an object in JSON.
   """
-  path = Path(folder, CONFIG)
+  path = Path(folder, name)
   if not path.is_file():
-    raise ValueError(f"{path} is missing; name a folder with {CONFIG} and safetensors files")
+    raise ValueError(f"{path} is missing; name a folder with {name} and safetensors files")
   try:
     fields = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
@@ -62,6 +62,29 @@ def read_model(folder: str | Path, dtype: str | None = None) -> config.Model:
       f" compute; choose one of {', '.join(config.DTYPES)}"
     )
   return config_json.model_of(fields, dtype or stored)
+
+
+def read_end_tokens(folder: str | Path, vocab: int) -> tuple[int, ...]:
+  """Returns the tokens each of which ends a text; an imported run's folder keeps them likewise.
+
+  As in transformers, generation_config.json goes before config.json.
+
+  Args:
+    vocab: of the folder's model.
+
+  Raises:
+    ValueError: a file is not an object in JSON, or names what is no token.
+  """
+  for name in (GENERATION, CONFIG):
+    if Path(folder, name).is_file():
+      fields = read_fields(folder, name)
+      try:
+        found = config_json.end_tokens_of(fields, vocab)
+      except ValueError as error:
+        raise ValueError(f"{Path(folder, name)}: {error}") from error
+      if found:
+        return found
+  return ()
 
 
 def load(folder: str | Path, like: Parameters, order: np.ndarray) -> Parameters:
@@ -100,6 +123,7 @@ def save(
   tokenizer: Tokenizer,
   *,
   num_positions: int,
+  end_tokens: Sequence[int] = (),
   dtype: str = "float32",
   largest_file_bytes: int = 5 * 10**9,
 ) -> None:
@@ -112,6 +136,7 @@ def save(
     order: the layer at each place along L, [L].
     tokenizer: goes to tokenizer.json.
     num_positions: what config.json says the model was trained for.
+    end_tokens: what config.json says ends a text.
     dtype: of the tensors, float32 or bfloat16.
     largest_file_bytes: of one safetensors file, but for a tensor that is larger.
 
@@ -123,7 +148,7 @@ def save(
   folder = Path(folder)
   if folder.exists():
     raise ValueError(f"{folder} exists already; name a new folder")
-  fields = config_json.fields_of(model, dtype, num_positions)
+  fields = config_json.fields_of(model, dtype, num_positions, end_tokens)
   leaves = _leaves(parameters)
   remote = [path for path, leaf in leaves.items() if not leaf.is_fully_addressable]
   if remote:

@@ -1,8 +1,8 @@
 """A micro-batch of prefill as two halves that `pipeline.halves` works side by side.
 
-Half of the rows each where a rank holds an even number of them; else half of every row's positions,
-the second half attending to the first's keys and values. Knows chunks and the model's functions;
-must not know schedules.
+Half of the rows each where a rank holds an even number of them; where it holds one, half of its
+positions, the second half attending to the first's keys and values. Knows chunks and the model's
+functions; must not know schedules.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,9 @@ def way(settings: config.Config, rows: int, tokens: int) -> Way | None:
   """Returns how to halve a micro-batch, None where it is to be worked whole.
 
   Whole are those that leave no half a share of every rank, and those that communicate nothing, or
-  so little that it takes its latency alone, which two halves would wait for twice.
+  so little that it takes its latency alone, which two halves would wait for twice. An odd number of
+  rows is not cut by positions: a row may go on with the prompt of the row before, and its first
+  half would read keys that the other's second half has yet to write.
 
   Args:
     rows: of a micro-batch on a rank of `expert`.
@@ -51,7 +53,7 @@ def way(settings: config.Config, rows: int, tokens: int) -> Way | None:
     return None
   if rows % 2 == 0:
     return BY_ROWS
-  if tokens % (2 * settings.serve.page) == 0 and tokens // 2 % mesh.tensor == 0:
+  if rows == 1 and tokens % (2 * settings.serve.page) == 0 and tokens // 2 % mesh.tensor == 0:
     return BY_POSITIONS
   return None
 

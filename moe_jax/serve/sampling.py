@@ -21,9 +21,9 @@ class Wishes(NamedTuple):
 
   Attributes:
     temperature: divides the logits, float32; 0 takes the most likely token.
-    top_k: draws from that many most likely tokens, int32; 0 from all. Equals of the last are kept.
+    top_k: draws from that many most likely tokens, int32; 0 from all.
     top_p: draws from the fewest most likely tokens that hold this share of the probability, of
-      what `top_k` left, float32; 1 from all.
+      what `top_k` left, float32; 1 from all. Of both, equals of the last token are kept.
     seed: of the draws, uint32.
   """
 

@@ -13,7 +13,7 @@ from moe_jax import config
 from moe_jax.model import kv_cache
 from moe_jax.serve import decode, packing, prefill
 from moe_jax.serve import pages as pages_lib
-from moe_jax.serve.packing import Piece
+from moe_jax.serve.packing import Piece, Wish
 from moe_jax.serve.pages import Pages
 from moe_jax.serve.requests import Request
 
@@ -125,8 +125,7 @@ class Scheduler:
     slots.limit[one.slot] = length + request.new_tokens - 1
     # The device knows one stop token; the others end a request when the host sees them.
     slots.stop_token[one.slot] = request.stop_tokens[0] if request.stop_tokens else _NO_STOP
-    for name, value in request.wish._asdict().items():
-      getattr(slots.wishes, name)[one.slot] = value
+    self._set_wish(one.slot, request.wish)
 
   def advance(self, one: Running, tokens: tuple[int, ...]) -> None:
     """Takes over what a decode call made in a slot."""
@@ -137,7 +136,8 @@ class Scheduler:
     """Frees slot and pages."""
     one = self.running.pop(request_id)
     self.slots.limit[one.slot] = self.slots.position[one.slot] = 0
-    self.slots.wishes.temperature[one.slot] = 0.0
+    # An empty slot that asked for something would have every call look for it.
+    self._set_wish(one.slot, Wish())
     micro, place = one.slot
     self._free_slots[one.rank][micro].append(place)
     self.pages.give_back(one.rank, one.pages)
@@ -158,3 +158,7 @@ class Scheduler:
     by_slot = {one.slot: one.pages for one in self.active()}
     in_order = [by_slot.get(slot, _NOTHING) for slot in np.ndindex(*self._shape)]
     return pages_lib.table(in_order, width).reshape(*self._shape, width)
+
+  def _set_wish(self, slot: tuple[int, int], wish: Wish) -> None:
+    for name, value in wish._asdict().items():
+      getattr(self.slots.wishes, name)[slot] = value

@@ -73,6 +73,21 @@ def test_the_way_back_describes_the_same_model(kind):
   assert fields["max_position_embeddings"] == 4096
 
 
+@pytest.mark.parametrize(
+  ("named", "tokens"), [(None, ()), (2, (2,)), ([151645, 151643], (151645, 151643)), (0, (0,))]
+)
+def test_what_ends_a_text_goes_there_and_back(named, tokens):
+  assert config_json.end_tokens_of({**QWEN3_30B_A3B, "eos_token_id": named}, 151936) == tokens
+  model = config_json.model_of(QWEN3_30B_A3B, "bfloat16")
+  assert config_json.fields_of(model, "bfloat16", 4096, tokens)["eos_token_id"] == named
+
+
+@pytest.mark.parametrize("named", [32000, -1, "2", 2.0, True, [2, None], {}])
+def test_what_ends_a_text_is_a_token(named):
+  with pytest.raises(ValueError, match=r"eos_token_id=.* is neither a token from 0 to 31999 nor"):
+    config_json.end_tokens_of({"eos_token_id": named}, 32000)
+
+
 def test_fields_reach_the_model():
   model = config_json.model_of({**OLMOE_1B_7B, "clip_qkv": 8, "norm_topk_prob": True}, "float32")
   assert (model.qk_norm, model.clip_qkv, model.normalize_choices) == ("projection", 8.0, True)
@@ -114,6 +129,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
   ("fields", "message"),
   [
     ({"model_type": "llama"}, r"model_type='llama' is not supported; .* mixtral, qwen3_moe, olmoe"),
+    ({"model_type": [], "hidden_size": 8}, r"model_type=\[\] is not supported; .* mixtral"),
+    ({**MIXTRAL_8X7B, "rope_parameters": "x"}, r"rope_parameters='x' is of type str; expected an"),
     ({"hidden_size": 8}, r"model_type=None is not supported"),
     ({**MIXTRAL_8X7B, "sliding_window": 4096}, r"sliding_window=4096 is not supported"),
     (

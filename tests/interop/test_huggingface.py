@@ -324,6 +324,20 @@ def test_a_folder_without_a_config_is_refused(text, message, tmp_path):
   refused(lambda: huggingface.read_model(tmp_path), message)
 
 
+def test_what_ends_a_text_is_read_as_transformers_does(tmp_path):
+  read = lambda: huggingface.read_end_tokens(tmp_path, 32)
+  write = lambda name, tokens: (tmp_path / name).write_text(json.dumps({"eos_token_id": tokens}))
+  assert read() == ()
+  write("config.json", 2)
+  assert read() == (2,)
+  write("generation_config.json", None)
+  assert read() == (2,)
+  write("generation_config.json", [3, 2])
+  assert read() == (3, 2)
+  write("generation_config.json", 32)
+  refused(read, r"generation_config.json: eos_token_id=32 is neither a token from 0 to 31 nor")
+
+
 def test_a_folder_without_tensors_is_refused(ours):
   (ours.folder / "model.safetensors").unlink()
   refused(lambda: load(ours.folder), r"holds neither model\.safetensors and|holds neither")

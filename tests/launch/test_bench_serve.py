@@ -99,6 +99,9 @@ def test_lengths_are_mixed_on_a_logarithmic_scale():
     (["--new_tokens=4"], "--new_tokens=4 is not fewest,most"),
     (["--prompt_tokens=1,60"], "come to 124; choose at most serve.max_tokens=64"),
     (["--queue=0"], "--queue=0"),
+    ([*MIX, "--plot=x.foo"], "picture 'x.foo' ends in none of .eps, "),
+    ([*MIX, "--plot=x"], "picture 'x' ends in none of"),
+    ([*MIX, "--plot=x.png", "--loads="], "--loads= is empty, and --plot draws over loads"),
     (["--load=1"], "did you mean --loads?"),
   ],
 )

@@ -38,7 +38,7 @@ def theirs(tmp_path_factory):
   parameters = random_parameters(like(MODEL, mesh))
   huggingface.save(
     folder, parameters, MODEL, np.arange(4), tokenizer.Bytes(), num_positions=16,
-    largest_file_bytes=50_000,
+    end_tokens=(7,), largest_file_bytes=50_000,
   )  # fmt: skip
   return folder
 
@@ -92,16 +92,30 @@ def test_the_run_describes_itself(imported):
   assert not list(imported.parent.glob("*.partial"))
 
 
-def test_the_run_generates(imported):
+def generate(workdir):
   found = subprocess.run(
     [
-      sys.executable, "-m", "launch.generate", f"--workdir={imported}", "--prompt=def ",
+      sys.executable, "-m", "launch.generate", f"--workdir={workdir}", "--prompt=def ",
       "--new_tokens=6", "--temperature=0",
     ],
     cwd=runs.ROOT, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert found.returncode == 0, found.stderr
-  assert found.stdout.startswith("def ") and len(found.stdout) > len("def \n")
+  return found.stdout
+
+
+def test_the_run_generates(imported):
+  found = generate(imported)
+  assert found.startswith("def ") and len(found) > len("def \n")
+
+
+def test_the_run_keeps_what_ends_its_text(theirs, imported, tmp_path):
+  assert huggingface.read_end_tokens(imported, MODEL.vocab) == (7,)
+  assert json.loads((theirs / "config.json").read_text())["eos_token_id"] == 7
+  ends = shutil.copytree(imported, tmp_path / "ends")
+  every = json.dumps({"eos_token_id": list(range(MODEL.vocab))})
+  (ends / "generation_config.json").write_text(every)
+  assert generate(ends) == "def \n"
 
 
 @pytest.mark.slow

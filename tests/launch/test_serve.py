@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,11 +197,27 @@ def test_stops_by_token_and_by_text(port, trained, idle):
   }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_a_model_that_ends_its_text_stops(trained, tmp_path):
+  folder, ids = trained
+  ends = shutil.copytree(folder, tmp_path / "tiny")
+  (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[6]]}))
+  first = ids.index(ids[6])
+  other = next(token for token in range(256) if token not in ids)
+  with server(ends) as (_, port):
+    for more in ({}, {"stop_token_ids": [other]}):
+      found = ask(port, {"prompt": PROMPT, "max_tokens": 40}, **more)[1]["choices"][0]
+      assert (found["text"], found["finish_reason"]) == (text_of(ids[:first]), "stop")
+
+
 def test_seeds_decide_draws(port, idle):
   draw = lambda **more: ask(port, {"prompt": PROMPT, "temperature": 1.0, "max_tokens": 12}, **more)
   text = lambda found: found[1]["choices"][0]["text"]
   assert text(draw(seed=1, top_k=40)) == text(draw(seed=1, top_k=40))
   assert len({text(draw()) for _ in range(3)}) == 3
+  texts = lambda found: {choice["text"] for choice in found[1]["choices"]}
+  assert len(texts(draw(prompt=[PROMPT] * 3))) == 3
+  assert len(texts(draw(prompt=[PROMPT] * 3, seed=1))) == 1
 
 
 def test_a_client_that_hangs_up_frees_its_slot(port, idle):
@@ -307,10 +324,15 @@ def test_a_deadline_ends_a_request(port, idle):
     ({"prompt": "x", "stop": [""]}, 400, 'stop=[""] is not 1 to 4 texts'),
     ({"prompt": "x", "stop": list("abcde")}, 400, "is not 1 to 4 texts"),
     ({"prompt": "x", "stop_token_ids": [999]}, 400, "stop_tokens has token 999"),
+    ({"prompt": "x", "stop_token_ids": 0}, 400, "stop_token_ids=0 is no list of token ids"),
+    ({"prompt": "x", "stop_token_ids": False}, 400, "stop_token_ids=false is no list of token"),
+    ({"prompt": "x", "stop_token_ids": ""}, 400, 'stop_token_ids="" is no list of token ids'),
     ({"prompt": "x", "deadline_s": 0}, 400, "deadline_s=0.0 is not positive"),
     ({"prompt": "x", "max_token": 4}, 400, '"max_token" is not a field; did you mean max_tokens?'),
     ({"prompt": "x", "n": 2}, 400, "n=2 is not supported; leave it out"),
     ({"prompt": "x", "echo": True}, 400, "echo=true is not supported"),
+    ({"prompt": "x", "suffix": "y"}, 400, 'suffix="y" is not supported'),
+    ({"prompt": "x", "logit_bias": {"9": 1}}, 400, 'logit_bias={"9": 1} is not supported'),
   ],
 )
 def test_bad_input_gets_a_clear_4xx(port, body, status, message):
@@ -324,7 +346,9 @@ def test_bad_input_gets_a_clear_4xx(port, body, status, message):
 
 def test_what_asks_for_nothing_is_taken(port, idle):
   neutral = {"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "suffix": None}
-  assert ask(port, {"prompt": "x", "max_tokens": 1, "stop": None}, **neutral)[0] == 200
+  asked = {"prompt": "x", "max_tokens": 1, "stop": None, "stop_token_ids": None, "user": "me"}
+  assert ask(port, asked, **neutral)[0] == 200
+  assert ask(port, asked, logit_bias={}, suffix="")[0] == 200
 
 
 def test_other_paths_and_methods_get_an_openai_error(port):
@@ -393,6 +417,8 @@ def test_sigterm_lets_requests_finish(trained):
     (("--queue=0",), "--queue=0"),
     (("--slot=1",), "did you mean --slots?"),
     (("--host=nowhere.invalid",), "--host=nowhere.invalid --port=8000"),
+    (("--host=a..b",), "--host=a..b is no name of a host"),
+    ((f"--host={'x' * 70}",), "between its dots are 1 to 63 letters"),
   ],
 )
 def test_a_mistyped_flag_takes_one_line(trained, flags, message):

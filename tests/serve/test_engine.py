@@ -78,6 +78,8 @@ def assert_nothing_is_held(engine):
   assert load.num_free_pages == load.num_pages
   scheduler = engine._scheduler
   assert (scheduler.slots.limit == 0).all()
+  for name, value in Wish()._asdict().items():
+    assert (getattr(scheduler.slots.wishes, name) == value).all(), name
   free = sorted(place for ranks in scheduler._free_slots for micro in ranks for place in micro)
   shape = scheduler.slots.limit.shape
   assert free == sorted(list(range(shape[1])) * shape[0])
@@ -143,6 +145,7 @@ def test_draws_are_those_of_the_request_alone():
   found = [told[i][0] for i in range(4)]
   assert found == [alone(prompt, 9, wishes=wish) for wish in wishes]
   assert len(set(map(tuple, found))) == 4
+  assert_nothing_is_held(engine)
 
 
 def test_any_stop_token_ends_a_request_and_is_its_last():

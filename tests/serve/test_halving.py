@@ -52,17 +52,22 @@ def pieces(settings, starts) -> list[Piece]:
   return found
 
 
-def run(settings, batch, width: int):
-  """Returns (cache, result) of a prefill into a cache full of noise, and the compiled program."""
+def run(settings, *series):
+  """Returns (cache, last result) of each series of calls that begins with a cache full of noise."""
   mesh = parity.mesh_of(settings)
   programs = Programs(settings, mesh)
   parameters = programs.parameters(parity.parameters_on(mesh, settings, case.params()))
-  random = np.random.default_rng(1)
-  noise = lambda leaf: jax.device_put(
-    random.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding
-  )
-  cache = jax.tree.map(noise, programs.abstract.cache)
-  return jax.device_get(programs.prefill(parameters, cache, batch))
+  found = []
+  for batches in series:
+    random = np.random.default_rng(1)
+    noise = lambda leaf, random=random: jax.device_put(
+      random.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding
+    )
+    cache = jax.tree.map(noise, programs.abstract.cache)
+    for batch in batches:
+      cache, result = programs.prefill(parameters, cache, batch)
+    found.append(jax.device_get((cache, result)))
+  return found
 
 
 @pytest.mark.parametrize("starts", [(0,), (0, 2 * PAGE, 5 * PAGE)], ids=["begin", "continue"])
@@ -72,9 +77,9 @@ def test_halves_equal_the_whole(way, starts, monkeypatch):
   assert halving.way(settings, *SHAPES[way]) is way
   width = CONTEXT // PAGE if max(starts) else 0
   batch, places = packing.pack(settings, pieces(settings, starts), width)
-  cache, found = run(settings, batch, width)
+  ((cache, found),) = run(settings, [batch])
   monkeypatch.setattr(halving, "way", lambda *shape: None)
-  whole_cache, whole = run(settings, batch, width)
+  ((whole_cache, whole),) = run(settings, [batch])
   ends = tuple(np.array(places).T)
   np.testing.assert_array_equal(found.tokens_UB[ends], whole.tokens_UB[ends])
   np.testing.assert_array_equal(found.assigned_LE, whole.assigned_LE)
@@ -82,3 +87,21 @@ def test_halves_equal_the_whole(way, starts, monkeypatch):
   assert found.assigned_LE.sum() > 0 and len(np.unique(found.tokens_UB[ends])) > 2
   for each, expected in zip(cache[:2], whole_cache[:2], strict=True):
     assert np.abs(each - expected).max() < ABSOLUTE
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_row_goes_on_with_the_prompt_of_the_row_before(rows):
+  settings = settings_of(
+    halving.BY_ROWS, mesh=(2, 1, 1), prefill_rows=rows, prefill_micro_batches=1
+  )
+  size = prefill.chunk_tokens(settings)
+  ids = np.random.default_rng(0).integers(0, settings.model.vocab, 2 * size).astype(np.int32)
+  pages, width = np.arange(2 * size // PAGE, dtype=np.int32), size // PAGE
+  first, second = (Piece(ids[start : start + size], start, pages, 0, Wish()) for start in (0, size))
+  batch_of = lambda *pieces: packing.pack(settings, pieces, width)[0]
+  (cache, found), (expected_cache, expected) = run(
+    settings, [batch_of(first, second)], [batch_of(first), batch_of(second)]
+  )
+  assert found.tokens_UB[0, 1] == expected.tokens_UB[0, 0]
+  for each, other in zip(cache[:2], expected_cache[:2], strict=True):
+    assert np.abs(each - other).max() < ABSOLUTE
