@@ -66,6 +66,20 @@ def test_ragged_sends_the_filled_rows_of_dropless():
   assert rest(settings("ragged")) == rest(DROPLESS)
 
 
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "stealing", "dense"])
+def test_float8_rows_cross_as_their_elements_and_a_scale(dispatch):
+  mesh = {"expert": 4, "tensor": 2, "stage": 1}
+  of = lambda exchange: runs.settings(mesh=mesh, moe={"dispatch": dispatch, "exchange": exchange})
+  small, whole = (of(exchange) for exchange in ("hierarchical_float8", "hierarchical"))
+  for kind in ("forward", "backward"):
+    before = {step.name: step.operand_bytes for step in units.unit(whole, kind)}
+    after = {step.name: step.operand_bytes for step in units.unit(small, kind)}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith(("to experts", "to tokens"))}
+    for name in changed:
+      assert after[name] * D_BYTES == before[name] * (16 + 4)
+
+
 def test_stealing_under_an_even_load_counts_otherwise_and_decides():
   stealing, dropless = forward(settings("stealing", shadows=3)), forward(DROPLESS)
   assert set(stealing) - set(dropless) == {"count before stealing", "decide"}
