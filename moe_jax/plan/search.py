@@ -266,13 +266,13 @@ class _Ranking:
   def _ways(self, mesh: Mesh) -> Iterator[Moe]:
     """Yields the ways to bring tokens to experts on a mesh."""
     given = self.settings.moe
+    if self.workload:
+      yield dataclasses.replace(given, dispatch="dropless", spill=False, shadow_tokens=0.0)
+      return
     # Where one rank holds all tensor shares or all experts, both exchanges are the same. Whether
     # float8 is precise enough is not for a search over time to say.
     both = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
     for dispatch in (*CONSIDERED, *({given.dispatch} - set(CONSIDERED))):
-      # Who serves answers every token.
-      if self.workload and dispatch == "capacity":
-        continue
       ranks = ranks_per_host(mesh, self.cluster) if dispatch == "two_level" else 1
       if given.hosts_per_token:
         # A limit of the router is the model's, and so is the number of hosts that it counts.

@@ -101,9 +101,7 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
 
 def test_serving_drops_nothing_and_keeps_to_its_target():
   found = search.search(TINY, EIGHT, workload=WORKLOAD)
-  assert {plan.settings.moe.dispatch for plan in found.best} <= set(search.CONSIDERED) - {
-    "capacity"
-  }
+  assert {plan.settings.moe.dispatch for plan in found.best} == {"dropless"}
   fastest = found.best[0].served
   assert 0 < fastest.first_ttft_s <= fastest.ttft_s < fastest.whole_s
   assert fastest.memory.kv_cache > 0
@@ -113,6 +111,17 @@ def test_serving_drops_nothing_and_keeps_to_its_target():
     ValueError, match=r"no plan gives the first token within 1e-09 s: the fastest"
   ):
     search.search(TINY, EIGHT, workload=WORKLOAD, ttft_s=1e-9)
+
+
+def test_serving_is_planned_as_the_server_dispatches():
+  """Few tokens are gathered, others exchanged without loss, whatever moe.dispatch says."""
+  of = lambda dispatch: serve.run(
+    runs.settings(**SECTIONS, moe={"dispatch": dispatch}), machine.Machine(EIGHT), WORKLOAD
+  )
+  assert len({of(dispatch) for dispatch in config.DISPATCH}) == 1
+  long = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, sequence=512))
+  assert serve._as_served(long).moe.dispatch == "dropless"
+  assert serve._as_served(long, positions=1).moe.dispatch == "gathered"
 
 
 def test_longer_prompts_take_longer_and_hold_more():
