@@ -183,13 +183,21 @@ def _claims(settings, cluster, reached, loads) -> list[claims.Claim]:
 
 
 def _columns(settings, wanted, cluster, paper, options) -> dict[str, search.Plan]:
-  """Returns the plans to show: as given, the best and the next best that run, the best on paper."""
-  plans = {}
+  """Returns the plans to show: as given where its mesh and micro-batches divide what is asked for,
+  the best and the next best that run, the best on paper.
+  """
+  plans, workload = {}, options["workload"]
+  shares = settings.mesh.expert * settings.pipeline.micro_batches
   if cluster.num_gpus == settings.mesh.num_devices:
-    machine = Machine(cluster, options["calibration"])
-    plans["given"] = search.evaluate(settings, machine, options["workload"], options["tied"])
+    if workload is None or workload.sequences % shares == 0:
+      machine = Machine(cluster, options["calibration"])
+      plans["given"] = search.evaluate(settings, machine, workload, options["tied"])
+    else:
+      print(f"\nThe config as given cuts sequences into {shares} shares: it has no column")
   runnable = [plan for plan in paper.best if plan.machine.replicas == 1]
-  if len(runnable) < 2 and any(True for _ in search.meshes(wanted, cluster.num_gpus, False)):
+  if len(runnable) < 2 and any(
+    True for _ in search.meshes(wanted, cluster.num_gpus, False, workload)
+  ):
     runnable = search.search(wanted, cluster, **options).best
   plans |= dict(zip(("best", "runner-up"), runnable, strict=False))
   if paper.best[0].machine.replicas > 1:

@@ -34,6 +34,12 @@ class Workload(NamedTuple):
   prompt_tokens: int
   output_tokens: int
 
+  def __str__(self) -> str:
+    return (
+      f"{self.sequences:,} sequences at once of {self.prompt_tokens:,} prompt and"
+      f" {self.output_tokens:,} output tokens each"
+    )
+
 
 class Served(NamedTuple):
   """What a replica of the mesh makes of a workload.
@@ -69,9 +75,9 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
     workload: what is served.
   """
   mesh, gpus = settings.mesh, settings.mesh.num_devices
-  train = dataclasses.replace(
-    settings.train, batch=workload.sequences, sequence=workload.prompt_tokens
-  )
+  # The server fills prompts up to whole shares of positions.
+  sequence = -(-workload.prompt_tokens // mesh.tensor) * mesh.tensor
+  train = dataclasses.replace(settings.train, batch=workload.sequences, sequence=sequence)
   prefill = _as_served(dataclasses.replace(settings, train=train))
   at = steps.sizes(prefill)
   table = forward_only(memory.table(settings.pipeline, mesh.stage))
@@ -105,7 +111,7 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   """
   mesh = settings.mesh
   groups = max(1, min(mesh.stage, workload.sequences // mesh.expert))
-  sequences = max(1, workload.sequences // (groups * mesh.expert))
+  sequences = -(-workload.sequences // (groups * mesh.expert))
   train = dataclasses.replace(
     settings.train, batch=sequences * mesh.expert, sequence=max(mesh.tensor, 1)
   )

@@ -78,6 +78,13 @@ def test_serving_has_a_time_to_first_token():
   done = plan("--workload=serve", "--prompt_tokens=64", "--tokens_per_ms=0.001")
   assert done.returncode == 0, done.stderr
   assert "time to first token" in done.stdout and "key-value cache" in done.stdout
+  assert "for 8 sequences at once of 64 prompt and 256 output tokens each" in done.stdout
+
+
+def test_sequences_are_not_those_of_training():
+  done = plan("--workload=serve", "--prompt_tokens=64", "--tokens_per_ms=0.001", "--sequences=6")
+  assert done.returncode == 0, done.stderr
+  assert "cuts sequences into 4 shares" in done.stdout and "for 6 sequences" in done.stdout
 
 
 def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
