@@ -155,11 +155,13 @@ def _workload(settings: config_lib.Config) -> serve.Workload | None:
 
 def _scaled(settings: config_lib.Config, gpus: int) -> config_lib.Config:
   """Returns `settings` with as many sequences for each GPU on a cluster of another size."""
-  batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices)
-  mesh = config_lib.Mesh()
+  # The search chooses the mesh; this one says how many hosts the router tells apart.
+  mesh = config_lib.Mesh(expert=settings.router_hosts)
+  batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices // mesh.expert)
   pipeline = dataclasses.replace(settings.pipeline, micro_batches=1, prefetch_layers=0)
-  train = dataclasses.replace(settings.train, batch=batch)
-  return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, train=train)
+  train = dataclasses.replace(settings.train, batch=batch * mesh.expert)
+  moe = settings.moe_on(mesh)
+  return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
 
 
 def _claims(settings, cluster, reached, loads) -> list[claims.Claim]:

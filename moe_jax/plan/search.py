@@ -273,7 +273,11 @@ class _Ranking:
 
   def _ways(self, mesh: Mesh) -> Iterator[Moe]:
     """Yields the ways to bring tokens to experts on a mesh."""
-    given = self.settings.moe
+    # A limit of the router is the model's, and so is the number of hosts that it tells apart.
+    hosts = self.settings.router_hosts
+    if mesh.expert % hosts:
+      return
+    given = self.settings.moe_on(mesh)
     if self.workload:
       yield dataclasses.replace(given, dispatch="dropless", spill=False, shadow_tokens=0.0)
       return
@@ -281,12 +285,9 @@ class _Ranking:
     # float8 is precise enough is not for a search over time to say.
     both = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
     for dispatch in (*CONSIDERED, *({given.dispatch} - set(CONSIDERED))):
-      ranks = ranks_per_host(mesh, self.cluster) if dispatch == "two_level" else 1
-      if given.hosts_per_token:
-        # A limit of the router is the model's, and so is the number of hosts that it counts.
-        ranks = given.expert_ranks_per_host
-        if mesh.expert != self.settings.mesh.expert:
-          continue
+      ranks = given.expert_ranks_per_host
+      if dispatch == "two_level" and hosts == 1:
+        ranks = ranks_per_host(mesh, self.cluster)
       if dispatch == "two_level" and not 1 < ranks < mesh.expert:
         continue
       for exchange in both if dispatch not in _OWN_EXCHANGE else EXCHANGE[:1]:
@@ -335,6 +336,12 @@ class _Ranking:
 
 def _why_none(settings: Config, cluster: Cluster, workload: serve.Workload | None) -> str:
   """Returns why no mesh of the cluster is legal."""
+  hosts = ""
+  if settings.router_hosts > 1:
+    hosts = (
+      f"; moe.hosts_per_token={settings.moe.hosts_per_token} asks for"
+      f" {settings.router_hosts} hosts or more along expert"
+    )
   name = f"sequences={workload.sequences}" if workload else f"train.batch={settings.train.batch}"
   model = settings.model
   widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
@@ -344,6 +351,7 @@ def _why_none(settings: Config, cluster: Cluster, workload: serve.Workload | Non
     f" tensor divides heads and hidden units ({widths}), stage divides model.layers={model.layers}"
     f" (at most {most} GPUs), and {name} must divide by expert x micro-batches; choose another"
     f" number of GPUs, or {'sequences' if workload else 'a batch'} that is a multiple of more"
+    f"{hosts}"
   )
 
 

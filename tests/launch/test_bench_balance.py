@@ -135,6 +135,17 @@ def test_a_recording_is_what_a_real_run_routed(tmp_path):
   assert len(np.unique(found.counts_ULE[:, 0], axis=0)) == 3
 
 
+def test_what_one_device_cannot_keep_is_reset_or_refused():
+  moe = {"expert_ranks_per_host": 2, "hosts_per_token": 1}
+  of = lambda **different: runs.settings(
+    mesh={"expert": 4}, train={"batch": 16}, pipeline={"prefetch_layers": 1}, **different
+  )
+  alone = recording.one_micro_batch(of(moe={"expert_ranks_per_host": 2}))
+  assert alone.moe.expert_ranks_per_host == 1 and alone.pipeline.prefetch_layers == 0
+  with pytest.raises(ValueError, match=r"moe.hosts_per_token=1 .* recorded on one device"):
+    recording.one_micro_batch(of(moe=moe))
+
+
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [

@@ -87,6 +87,18 @@ def test_sequences_are_not_those_of_training():
   assert "cuts sequences into 4 shares" in done.stdout and "for 6 sequences" in done.stdout
 
 
+@pytest.mark.parametrize("hosts_per_token", [0, 1])
+def test_fields_of_the_given_mesh_do_not_bind_another_cluster(hosts_per_token):
+  mesh = ["--config.mesh.expert=4", "--config.mesh.tensor=1"]
+  hosts = [
+    f"--config.moe.hosts_per_token={hosts_per_token}",
+    "--config.moe.expert_ranks_per_host=2",
+  ]
+  done = plan("--cluster=h100:1x4", *mesh, *hosts, "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  assert "train.batch is taken as 4" in done.stdout
+
+
 def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
   done = plan("--tokens_per_ms=1e12")
   assert done.returncode == 1

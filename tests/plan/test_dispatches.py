@@ -123,3 +123,14 @@ def test_two_levels_are_considered_where_hosts_hold_several_ranks():
   # Of ranks on one host alone there is one level.
   assert of(Mesh(expert=2, tensor=4)) == of(Mesh(expert=4)) == set()
   assert steps.sizes(TWO_LEVEL).rows == 4 * 80
+
+
+def test_a_limit_of_the_router_asks_for_as_many_hosts_on_every_mesh():
+  limited = settings("dropless", expert_ranks_per_host=4, hosts_per_token=1)
+  rank = search._Ranking(limited, EIGHT, None, None, NONE, True)
+  of = lambda expert: {
+    (moe.expert_ranks_per_host, moe.hosts_per_token) for moe in rank._ways(Mesh(expert=expert))
+  }
+  assert of(8) == {(4, 1)} and of(4) == {(2, 1)} and of(2) == {(1, 1)} and of(1) == set()
+  with pytest.raises(ValueError, match=r"moe.hosts_per_token=1 asks for 2 hosts or more"):
+    search.search(limited, cluster("h100:1x1"))
