@@ -37,7 +37,9 @@ from moe_jax.plan import (
 from moe_jax.plan.machine import Machine
 
 _CLUSTER = flags.DEFINE_string(
-  "cluster", None, "CHIP:HOSTSxGPUS; by default as many h100 as the config's mesh, 4 to a host"
+  "cluster",
+  None,
+  "CHIP:HOSTSxGPUS; by default as many h100 as the config's mesh, up to 4 to a host",
 )
 _WORKLOAD = flags.DEFINE_enum("workload", "train", ["train", "serve"], "What to plan for.")
 _SEQUENCES = flags.DEFINE_integer(
@@ -121,8 +123,8 @@ def main(settings: config_lib.Config) -> int:
 
 
 def _default_cluster(gpus: int) -> hardware.Cluster:
-  per_host = min(4, gpus)
-  return hardware.cluster(f"h100:{-(-gpus // per_host)}x{per_host}")
+  per_host = max(count for count in range(1, 5) if gpus % count == 0)
+  return hardware.cluster(f"h100:{gpus // per_host}x{per_host}")
 
 
 def _calibration(settings: config_lib.Config) -> calibration.Calibration:

@@ -95,8 +95,8 @@ def _sizes(settings, report):
     by_config,
   )  # fmt: skip
   yield _equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, by_config)
-  chip, gpus = CHIPS["h100"], mesh.num_devices
-  need = 100 * gpus * 1e3 * cost.forward_flops(model, [sequence]).total / sequence
+  chip = CHIPS["h100"]
+  need = 6_400 * 1e3 * cost.forward_flops(model, [sequence]).total / sequence
   yield Claim(
     "64 GPUs are needed for 6,400 tokens/ms", "64 GPUs",
     f"computation asks for {need / planned.flops_per_s('bfloat16'):.1f} planned GPUs,"

@@ -99,6 +99,15 @@ def test_fields_of_the_given_mesh_do_not_bind_another_cluster(hosts_per_token):
   assert "train.batch is taken as 4" in done.stdout
 
 
+def test_the_default_cluster_has_as_many_gpus_as_the_mesh(tmp_path):
+  mesh = ["--config.mesh.expert=3", "--config.mesh.tensor=2", "--config.mesh.stage=1"]
+  sizes = ["--config.model.experts=6", "--config.train.batch=12", f"--json={tmp_path}/plan.json"]
+  done = plan(*mesh, *sizes, "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "plan.json").read_text())
+  assert found["plans"]["given"]["cluster"] == "h100:2x3" and found["claims"]
+
+
 def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
   done = plan("--tokens_per_ms=1e12")
   assert done.returncode == 1
