@@ -8,11 +8,18 @@ but for moe.hosts_per_token, which one device cannot keep. Must not know what ba
 import dataclasses
 import json
 import pathlib
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax import config
+
+# What numpy and zipfile raise at a file that is empty, cut off, or of something else.
+_NO_RECORDING = (
+  ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class Recording(NamedTuple):
@@ -130,7 +137,7 @@ def load(path: str) -> Recording:
       return Recording(
         arrays["counts_ULE"], arrays["tokens_UV"], json.loads(str(arrays["settings"]))
       )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except _NO_RECORDING as error:
       raise ValueError(
         f"{path} is not a recording ({error}); make one with --record={path}"
       ) from error
