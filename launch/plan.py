@@ -57,7 +57,9 @@ _TRACE = flags.DEFINE_string(
   "trace", None, "Recorded load: JSON with counts_LE; instead of --zipf."
 )
 _CALIBRATION = flags.DEFINE_string(
-  "calibration", None, "What the machine reached: a calibration file, or launch.rehearse's --json."
+  "calibration",
+  None,
+  "Factors on the plan's times, from what launch.rehearse --step=train --json=FILE found.",
 )
 _TIED = flags.DEFINE_boolean(
   "tied", True, "Whether a tick's forward and backward layers run beside each other."
@@ -135,12 +137,23 @@ def _calibration(settings: config_lib.Config) -> calibration.Calibration:
     report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
     raise ValueError(f"--calibration={path} is not JSON: {error}") from error
-  if "prediction" not in report:
-    return calibration.load(path)
-  rehearsed = config_lib.from_mapping(report["config"])
-  machine = Machine(hardware.cluster(report["pod"]["name"]))
+  try:
+    step, mapping, pod = report["workload"]["step"], report["config"], report["pod"]["name"]
+    found = {name: dict(report["prediction"][name]) for name in calibration.FITTED}
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"--calibration={path} is no report of launch.rehearse ({type(error).__name__}: {error});"
+      " write one with --step=train --json"
+    ) from error
+  if step != "train":
+    raise ValueError(
+      f"--calibration={path} is of --step={step}, and what is fitted is a step of training; write"
+      " it with --step=train"
+    )
+  machine = Machine(hardware.cluster(pod))
+  rehearsed = config_lib.from_mapping(mapping)
   predicted = simulate.train(rehearsed, machine, _TIED.value)._asdict()
-  return calibration.fit(predicted, report["prediction"], f"rehearsal {path}")
+  return calibration.fit(predicted, found, f"rehearsal {path}")
 
 
 def _load(settings: config_lib.Config) -> load.Load:

@@ -8,6 +8,9 @@ import pytest
 
 from launch import config_file
 from moe_jax import config as config_lib
+from moe_jax.plan import calibration, simulate
+from moe_jax.plan.hardware import cluster
+from moe_jax.plan.machine import Machine
 from tests import runs
 
 SMALL = [
@@ -135,3 +138,45 @@ def test_a_bad_specification_takes_one_line(arguments, message):
   assert done.returncode == 2
   said = [line for line in done.stderr.splitlines() if not line.startswith("[")]
   assert len(said) == 1 and message in said[0], done.stderr
+
+
+def calibrated(folder, report):
+  (folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
+  return plan(f"--calibration={folder}/report.json", "--tokens_per_ms=0.001")
+
+
+def test_it_is_calibrated_by_a_rehearsals_report(tmp_path):
+  settings = runs.settings()
+  run = simulate.train(settings, Machine(cluster("h100:2x4")))
+  report = {
+    "config": config_lib.as_dict(settings), "pod": {"name": "h100:2x4"},
+    "workload": {"step": "train"},
+    "prediction": {name: getattr(run, name) for name in calibration.FITTED},
+  }  # fmt: skip
+  as_planned = calibrated(tmp_path, report)
+  assert as_planned.returncode == 0, as_planned.stderr
+  assert as_planned.stdout == plan("--tokens_per_ms=0.001").stdout
+  for name in calibration.FITTED:
+    report["prediction"][name] = {of: 2 * s for of, s in report["prediction"][name].items()}
+  slower = calibrated(tmp_path, report)
+  assert slower.returncode == 0, slower.stderr
+  assert slower.stdout != as_planned.stdout
+
+
+@pytest.mark.parametrize(
+  "report, message",
+  [
+    ("{", "is not JSON"),
+    ("5", "is no report of launch.rehearse (TypeError: 'int' object is not subscriptable); write"),
+    ({"prediction": {}}, "is no report of launch.rehearse (KeyError: 'workload'); write one with"),
+    (
+      {"workload": {"step": "decode"}, "config": {}, "pod": {"name": "h100:1x1"},
+       "prediction": {name: {} for name in calibration.FITTED}},
+      "is of --step=decode, and what is fitted is a step of training",
+    ),
+  ],
+)  # fmt: skip
+def test_what_is_no_report_takes_one_line(tmp_path, report, message):
+  done = calibrated(tmp_path, report)
+  assert done.returncode == 2
+  assert done.stderr.count("\n") == 1 and message in done.stderr
