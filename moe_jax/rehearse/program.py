@@ -182,6 +182,11 @@ def read(
     raise ValueError("the HLO text is not scheduled; give the text of a compiled program")
   reader = _Reader(module, mesh, kernels or {}, turns or {})
   entry = reader.block(module.entry)
+  for computation in module.computations.values():
+    for each in computation.instructions:
+      for shape in each.shapes:
+        if not shape.is_known:
+          reader.unknown[f"elements of {shape.dtype}, taken as no bytes"] += 1
   return Program(entry, dict(reader.unknown), dict(reader.assumed))
 
 
