@@ -87,13 +87,6 @@ class Collective:
       "collective-permute": 1,
     }[self.kind]  # fmt: skip
 
-  @property
-  def result_bytes(self) -> int:
-    """Bytes that this device holds of the result."""
-    n = self.groups.size
-    scale = {"all-gather": (n, 1), "reduce-scatter": (1, n)}.get(self.kind, (1, 1))
-    return self.operand_bytes * scale[0] // scale[1]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Done:

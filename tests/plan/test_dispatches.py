@@ -102,7 +102,7 @@ def test_every_dispatch_is_planned_as_a_graph_and_under_a_load(dispatch):
 
 def test_members_of_a_host_and_of_its_place_on_others():
   mesh = Mesh(expert=8, tensor=2, stage=2)
-  of = lambda among, ranks: links.group(mesh, ("expert",), 8, 1, among, ranks)
+  of = lambda among, ranks: links.group(mesh, ("expert",), 8, among, ranks)
   assert of("ranks", 4) == links.Group(4, 1, 4)
   assert of("hosts", 4) == links.Group(2, 2, 1)
   assert of("ranks", 8) == of("", 1) == links.Group(8, 2, 4)
