@@ -43,12 +43,12 @@ _TOKENS = flags.DEFINE_integer(
 )
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 64, "Of a workload.", lower_bound=24)
 _SLOTS = flags.DEFINE_integer(
-  "slots", None, "Expert slots; by default one a rank more than experts."
+  "slots", 0, "Expert slots; 0: one a rank more than experts.", lower_bound=0
 )
 _SHADOWS = flags.DEFINE_integer("shadows", 4, "Of stealing, at most.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 8, "Micro-batches between placements.", lower_bound=1)
 _HORIZON = flags.DEFINE_integer("horizon", 64, "For which a placement has to pay.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the made workloads.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the made workloads.", lower_bound=0)
 
 
 def main(settings: config_lib.Config) -> None:
@@ -126,12 +126,18 @@ def _setting(settings: config_lib.Config, num_experts: int):
       f"a workload of {num_experts} experts is not divisible by mesh.expert={mesh.expert}; choose"
       " --config.mesh.expert from its divisors"
     )
+  num_slots = _SLOTS.value or num_experts + mesh.expert
+  if num_slots < num_experts or num_slots % mesh.expert:
+    raise ValueError(
+      f"--slots={num_slots} does not hold {num_experts} experts on mesh.expert={mesh.expert} ranks"
+      f" with as many slots each; choose a multiple of {mesh.expert} from {num_experts} up, or 0"
+    )
   return policies.Setting(
     num_experts=num_experts,
     num_ranks=mesh.expert,
     num_choices=model.experts_per_token,
     capacity_factor=settings.moe.capacity_factor,
-    num_slots=_SLOTS.value or num_experts + mesh.expert,
+    num_slots=num_slots,
     num_shadows=_SHADOWS.value,
     window=_WINDOW.value,
     horizon=_HORIZON.value,

@@ -122,6 +122,13 @@ def _export(workdir: pathlib.Path, target: pathlib.Path, mesh_sizes: config.Mesh
 
   from moe_jax.interop import huggingface
 
+  hosts = trained.saved(workdir).router_hosts
+  if hosts > 1:
+    raise ValueError(
+      f"{workdir} was trained with moe.hosts_per_token, some of {hosts} hosts for each token, which"
+      " Hugging Face's format cannot say: the exported model would choose other experts; train on"
+      " without it before you export"
+    )
   settings, window = trained.settings_of(workdir, mesh_sizes, config.Serve())
   model = trained.load(workdir, settings)
   huggingface.save(

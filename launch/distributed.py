@@ -33,7 +33,8 @@ def start() -> None:
   """Joins the other processes of the run, if there are any.
 
   Raises:
-    ValueError: the flags are incomplete or contradict each other.
+    ValueError: the flags are incomplete or contradict each other, or the environment's number of
+      processes is none.
   """
   address, count, index = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   given = [flag for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if flag.value is not None]
@@ -61,10 +62,17 @@ def _check(address: str | None, count: int | None, index: int | None, given: lis
 
 
 def _in_cluster() -> bool:
-  return any(
-    all(name in os.environ for name in names) and int(os.environ[names[0]]) > 1
-    for names in _CLUSTERS
-  )
+  for names in _CLUSTERS:
+    if all(name in os.environ for name in names):
+      count = os.environ[names[0]]
+      if not count.isdecimal():
+        raise ValueError(
+          f"{names[0]}={count} is not a number of processes; leave it to the cluster, or give"
+          " --distributed=off"
+        )
+      if int(count) > 1:
+        return True
+  return False
 
 
 def _initialize(**arguments) -> None:

@@ -29,10 +29,16 @@ def read(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
   rows = metrics.read_jsonl(path)
   if not rows:
     raise ValueError(f"{path} holds no step yet; train at least one")
-  return (
-    np.array([row["step"] for row in rows]),
-    np.array([row["expert_tokens"] for row in rows], np.int64),
-  )
+  try:
+    counts_WLE = np.array([row["expert_tokens"] for row in rows], np.int64)
+  except (KeyError, TypeError, ValueError):
+    counts_WLE = np.empty(0)
+  if counts_WLE.ndim != 3:
+    raise ValueError(
+      f"{path} holds a step without expert_tokens, a number for each layer and expert; give the"
+      " --workdir of a run of launch.train"
+    )
+  return np.array([row["step"] for row in rows]), counts_WLE
 
 
 def to_text(counts_WLE: np.ndarray) -> str:

@@ -37,7 +37,9 @@ from moe_jax.plan import (
 from moe_jax.plan.machine import Machine
 
 _CLUSTER = flags.DEFINE_string(
-  "cluster", None, "CHIP:HOSTSxGPUS; by default as many h100 as the config's mesh, 4 to a host"
+  "cluster",
+  None,
+  "CHIP:HOSTSxGPUS; by default as many h100 as the config's mesh, up to 4 to a host",
 )
 _WORKLOAD = flags.DEFINE_enum("workload", "train", ["train", "serve"], "What to plan for.")
 _SEQUENCES = flags.DEFINE_integer(
@@ -55,7 +57,9 @@ _TRACE = flags.DEFINE_string(
   "trace", None, "Recorded load: JSON with counts_LE; instead of --zipf."
 )
 _CALIBRATION = flags.DEFINE_string(
-  "calibration", None, "What the machine reached: a calibration file, or launch.rehearse's --json."
+  "calibration",
+  None,
+  "Factors on the plan's times, from what launch.rehearse --step=train --json=FILE found.",
 )
 _TIED = flags.DEFINE_boolean(
   "tied", True, "Whether a tick's forward and backward layers run beside each other."
@@ -121,8 +125,8 @@ def main(settings: config_lib.Config) -> int:
 
 
 def _default_cluster(gpus: int) -> hardware.Cluster:
-  per_host = min(4, gpus)
-  return hardware.cluster(f"h100:{-(-gpus // per_host)}x{per_host}")
+  per_host = max(count for count in range(1, 5) if gpus % count == 0)
+  return hardware.cluster(f"h100:{gpus // per_host}x{per_host}")
 
 
 def _calibration(settings: config_lib.Config) -> calibration.Calibration:
@@ -133,12 +137,23 @@ def _calibration(settings: config_lib.Config) -> calibration.Calibration:
     report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
     raise ValueError(f"--calibration={path} is not JSON: {error}") from error
-  if "prediction" not in report:
-    return calibration.load(path)
-  rehearsed = config_lib.from_mapping(report["config"])
-  machine = Machine(hardware.cluster(report["pod"]["name"]))
+  try:
+    step, mapping, pod = report["workload"]["step"], report["config"], report["pod"]["name"]
+    found = {name: dict(report["prediction"][name]) for name in calibration.FITTED}
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"--calibration={path} is no report of launch.rehearse ({type(error).__name__}: {error});"
+      " write one with --step=train --json"
+    ) from error
+  if step != "train":
+    raise ValueError(
+      f"--calibration={path} is of --step={step}, and what is fitted is a step of training; write"
+      " it with --step=train"
+    )
+  machine = Machine(hardware.cluster(pod))
+  rehearsed = config_lib.from_mapping(mapping)
   predicted = simulate.train(rehearsed, machine, _TIED.value)._asdict()
-  return calibration.fit(predicted, report["prediction"], f"rehearsal {path}")
+  return calibration.fit(predicted, found, f"rehearsal {path}")
 
 
 def _load(settings: config_lib.Config) -> load.Load:
@@ -155,11 +170,13 @@ def _workload(settings: config_lib.Config) -> serve.Workload | None:
 
 def _scaled(settings: config_lib.Config, gpus: int) -> config_lib.Config:
   """Returns `settings` with as many sequences for each GPU on a cluster of another size."""
-  batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices)
-  mesh = config_lib.Mesh()
+  # The search chooses the mesh; this one says how many hosts the router tells apart.
+  mesh = config_lib.Mesh(expert=settings.router_hosts)
+  batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices // mesh.expert)
   pipeline = dataclasses.replace(settings.pipeline, micro_batches=1, prefetch_layers=0)
-  train = dataclasses.replace(settings.train, batch=batch)
-  return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, train=train)
+  train = dataclasses.replace(settings.train, batch=batch * mesh.expert)
+  moe = settings.moe_on(mesh)
+  return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
 
 
 def _claims(settings, cluster, reached, loads) -> list[claims.Claim]:
@@ -183,13 +200,21 @@ def _claims(settings, cluster, reached, loads) -> list[claims.Claim]:
 
 
 def _columns(settings, wanted, cluster, paper, options) -> dict[str, search.Plan]:
-  """Returns the plans to show: as given, the best and the next best that run, the best on paper."""
-  plans = {}
+  """Returns the plans to show: as given where its mesh and micro-batches divide what is asked for,
+  the best and the next best that run, the best on paper.
+  """
+  plans, workload = {}, options["workload"]
+  shares = settings.mesh.expert * settings.pipeline.micro_batches
   if cluster.num_gpus == settings.mesh.num_devices:
-    machine = Machine(cluster, options["calibration"])
-    plans["given"] = search.evaluate(settings, machine, options["workload"], options["tied"])
+    if workload is None or workload.sequences % shares == 0:
+      machine = Machine(cluster, options["calibration"])
+      plans["given"] = search.evaluate(settings, machine, workload, options["tied"])
+    else:
+      print(f"\nThe config as given cuts sequences into {shares} shares: it has no column")
   runnable = [plan for plan in paper.best if plan.machine.replicas == 1]
-  if len(runnable) < 2 and any(True for _ in search.meshes(wanted, cluster.num_gpus, False)):
+  if len(runnable) < 2 and any(
+    True for _ in search.meshes(wanted, cluster.num_gpus, False, workload)
+  ):
     runnable = search.search(wanted, cluster, **options).best
   plans |= dict(zip(("best", "runner-up"), runnable, strict=False))
   if paper.best[0].machine.replicas > 1:

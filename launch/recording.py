@@ -1,18 +1,25 @@
 """Routing recorded from real training: which experts a micro-batch's tokens chose, step by step.
 
 The deployment's model, data and optimizer, on one device and with one micro-batch a step, so that
-what a step reports is one micro-batch: which expert serves a token does not depend on the mesh.
-Must not know what balances.
+what a step reports is one micro-batch: which expert serves a token does not depend on the mesh,
+but for moe.hosts_per_token, which one device cannot keep. Must not know what balances.
 """
 
 import dataclasses
 import json
 import pathlib
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax import config
+
+# What numpy and zipfile raise at a file that is empty, cut off, or of something else.
+_NO_RECORDING = (
+  ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class Recording(NamedTuple):
@@ -36,6 +43,9 @@ def record(settings: config.Config, report=print) -> Recording:
     settings: the deployment; its mesh and pipeline are replaced by one device and one micro-batch,
       and its batch by that of one micro-batch of each expert rank.
     report: takes a line of text now and then.
+
+  Raises:
+    ValueError: as `one_micro_batch`.
   """
   # jax takes seconds to import, which a mistyped flag need not wait for.
   import jax
@@ -72,14 +82,28 @@ def record(settings: config.Config, report=print) -> Recording:
 
 
 def one_micro_batch(settings: config.Config) -> config.Config:
-  """Returns the settings on one device with one micro-batch a step, of the size it had."""
+  """Returns the settings on one device with one micro-batch a step, of the size it had.
+
+  Raises:
+    ValueError: the router tells hosts apart.
+  """
+  if settings.router_hosts > 1:
+    raise ValueError(
+      f"moe.hosts_per_token={settings.moe.hosts_per_token} chooses a token's experts on some of"
+      f" {settings.router_hosts} hosts, and routing is recorded on one device; choose"
+      " --config.moe.hosts_per_token=0"
+    )
+  mesh = config.Mesh()
   train = dataclasses.replace(
     settings.train, batch=settings.train.batch // settings.pipeline.micro_batches
   )
   return dataclasses.replace(
     settings,
-    mesh=config.Mesh(),
-    pipeline=dataclasses.replace(settings.pipeline, schedule="1f1b", micro_batches=1, chunks=1),
+    mesh=mesh,
+    pipeline=dataclasses.replace(
+      settings.pipeline, schedule="1f1b", micro_batches=1, chunks=1, prefetch_layers=0
+    ),
+    moe=settings.moe_on(mesh),
     train=train,
   )
 
@@ -113,7 +137,7 @@ def load(path: str) -> Recording:
       return Recording(
         arrays["counts_ULE"], arrays["tokens_UV"], json.loads(str(arrays["settings"]))
       )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except _NO_RECORDING as error:
       raise ValueError(
         f"{path} is not a recording ({error}); make one with --record={path}"
       ) from error

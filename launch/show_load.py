@@ -23,16 +23,16 @@ _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device,
 
 
 def main() -> None:
+  folder = pathlib.Path(_WORKDIR.value).expanduser()
   if _PHASE.value is not None:
     # jax takes seconds to import, which a mistyped flag need not wait for.
     from launch import phase_text
 
-    print(phase_text.to_text(pathlib.Path(_WORKDIR.value), _PHASE.value))
+    print(phase_text.to_text(folder, _PHASE.value))
     return
   # matplotlib takes a second to import, which a mistyped flag need not wait for.
   from launch import load_picture
 
-  folder = pathlib.Path(_WORKDIR.value)
   steps, counts_WLE = load_picture.read(folder)
   out = pathlib.Path(_OUT.value or folder / "load.png")
   print(load_picture.to_text(counts_WLE[-_LAST.value :]))

@@ -53,7 +53,7 @@ class Stopping:
   def _hear(self):
     while byte := self._read.recv(1):
       number = byte[0]
-      if number == signal.SIGINT and self._asked.is_set():
+      if number == signal.SIGINT and self.exit_code == INTERRUPTED:  # the second of its kind
         os._exit(INTERRUPTED)
       if number in _HEARD:
         if number == signal.SIGINT:

@@ -3,8 +3,8 @@
   python -m launch.train --config=configs/laptop.py --virtual_devices=8 --workdir=runs/laptop
 
 SIGTERM or Ctrl-C finishes the step and saves; the same command goes on from there. Exit codes: 0
-finished, or saved after SIGTERM; 130 saved after Ctrl-C; 1 too many steps were not finite; 2 bad
-input.
+finished, or saved after SIGTERM; 130 saved after Ctrl-C, unsaved after a second one; 1 too many
+steps were not finite; 2 bad input.
 """
 
 import dataclasses

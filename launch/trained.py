@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from moe_jax import config
 
+_SECTIONS = ("model", "mesh", "moe", "train", "data")
+
 
 class Trained(NamedTuple):
   """A model to serve.
@@ -32,13 +34,11 @@ class Trained(NamedTuple):
   step: int
 
 
-def settings_of(
-  workdir: pathlib.Path, mesh_sizes: config.Mesh, serve: config.Serve
-) -> tuple[config.Config, int]:
-  """Returns the Config of a run on another mesh, without chunks, and its window in tokens.
+def saved(workdir: pathlib.Path) -> config.Config:
+  """Returns the Config of a run, without what a model does not depend on.
 
   Raises:
-    ValueError: the folder is not one of a run, or the model does not fit the mesh.
+    ValueError: the folder is not one of a run.
   """
   path = workdir / "config.json"
   if not path.is_file():
@@ -47,15 +47,34 @@ def settings_of(
     fields = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(fields, dict) or "model" not in fields:
-    raise ValueError(f"{path} has no model section; name the folder of a run of launch.train")
-  saved = config.from_mapping({name: fields[name] for name in ("model", "train", "data")})
+  missing = [name for name in _SECTIONS if not isinstance(fields, dict) or name not in fields]
+  if missing:
+    raise ValueError(
+      f"{path} has no {missing[0]} section; name the folder of a run of launch.train"
+    )
+  return config.from_mapping({name: fields[name] for name in _SECTIONS})
+
+
+def settings_of(
+  workdir: pathlib.Path, mesh_sizes: config.Mesh, serve: config.Serve
+) -> tuple[config.Config, int]:
+  """Returns the Config of a run on another mesh, without chunks, and its window in tokens.
+
+  Raises:
+    ValueError: the folder is not one of a run, or the model does not fit the mesh.
+  """
+  trained = saved(workdir)
   # Of another mesh only the model must fit: nothing is trained.
-  train = dataclasses.replace(saved.train, batch=mesh_sizes.expert, sequence=mesh_sizes.tensor)
-  return (
-    config.Config(model=saved.model, mesh=mesh_sizes, train=train, data=saved.data, serve=serve),
-    saved.train.sequence,
+  train = dataclasses.replace(trained.train, batch=mesh_sizes.expert, sequence=mesh_sizes.tensor)
+  # Which hosts a token may choose is the model's; the rest of `moe` is of training.
+  router = trained.moe_on(mesh_sizes)
+  moe = config.Moe(
+    hosts_per_token=router.hosts_per_token, expert_ranks_per_host=router.expert_ranks_per_host
   )
+  settings = config.Config(
+    model=trained.model, mesh=mesh_sizes, moe=moe, train=train, data=trained.data, serve=serve
+  )
+  return settings, trained.train.sequence
 
 
 def load(workdir: pathlib.Path, settings: config.Config) -> Trained:

@@ -298,6 +298,29 @@ class Config:
         f"model.vocab={model.vocab} cannot hold bytes; data.tokenizer=bytes needs at least 256"
       )
 
+  @property
+  def router_hosts(self) -> int:
+    """Hosts that the router tells apart, the model's on any mesh; 1 where it has no limit."""
+    num_hosts = self.mesh.expert // self.moe.expert_ranks_per_host
+    return num_hosts if 0 < self.moe.hosts_per_token < num_hosts else 1
+
+  def moe_on(self, mesh: Mesh) -> Moe:
+    """Returns `moe` for another mesh, on which the router tells as many hosts apart.
+
+    Raises:
+      ValueError: `mesh.expert` does not fall into so many hosts.
+    """
+    hosts = self.router_hosts
+    if hosts == 1:
+      return dataclasses.replace(self.moe, hosts_per_token=0, expert_ranks_per_host=1)
+    if mesh.expert % hosts:
+      raise ValueError(
+        f"moe.hosts_per_token={self.moe.hosts_per_token} chooses a token's experts on some of"
+        f" {hosts} hosts, and mesh.expert={mesh.expert} does not fall into {hosts}; choose a"
+        f" multiple of {hosts}"
+      )
+    return dataclasses.replace(self.moe, expert_ranks_per_host=mesh.expert // hosts)
+
 
 def _check_prefetch(config: Config):
   """Checks that layers gathered ahead have somebody to be gathered from, and are not all."""

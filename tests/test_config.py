@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, Mesh, Model, Pipeline, as_dict, check_field, from_mapping
+from moe_jax.config import Config, Mesh, Model, Moe, Pipeline, as_dict, check_field, from_mapping
 
 FIELD_TYPES = config_lib.field_types()
 SIZES = st.integers(-1, 24) | st.sampled_from([32, 64, 96, 128, 256, 320, 512, 10**12, 10**400])
@@ -293,3 +293,17 @@ def test_replacing_a_part_checks_the_whole_again():
 def test_config_imports_without_jax():
   code = "import sys; sys.modules['jax'] = None; import moe_jax.config; moe_jax.config.Config()"
   subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_router_that_counts_hosts_counts_as_many_on_another_mesh():
+  of = lambda **moe: Config(mesh=Mesh(expert=8), moe=Moe(**moe))
+  limited = of(expert_ranks_per_host=4, hosts_per_token=1)
+  assert limited.router_hosts == 2
+  assert limited.moe_on(Mesh(expert=2)).expert_ranks_per_host == 1
+  assert limited.moe_on(Mesh(expert=16)).expert_ranks_per_host == 8
+  with pytest.raises(ValueError, match=r"moe.hosts_per_token=1 .* 2 hosts, and mesh.expert=1 does"):
+    limited.moe_on(Mesh())
+  # Without a limit, or with one of all hosts, any mesh will do.
+  for free in (of(expert_ranks_per_host=4), of(expert_ranks_per_host=4, hosts_per_token=2)):
+    assert free.router_hosts == 1
+    assert free.moe_on(Mesh()) == Moe()

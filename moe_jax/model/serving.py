@@ -21,7 +21,7 @@ from moe_jax.model import attention, cached_attention, kv_cache, transformer
 from moe_jax.model.kv_cache import Cache
 from moe_jax.model.layers import rms_norm
 from moe_jax.model.transformer import Layer, Shared
-from moe_jax.moe import gathered, layer, router
+from moe_jax.moe import few_tokens, gathered, layer, router
 from moe_jax.moe import plan as plans
 from moe_jax.moe.dispatch import DISPATCH
 from moe_jax.moe.exchange import EXCHANGE
@@ -226,12 +226,12 @@ def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, 
     routing = routing._replace(experts_TK=jnp.where(is_real_t1, routing.experts_TK, num_experts))
     assigned_E = router.assignments_per_expert(routing.experts_TK, num_experts)
   num_tokens = h_tD.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
-  if gathered.is_cheaper(num_tokens, h_tD.shape[1], h_tD.dtype.itemsize):
+  moe = few_tokens.way(settings.moe, num_tokens, h_tD.shape[1], h_tD.dtype.itemsize)
+  if moe.dispatch == "gathered":
     y_tD, plan = _few(settings, layers, index, routing, logits_tE, h_tD)
   else:
     experts = weights.experts
     of_layer = Weights(experts.gate_up[...], experts.down[...])
-    moe = config.Moe(dispatch="dropless", exchange=settings.moe.exchange)
     y_tD, plan = layer.serve(of_layer, moe, routing, logits_tE, h_tD)
   dropped = jnp.sum((plan.expert_TK == num_experts) & is_real_t1, dtype=jnp.int32)
   return x_bsD + y_tD.reshape(x_bsD.shape), Report(assigned_E, dropped)

@@ -2,8 +2,8 @@
 
 No rows, no sorting, no rounds: two messages there and back, whatever the routing, where the
 exchanges of the others send padded buffers. It pays while the experts' time is that of reading
-their weights (`is_cheaper`). An expert that no token chose is not computed, and its weights are not
-read, where that is likely.
+their weights (`few_tokens.is_cheaper`). An expert that no token chose is not computed, and its
+weights are not read, where that is likely.
 
 Letters: X devices of `expert`; M tokens of all devices of `expert` and `tensor`; e experts of this
 device; f this tensor rank's share of the hidden units.
@@ -22,11 +22,6 @@ from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.pipeline.saving import residual
 
-# Multiplying by a weight that has been read is free for this many tokens: a chip's FLOP/s over its
-# bytes/s, in bfloat16, is 156 on A100, 295 on H100 and 281 on B200.
-_FREE_TOKENS = 256
-# What a link of 50 GB/s carries in the 10 us that a message takes however short it is.
-_FREE_BYTES = 500_000
 # Below this many assignments an expert some experts are likely to have none: exp(-4) is 2%.
 _FULL_LOAD = 4
 # An expert that no more tokens than this chose multiplies only theirs.
@@ -38,23 +33,6 @@ class _Arrived(NamedTuple):
 
   x_MD: jax.Array
   chose_eM: jax.Array | None
-
-
-def is_cheaper(num_tokens: int, width: int, bytes_per_element: int) -> bool:
-  """Returns whether gathering costs less than an exchange of rows: as its time is then latency.
-
-  True while multiplying every token by every expert takes no longer than reading the experts'
-  weights (256 tokens), and what a device sends takes no longer than a message does in any case
-  (500 kB).
-
-  Args:
-    num_tokens: of all devices of `expert` and `tensor` together.
-    width: of a token, elements.
-
-  >>> is_cheaper(128, 512, 2), is_cheaper(4096, 512, 2)
-  (True, False)
-  """
-  return num_tokens <= _FREE_TOKENS and num_tokens * width * bytes_per_element <= _FREE_BYTES
 
 
 def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:

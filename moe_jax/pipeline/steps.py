@@ -46,11 +46,6 @@ class Step(NamedTuple):
   inside_bytes: float
   between_bytes: float
 
-  @property
-  def communicates(self) -> bool:
-    """Whether it sends anything."""
-    return self.inside_bytes + self.between_bytes > 0
-
 
 def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step, ...]:
   """Returns the layer as steps.

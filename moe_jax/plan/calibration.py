@@ -1,11 +1,9 @@
 """What a machine reached in one run or rehearsal, over what its tables promise: factors on time.
 
-Made from one report, kept in a JSON file, applied to every plan. Knows phases, links and chips;
-must not know how time was measured.
+Made from one report, applied to every plan. Knows phases, links and chips; must not know how time
+was measured.
 """
 
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -61,6 +59,8 @@ class Calibration(NamedTuple):
 
 
 NONE = Calibration()
+# What `fit` asks for, by phase and by link.
+FITTED = ("compute_s_by_phase", "seconds_by_link")
 
 
 def fit(
@@ -71,7 +71,7 @@ def fit(
   """Returns the factors that turn what was predicted into what was found.
 
   Args:
-    predicted: `compute_s_by_phase` and `seconds_by_link`, uncalibrated.
+    predicted: what FITTED names, uncalibrated.
     found: the same of a run or rehearsal, and `everything else`'s phases among the first.
     source: what `found` comes from.
 
@@ -100,22 +100,3 @@ def fit(
     between=ratio("between"),
     source=source,
   )
-
-
-def save(calibration: Calibration, path: str) -> None:
-  """Writes the calibration as JSON."""
-  values = calibration._asdict() | {"compute": dict(calibration.compute)}
-  pathlib.Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def load(path: str) -> Calibration:
-  """Returns the calibration that `save` wrote.
-
-  Raises:
-    ValueError: the file is not one.
-  """
-  try:
-    values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    return Calibration(**values | {"compute": tuple(sorted(values["compute"].items()))})
-  except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(f"{path} is not a calibration file ({error}); write one first") from error

@@ -55,6 +55,8 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
     served = plan.served
     return {
       **parts,
+      # Whatever moe.dispatch says; gathered where tokens are few.
+      "dispatch": f"dropless or gathered, {settings.moe.exchange}",
       "time to first token": f"{served.ttft_s * 1e3:.1f} ms",
       "... of the first prompts": f"{served.first_ttft_s * 1e3:.1f} ms",
       "prefill tokens/ms/GPU": f"{served.prefill_tokens_per_ms_per_gpu:.1f}",

@@ -1,19 +1,18 @@
-"""What the model costs, by phase, from its sizes alone: operations, parameters, bytes of state.
+"""What the model costs, by phase, from its sizes alone: operations and parameters.
 
-Two counts of operations. *Model* FLOPs are what the mathematics needs: each token's K experts, each
-pair of positions that may attend. *Executed* FLOPs are what this implementation multiplies: padded
-rows, masked pairs in diagonal blocks, layers computed again. The ratio of a speed to a peak is
-always of model FLOPs. Both count matrix products only, a multiply-add as two; norms, softmax,
-activations, rotary turns and sums of rows count nothing, as is usual, and so does the lookup of the
-embedding. Knows sizes; must not know jax, devices or time.
+Operations are *model* FLOPs, what the mathematics needs: each token's K experts, each pair of
+positions that may attend; the ratio of a speed to a peak is always of them. What the program
+multiplies beside them, padded rows, masked pairs and layers computed again, stands in its steps
+(plan.phases). They count matrix products only, a multiply-add as two; norms, softmax, activations,
+rotary turns and sums of rows count nothing, as is usual, and so does the lookup of the embedding.
+Knows sizes; must not know jax, devices or time.
 """
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 
-from moe_jax.config import Config, Model
+from moe_jax.config import Model
 
 PHASES = ("embed", "attention", "dispatch", "experts", "combine", "head")
 
@@ -44,10 +43,6 @@ class ByPhase:
   def times(self, factor: float) -> "ByPhase":
     """Returns every number multiplied by `factor`."""
     return ByPhase(*(factor * value for value in dataclasses.astuple(self)))
-
-  def plus(self, other: "ByPhase") -> "ByPhase":
-    """Returns the sums of both numbers of each phase."""
-    return ByPhase(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 def causal_pairs(document_tokens: Sequence[int]) -> int:
@@ -91,13 +86,14 @@ def forward_flops(model: Model, document_tokens: Sequence[int]) -> ByPhase:
     model: the sizes.
     document_tokens: tokens of each document; a batch of B whole rows of S tokens is [S] * B.
   """
-  T = sum(document_tokens)
-  return _forward(model, T, causal_pairs(document_tokens), T * model.experts_per_token)
-
-
-def backward_flops(model: Model, document_tokens: Sequence[int]) -> ByPhase:
-  """Returns the model FLOPs of a backward pass: twice the forward's (BACKWARD_PER_FORWARD)."""
-  return forward_flops(model, document_tokens).times(BACKWARD_PER_FORWARD)
+  T, D, L = sum(document_tokens), model.d_model, model.layers
+  pair_flops = 4 * causal_pairs(document_tokens) * model.heads * model.head_dim
+  return ByPhase(
+    attention=L * (2 * T * _projection_elements(model) + pair_flops),
+    dispatch=L * 2 * T * D * model.experts,
+    experts=L * T * model.experts_per_token * 6 * D * model.expert_hidden,
+    head=2 * T * D * model.vocab,
+  )
 
 
 def train_flops(model: Model, document_tokens: Sequence[int]) -> ByPhase:
@@ -106,82 +102,6 @@ def train_flops(model: Model, document_tokens: Sequence[int]) -> ByPhase:
   The optimizer has no matrix products.
   """
   return forward_flops(model, document_tokens).times(1 + BACKWARD_PER_FORWARD)
-
-
-def expert_rows(settings: Config) -> int:
-  """Returns how many rows the experts of one layer multiply in a step, over all devices.
-
-  A device plans for itself: a micro-batch leaves it t = batch / (U x expert) x S / tensor tokens.
-    capacity: every expert has C = ceil(capacity_factor x t K / E) rows (at most t) from each device
-    dense: every expert takes every token
-    those of EVERY_ASSIGNMENT: each has its row; the rows that fill up blocks depend on the text,
-      and are not counted
-  """
-  model, mesh, train = settings.model, settings.mesh, settings.train
-  step_tokens = train.batch * train.sequence
-  sources = settings.pipeline.micro_batches * mesh.expert * mesh.tensor
-  tokens = step_tokens // sources
-  if settings.moe.dispatch in EVERY_ASSIGNMENT:
-    return step_tokens * model.experts_per_token
-  if settings.moe.dispatch == "dense":
-    return step_tokens * model.experts
-  even_share = tokens * model.experts_per_token / model.experts
-  rows = min(tokens, max(1, math.ceil(settings.moe.capacity_factor * even_share)))
-  return sources * model.experts * rows
-
-
-def executed_forward_flops(settings: Config, block_tokens: int) -> ByPhase:
-  """Returns the FLOPs that a forward pass over a step's batch multiplies.
-
-  As `forward_flops`, with the rows of `expert_rows` and the pairs of `blockwise_pairs`. Cells that
-  a pipeline schedule leaves idle are not counted here: they run while another stage works.
-
-  Args:
-    settings: the deployment.
-    block_tokens: positions of an attention block.
-  """
-  train = settings.train
-  pairs = train.batch * blockwise_pairs(train.sequence, block_tokens)
-  return _forward(settings.model, train.batch * train.sequence, pairs, expert_rows(settings))
-
-
-def executed_train_flops(
-  settings: Config, block_tokens: int, backward_products: int = 5
-) -> ByPhase:
-  """Returns the FLOPs that a training step multiplies.
-
-  The backward pass of blockwise attention computes the scores again, half of the pairs' forward
-  work, whatever is saved. pipeline.save=inputs computes every layer again before its backward pass,
-  "exchanges" what no collective brought: not attention's last product, nor the experts'.
-  "residuals" and "everything" keep the results of the products.
-
-  Args:
-    settings: the deployment.
-    block_tokens: positions of an attention block.
-    backward_products: matrix products over pairs in attention's backward pass: what is beyond the
-      four gradients of the forward pass's two is computed again.
-  """
-  model, train = settings.model, settings.train
-  forward = executed_forward_flops(settings, block_tokens)
-  pairs = train.batch * blockwise_pairs(train.sequence, block_tokens)
-  again = (backward_products - 2 * BACKWARD_PER_FORWARD) / 2
-  scores_again = again * model.layers * _pair_flops(model, pairs)
-  step = forward.times(1 + BACKWARD_PER_FORWARD)
-  if settings.pipeline.multiplies_again:
-    step = step.plus(forward)
-  if settings.pipeline.save == "exchanges":
-    mesh, tokens = settings.mesh, train.batch * train.sequence
-    step = step.plus(
-      ByPhase(
-        attention=-model.layers * output_flops(model, tokens) * (mesh.tensor > 1),
-        experts=-DOWN_SHARE * forward.experts * (mesh.expert * mesh.tensor > 1),
-      )
-    )
-  return dataclasses.replace(
-    step,
-    attention=step.attention + scores_again,
-    head=forward.head * (1 + BACKWARD_PER_FORWARD),
-  )
 
 
 def output_flops(model: Model, tokens: int) -> int:
@@ -207,52 +127,6 @@ def num_parameters(model: Model) -> ByPhase:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class StateBytes:
-  """Bytes of a training run's state over all devices, each part counted once.
-
-  Attributes:
-    parameters: master weights, float32.
-    gradients: float32.
-    optimizer: AdamW's two moments, float32.
-    compute: copies of the weights in the compute dtype; 0 where that is float32.
-  """
-
-  parameters: int
-  gradients: int
-  optimizer: int
-  compute: int
-
-  @property
-  def total(self) -> int:
-    """The sum."""
-    return sum(dataclasses.astuple(self))
-
-
-def state_bytes(model: Model) -> StateBytes:
-  """Returns the bytes of the state: 4 P for weights and gradients each, 8 P for the moments.
-
-  Router and norms keep float32 in the computation too; the difference of a few parameters is left
-  out.
-
-  Source: Decoupled Weight Decay Regularization (arXiv:1711.05101), algorithm 2, for the two
-  moments.
-  """
-  count = int(num_parameters(model).total)
-  compute = {"float32": 0, "bfloat16": 2}[model.dtype] * count
-  return StateBytes(parameters=4 * count, gradients=4 * count, optimizer=8 * count, compute=compute)
-
-
-def _forward(model: Model, tokens: int, pairs: int, rows: int) -> ByPhase:
-  D, L = model.d_model, model.layers
-  return ByPhase(
-    attention=L * (2 * tokens * _projection_elements(model) + _pair_flops(model, pairs)),
-    dispatch=L * 2 * tokens * D * model.experts,
-    experts=L * rows * 6 * D * model.expert_hidden,
-    head=2 * tokens * D * model.vocab,
-  )
-
-
 def _projection_elements(model: Model) -> int:
   return model.d_model * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
 
@@ -260,7 +134,3 @@ def _projection_elements(model: Model) -> int:
 def _qk_norm_elements(model: Model) -> int:
   heads = {"none": 0, "head": 2, "projection": model.heads + model.kv_heads}[model.qk_norm]
   return heads * model.head_dim
-
-
-def _pair_flops(model: Model, pairs: int) -> int:
-  return 4 * pairs * model.heads * model.head_dim

@@ -104,9 +104,10 @@ def _one_level(settings: Config, at: Sizes) -> tuple[tuple[Step, ...], tuple[Ste
   arrived = mesh.tensor * sent
   follows = ROUNDS if moe.dispatch in cost.EVERY_ASSIGNMENT else ""
   is_flat = moe.exchange == "flat"
-  exchanged = arrived if is_flat else sent
+  rows = at.rows * mesh.tensor if is_flat else at.rows
   if moe.dispatch == "ragged":
-    exchanged = at.tokens * model.experts_per_token * model.d_model * at.dtype_bytes
+    rows = at.tokens * model.experts_per_token
+  exchanged = rows * steps.crossing_row_bytes(settings)
   step = lambda name, phase, kind, axis, operand_bytes: Step(
     name, phase, kind, axes=(axis,), operand_bytes=operand_bytes, follows=follows
   )

@@ -54,7 +54,6 @@ def group(
   mesh: Mesh,
   axes: tuple[str, ...],
   gpus_per_host: int,
-  replicas: int = 1,
   among: str = "",
   ranks_per_host: int = 1,
 ) -> Group:
@@ -62,15 +61,14 @@ def group(
 
   Args:
     mesh: sizes of the axes.
-    axes: of AXES, and "replica", which lies outside of them all.
+    axes: of AXES.
     gpus_per_host: consecutive GPUs share a host.
-    replicas: of the model.
     among: of `expert` only one rank of each host, "hosts", or those of one host, "ranks".
     ranks_per_host: consecutive ranks of `expert` that share a host, where `among` is given.
   """
   ranks = ranks_per_host if among else mesh.expert
   sizes = {
-    "replica": replicas, "stage": mesh.stage, "hosts": mesh.expert // ranks, "ranks": ranks,
+    "stage": mesh.stage, "hosts": mesh.expert // ranks, "ranks": ranks,
     "tensor": mesh.tensor,
   }  # fmt: skip
   parts = {"expert": (among,) if among else ("hosts", "ranks")}

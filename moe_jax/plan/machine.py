@@ -41,13 +41,11 @@ class BlockRun(NamedTuple):
   Attributes:
     end_s: when its last operation ends.
     starts, ends: of each operation.
-    critical: places of the operations of which each waited for the one before.
   """
 
   end_s: float
   starts: tuple[float, ...]
   ends: tuple[float, ...]
-  critical: tuple[int, ...]
 
 
 def stream(step: Step) -> str:
@@ -75,7 +73,7 @@ def wires(step: Step, settings: Config, machine: Machine) -> links.Group:
   """Returns the group of a collective; of a permutation, a pair of neighbours."""
   ranks = settings.moe.expert_ranks_per_host if step.among else 1
   to = links.group(
-    settings.mesh, step.axes, machine.cluster.gpus_per_host, 1, step.among, ranks
+    settings.mesh, step.axes, machine.cluster.gpus_per_host, step.among, ranks
   )  # fmt: skip
   if step.kind == "collective-permute" and to.size > 1:
     return links.Group(2, min(2, to.num_hosts), 1 if to.num_hosts > 1 else 2)
@@ -119,8 +117,8 @@ def resources(block: Block, settings: Config, machine: Machine) -> list[str]:
 
 def _schedule(block: Block, durations: Sequence[float], resources: Sequence[str]) -> BlockRun:
   """Returns the block when what can start first always does, of two what stands first."""
-  free: dict[str, tuple[float, int]] = {}
-  starts, ends, cause = {}, {}, {}
+  free: dict[str, float] = {}
+  starts, ends = {}, {}
   waiting = list(range(len(block)))
   while waiting:
     best = None
@@ -128,24 +126,16 @@ def _schedule(block: Block, durations: Sequence[float], resources: Sequence[str]
       after = block[place].after
       if any(waited not in ends for waited in after):
         continue
-      start_s, why = free.get(resources[place], (0.0, -1))
-      for waited in after:
-        if ends[waited] >= start_s:
-          start_s, why = ends[waited], waited
+      start_s = max(free.get(resources[place], 0.0), *(ends[waited] for waited in after), 0.0)
       if best is None or start_s < best[0]:
-        best = (start_s, place, why)
-    start_s, place, why = best
+        best = (start_s, place)
+    start_s, place = best
     waiting.remove(place)
-    starts[place], ends[place], cause[place] = start_s, start_s + durations[place], why
-    free[resources[place]] = (ends[place], place)
-  critical, place = [], max(ends, key=ends.get) if ends else -1
-  while place >= 0:
-    critical.append(place)
-    place = cause[place]
+    starts[place], ends[place] = start_s, start_s + durations[place]
+    free[resources[place]] = ends[place]
   in_order = range(len(block))
   return BlockRun(
     max(ends.values(), default=0.0),
     tuple(starts[i] for i in in_order),
     tuple(ends[i] for i in in_order),
-    tuple(reversed(critical)),
   )

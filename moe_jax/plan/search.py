@@ -93,7 +93,8 @@ def search(
   """Returns the best plans for a model and batch on all GPUs of a cluster.
 
   Args:
-    settings: model, batch and sequence are kept; mesh, pipeline and dispatch are chosen.
+    settings: model, batch and sequence are kept; mesh, pipeline and dispatch are chosen. To serve,
+      the workload's sequences take the place of the batch.
     cluster: all its GPUs are used.
     workload: to serve; None trains.
     ttft_s: until the first token, at most; slower plans are left out.
@@ -105,10 +106,10 @@ def search(
     ValueError: no plan is legal, or none fits into memory; says what is missing or by how much.
   """
   rank = _Ranking(settings, cluster, workload, ttft_s, calibration, tied)
-  for mesh, replicas in meshes(settings, cluster.num_gpus, with_replicas):
+  for mesh, replicas in meshes(settings, cluster.num_gpus, with_replicas, workload):
     rank.mesh(mesh, replicas)
   if not rank.considered:
-    raise ValueError(_why_none(settings, cluster))
+    raise ValueError(_why_none(settings, cluster, workload))
   if not rank.best and rank.least_ttft_s < math.inf:
     raise ValueError(
       f"no plan gives the first token within {ttft_s:g} s: the fastest takes"
@@ -120,7 +121,7 @@ def search(
       f"no plan fits: the smallest needs {rank.least_bytes / 1e9:.1f} GB on each"
       f" {cluster.chip.name}, which has {have / 1e9:.0f} GB,"
       f" {(rank.least_bytes - have) / 1e9:.1f} GB too little; give more GPUs, a chip with more"
-      " memory, or a smaller train.batch"
+      f" memory, or {'fewer sequences' if workload else 'a smaller train.batch'}"
     )
   best = sorted(rank.best.values(), key=lambda plan: plan.seconds)
   return Found(best, rank.considered, rank.simulated, rank.too_large, rank.least_bytes)
@@ -183,7 +184,9 @@ def missed(plan: Plan, targets: Targets) -> str:
   return " and ".join(parts)
 
 
-def meshes(settings: Config, num_gpus: int, with_replicas: bool) -> Iterator[tuple[Mesh, int]]:
+def meshes(
+  settings: Config, num_gpus: int, with_replicas: bool, workload: serve.Workload | None = None
+) -> Iterator[tuple[Mesh, int]]:
   """Yields the legal meshes of a number of GPUs, and how many replicas of each there are."""
   model = settings.model
   widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
@@ -193,8 +196,13 @@ def meshes(settings: Config, num_gpus: int, with_replicas: bool) -> Iterator[tup
     if rest or not replicas or (replicas > 1 and not with_replicas):
       continue
     fits = model.vocab % (stage * tensor) == 0 and settings.train.sequence % tensor == 0
-    if fits and settings.train.batch % (replicas * expert) == 0:
+    if fits and _batch(settings, workload) % (replicas * expert) == 0:
       yield Mesh(expert=expert, tensor=tensor, stage=stage), replicas
+
+
+def _batch(settings: Config, workload: serve.Workload | None) -> int:
+  """Returns the sequences that the mesh and its replicas share."""
+  return workload.sequences if workload else settings.train.batch
 
 
 def ranks_per_host(mesh: Mesh, cluster: Cluster) -> int:
@@ -244,7 +252,7 @@ class _Ranking:
 
   def _layouts(self, mesh: Mesh, replicas: int) -> Iterator[Config]:
     given, model = self.settings, self.settings.model
-    batch = given.train.batch // replicas
+    batch = _batch(given, self.workload) // replicas
     train = dataclasses.replace(given.train, batch=batch)
     # A prefill saves nothing, and all schedules of one chunk are the same forwards.
     saves = SAVE[:1] if self.workload else SAVE
@@ -265,20 +273,21 @@ class _Ranking:
 
   def _ways(self, mesh: Mesh) -> Iterator[Moe]:
     """Yields the ways to bring tokens to experts on a mesh."""
-    given = self.settings.moe
+    # A limit of the router is the model's, and so is the number of hosts that it tells apart.
+    hosts = self.settings.router_hosts
+    if mesh.expert % hosts:
+      return
+    given = self.settings.moe_on(mesh)
+    if self.workload:
+      yield dataclasses.replace(given, dispatch="dropless", spill=False, shadow_tokens=0.0)
+      return
     # Where one rank holds all tensor shares or all experts, both exchanges are the same. Whether
     # float8 is precise enough is not for a search over time to say.
     both = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
     for dispatch in (*CONSIDERED, *({given.dispatch} - set(CONSIDERED))):
-      # Who serves answers every token.
-      if self.workload and dispatch == "capacity":
-        continue
-      ranks = ranks_per_host(mesh, self.cluster) if dispatch == "two_level" else 1
-      if given.hosts_per_token:
-        # A limit of the router is the model's, and so is the number of hosts that it counts.
-        ranks = given.expert_ranks_per_host
-        if mesh.expert != self.settings.mesh.expert:
-          continue
+      ranks = given.expert_ranks_per_host
+      if dispatch == "two_level" and hosts == 1:
+        ranks = ranks_per_host(mesh, self.cluster)
       if dispatch == "two_level" and not 1 < ranks < mesh.expert:
         continue
       for exchange in both if dispatch not in _OWN_EXCHANGE else EXCHANGE[:1]:
@@ -325,16 +334,24 @@ class _Ranking:
       del self.best[slow]
 
 
-def _why_none(settings: Config, cluster: Cluster) -> str:
+def _why_none(settings: Config, cluster: Cluster, workload: serve.Workload | None) -> str:
   """Returns why no mesh of the cluster is legal."""
+  hosts = ""
+  if settings.router_hosts > 1:
+    hosts = (
+      f"; moe.hosts_per_token={settings.moe.hosts_per_token} asks for"
+      f" {settings.router_hosts} hosts or more along expert"
+    )
+  name = f"sequences={workload.sequences}" if workload else f"train.batch={settings.train.batch}"
   model = settings.model
   widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
   most = model.experts * widths * model.layers
   return (
     f"no mesh of {cluster.num_gpus} GPUs is legal: expert divides model.experts={model.experts},"
     f" tensor divides heads and hidden units ({widths}), stage divides model.layers={model.layers}"
-    f" (at most {most} GPUs), and train.batch={settings.train.batch} must divide by expert x"
-    " micro-batches; choose another number of GPUs, or a batch that is a multiple of more"
+    f" (at most {most} GPUs), and {name} must divide by expert x micro-batches; choose another"
+    f" number of GPUs, or {'sequences' if workload else 'a batch'} that is a multiple of more"
+    f"{hosts}"
   )
 
 

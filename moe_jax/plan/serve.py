@@ -2,12 +2,17 @@
 
 The same steps as in training, forwards alone, the head at the last position of each prompt. Knows
 steps and machines; must not know how requests arrive.
+
+Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. Times
+are upper bounds: a prefill's micro-batch is worked as two halves side by side (pipeline.halves),
+and is priced here as one after the other.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 from moe_jax.config import Config
+from moe_jax.moe import few_tokens
 from moe_jax.pipeline.schedules import forward_only
 from moe_jax.plan import memory, program, steps, units
 from moe_jax.plan.machine import Machine, seconds
@@ -28,6 +33,12 @@ class Workload(NamedTuple):
   sequences: int
   prompt_tokens: int
   output_tokens: int
+
+  def __str__(self) -> str:
+    return (
+      f"{self.sequences:,} sequences at once of {self.prompt_tokens:,} prompt and"
+      f" {self.output_tokens:,} output tokens each"
+    )
 
 
 class Served(NamedTuple):
@@ -64,10 +75,10 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
     workload: what is served.
   """
   mesh, gpus = settings.mesh, settings.mesh.num_devices
-  train = dataclasses.replace(
-    settings.train, batch=workload.sequences, sequence=workload.prompt_tokens
-  )
-  prefill = dataclasses.replace(settings, train=train)
+  # The server fills prompts up to whole shares of positions.
+  sequence = -(-workload.prompt_tokens // mesh.tensor) * mesh.tensor
+  train = dataclasses.replace(settings.train, batch=workload.sequences, sequence=sequence)
+  prefill = _as_served(dataclasses.replace(settings, train=train))
   at = steps.sizes(prefill)
   table = forward_only(memory.table(settings.pipeline, mesh.stage))
   unit_s, transfer_s = _unit_seconds(prefill, machine, at), _transfer_seconds(prefill, machine, at)
@@ -100,28 +111,33 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   """
   mesh = settings.mesh
   groups = max(1, min(mesh.stage, workload.sequences // mesh.expert))
-  sequences = max(1, workload.sequences // (groups * mesh.expert))
+  sequences = -(-workload.sequences // (groups * mesh.expert))
   train = dataclasses.replace(
     settings.train, batch=sequences * mesh.expert, sequence=max(mesh.tensor, 1)
   )
   pipeline = dataclasses.replace(settings.pipeline, schedule="1f1b", chunks=1, micro_batches=1)
-  decode = dataclasses.replace(settings, train=train, pipeline=pipeline)
+  decode = _as_served(dataclasses.replace(settings, train=train, pipeline=pipeline), positions=1)
   context = workload.prompt_tokens + workload.output_tokens // 2
   at = steps.sizes(decode, positions=1, context=context)
-  # For few tokens gathering them costs less than an exchange of rows: the engine takes it then.
-  gathered = dataclasses.replace(
-    decode, moe=dataclasses.replace(decode.moe, dispatch="gathered", spill=False)
-  )
-  stage_s = min(
-    max(_unit_seconds(way, machine, at), _launch_seconds(way, machine, at))
-    for way in (decode, gathered)
-  )
+  stage_s = max(_unit_seconds(decode, machine, at), _launch_seconds(decode, machine, at))
   head_s = _head_seconds(decode, machine, at.sequences)
   return mesh.stage * (stage_s + _transfer_seconds(decode, machine, at)) + groups * head_s
 
 
+def _as_served(settings: Config, positions: int = 0) -> Config:
+  """Returns the settings with the way in which the server brings a micro-batch to the experts.
+
+  Args:
+    positions: as in steps.sizes.
+  """
+  mesh, at = settings.mesh, steps.sizes(settings, positions)
+  num_tokens = at.tokens * mesh.expert * mesh.tensor
+  moe = few_tokens.way(settings.moe, num_tokens, settings.model.d_model, at.dtype_bytes)
+  return dataclasses.replace(settings, moe=moe)
+
+
 def _unit_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
-  """Returns the seconds of a forward unit: nothing runs beside it."""
+  """Returns the seconds of a forward unit, one step after the other."""
   each = sum(seconds(step, settings, machine) for step in _layer(settings, at))
   return each * units.layers_per_unit(settings)
 

@@ -63,8 +63,6 @@ class Run(NamedTuple):
     seconds_by_link: of collectives, inside and between hosts.
     hidden_s_by_stream: of which kernels ran meanwhile.
     bytes_by_link: sent by one GPU.
-    critical_s: of the chain of operations of which each waited for the one before, by stream and
-      phase.
   """
 
   step_s: float
@@ -78,7 +76,6 @@ class Run(NamedTuple):
   seconds_by_link: Mapping[str, float]
   hidden_s_by_stream: Mapping[str, float]
   bytes_by_link: Mapping[str, float]
-  critical_s: Mapping[tuple[str, str], float]
 
   @property
   def exposed_s(self) -> float:
@@ -186,7 +183,7 @@ def unit_seconds(settings: Config, machine: Machine) -> dict[str, float]:
 def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
   """Returns a training step under an even load."""
   totals: collections.Counter = collections.Counter()
-  by_phase, by_stream, by_link, hidden, sent, critical = (collections.Counter() for _ in range(6))
+  by_phase, by_stream, by_link, hidden, sent = (collections.Counter() for _ in range(5))
   for times, blocks in program.counted(settings, tied):
     for block in blocks:
       ran = run_block(block, settings, machine)
@@ -203,9 +200,6 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
         by_link[to.link] += took_s
         sent[to.link] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, to.size)
         hidden[stream(op.step)] += times * _overlap(kernels, start_s, end_s)
-      for place in ran.critical:
-        op = block[place]
-        critical[stream(op.step), op.step.phase] += times * (ran.ends[place] - ran.starts[place])
   launch_s = launch_seconds(settings, machine, tied)
   replica_s = replica_seconds(settings, machine)
   costs = unit_seconds(settings, machine)
@@ -222,7 +216,6 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
     seconds_by_link=dict(by_link),
     hidden_s_by_stream=dict(hidden),
     bytes_by_link=dict(sent),
-    critical_s=dict(critical),
   )
 
 

@@ -119,6 +119,14 @@ def two_level_rows(settings: Config, tokens: int) -> tuple[int, int]:
   return to_host, min(hosts * to_host * choices, to_rank)
 
 
+def crossing_row_bytes(settings: Config) -> int:
+  """Returns the bytes of a row on its way between hosts: of float8 its elements and one scale."""
+  model = settings.model
+  if settings.moe.exchange == "hierarchical_float8":
+    return model.d_model + FLOAT32_BYTES
+  return model.d_model * DTYPE_BYTES[model.dtype]
+
+
 def group_size(settings: Config, step: Step) -> int:
   """Returns how many devices take part in a collective."""
   ranks = settings.moe.expert_ranks_per_host

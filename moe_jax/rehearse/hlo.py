@@ -48,8 +48,14 @@ class Shape(NamedTuple):
     return math.prod(self.dims)
 
   @property
+  def is_known(self) -> bool:
+    """Whether the width of its elements is."""
+    return self.dtype in _BITS
+
+  @property
   def num_bytes(self) -> int:
-    return math.ceil(self.elements * _BITS[self.dtype] / 8)
+    """Bytes of the array; 0 where the width of its elements is not known."""
+    return math.ceil(self.elements * _BITS.get(self.dtype, 0) / 8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -92,13 +92,6 @@ class Collective:
       "collective-permute": 1,
     }[self.kind]  # fmt: skip
 
-  @property
-  def result_bytes(self) -> int:
-    """Bytes that this device holds of the result."""
-    n = self.groups.size
-    scale = {"all-gather": (n, 1), "reduce-scatter": (1, n)}.get(self.kind, (1, 1))
-    return self.operand_bytes * scale[0] // scale[1]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Done:
@@ -187,6 +180,11 @@ def read(
     raise ValueError("the HLO text is not scheduled; give the text of a compiled program")
   reader = _Reader(module, mesh, kernels or {}, turns or {})
   entry = reader.block(module.entry)
+  for computation in module.computations.values():
+    for each in computation.instructions:
+      for shape in each.shapes:
+        if not shape.is_known:
+          reader.unknown[f"elements of {shape.dtype}, taken as no bytes"] += 1
   return Program(entry, dict(reader.unknown), dict(reader.assumed))
 
 

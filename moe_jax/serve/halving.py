@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax import config
 from moe_jax.model import serving
 from moe_jax.model.serving import Chunk
-from moe_jax.moe import gathered
+from moe_jax.moe import few_tokens
 from moe_jax.pipeline import halves
 
 
@@ -49,7 +49,7 @@ def way(settings: config.Config, rows: int, tokens: int) -> Way | None:
   ranks = mesh.expert * mesh.tensor
   itemsize = jnp.dtype(model.dtype).itemsize
   num_tokens = rows * tokens // 2 * mesh.expert
-  if ranks == 1 or gathered.is_cheaper(num_tokens, model.d_model, itemsize):
+  if ranks == 1 or few_tokens.is_cheaper(num_tokens, model.d_model, itemsize):
     return None
   if rows % 2 == 0:
     return BY_ROWS

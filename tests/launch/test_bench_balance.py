@@ -135,6 +135,25 @@ def test_a_recording_is_what_a_real_run_routed(tmp_path):
   assert len(np.unique(found.counts_ULE[:, 0], axis=0)) == 3
 
 
+@pytest.mark.parametrize("num_bytes", [0, 100, 2_000])
+def test_a_recording_that_is_cut_off_is_none(tmp_path, num_bytes):
+  whole = (runs.ROOT / "configs" / "laptop_routing.npz").read_bytes()
+  (tmp_path / "cut.npz").write_bytes(whole[:num_bytes])
+  with pytest.raises(ValueError, match=r"cut.npz is not a recording \(.*\); make one with"):
+    recording.load(str(tmp_path / "cut.npz"))
+
+
+def test_what_one_device_cannot_keep_is_reset_or_refused():
+  moe = {"expert_ranks_per_host": 2, "hosts_per_token": 1}
+  of = lambda **different: runs.settings(
+    mesh={"expert": 4}, train={"batch": 16}, pipeline={"prefetch_layers": 1}, **different
+  )
+  alone = recording.one_micro_batch(of(moe={"expert_ranks_per_host": 2}))
+  assert alone.moe.expert_ranks_per_host == 1 and alone.pipeline.prefetch_layers == 0
+  with pytest.raises(ValueError, match=r"moe.hosts_per_token=1 .* recorded on one device"):
+    recording.one_micro_batch(of(moe=moe))
+
+
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
@@ -143,6 +162,10 @@ def test_a_recording_is_what_a_real_run_routed(tmp_path):
     (["--recordings=nothing.npz", "--workloads=even", *SMALL[1:]], "nothing.npz: No such file"),
     (["--config.mesh.expert=3"], "not divisible by mesh.expert=3"),
     (["--chip=h300"], "--chip=h300 is not one of a100"),
+    (["--seed=-1"], "--seed=-1"),
+    (["--slots=-5"], "--slots=-5"),
+    (["--slots=8", *SMALL], "--slots=8 does not hold 16 experts on mesh.expert=8 ranks"),
+    (["--slots=20", *SMALL], "choose a multiple of 8 from 16 up, or 0"),
   ],
 )
 def test_bad_input_takes_one_line(arguments, said):

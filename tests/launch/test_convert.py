@@ -160,16 +160,19 @@ def test_training_goes_on_from_what_was_imported(imported, tmp_path, standard_dt
     (["--from={bare}", "--to={new}"], "has no tokenizer.json; fetch it from where"),
     (["--from={bare}", "--to={new}", "--tokenizer=bytes"], "holds neither model.safetensors"),
     (["--from={empty_run}", "--to={new}"], "holds no checkpoint; name the folder of a run"),
+    (["--from={limited}", "--to={new}"], "was trained with moe.hosts_per_token, some of 2 hosts"),
   ],
 )
 def test_bad_input_gets_one_line(theirs, tmp_path, flags, message):
-  folders = {name: tmp_path / name for name in ("odd", "bare", "empty_run", "new")}
-  for name in ("odd", "bare", "empty_run"):
+  folders = {name: tmp_path / name for name in ("odd", "bare", "empty_run", "limited", "new")}
+  for name in ("odd", "bare", "empty_run", "limited"):
     folders[name].mkdir()
   (folders["odd"] / "config.json").write_text("{}")
   (folders["bare"] / "config.json").write_bytes((theirs / "config.json").read_bytes())
   settings = config.as_dict(runs.settings())
   (folders["empty_run"] / "config.json").write_text(json.dumps(settings))
+  settings["moe"]["hosts_per_token"] = 1
+  (folders["limited"] / "config.json").write_text(json.dumps(settings))
   found = convert(*(flag.format(theirs=theirs, **folders) for flag in flags))
   assert found.returncode == 2
   assert message in found.stderr

@@ -77,6 +77,12 @@ def test_one_that_is_alone_or_told_so_stays_alone(flags, variables):
   assert finish([start(*flags, **variables)]) == [(0, "process 0 of 1", "")]
 
 
+def test_a_number_of_tasks_that_is_none_takes_one_line():
+  ((code, _, errors),) = finish([start(**slurm(0, 1) | {"SLURM_NTASKS": "x"})])
+  assert code == 2 and errors.count("\n") == 1
+  assert errors.startswith("error: SLURM_NTASKS=x is not a number of processes")
+
+
 def test_asked_to_join_where_there_is_no_cluster_it_says_what_to_give():
   ((code, _, errors),) = finish([start("--distributed=on")])
   assert code == 2

@@ -9,6 +9,8 @@ import sys
 import jax
 import pytest
 
+from launch import trained
+from moe_jax import config
 from moe_jax.serve.generate import Generator
 from moe_jax.train import loop
 from tests import runs
@@ -84,3 +86,24 @@ def test_a_folder_without_a_run_is_named(tmp_path, workdir):
   assert "holds no checkpoint" in generate(tmp_path, "--prompt=x").stderr
   (tmp_path / "config.json").write_text("{")
   assert "config.json is not JSON" in generate(tmp_path, "--prompt=x").stderr
+  for section in ("model", "mesh", "moe", "train", "data"):
+    without = {name: fields for name, fields in settings.items() if name != section}
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    with pytest.raises(ValueError, match=f"config.json has no {section} section; name the folder"):
+      trained.saved(tmp_path)
+
+
+def test_hosts_that_the_router_tells_apart_are_the_models(tmp_path):
+  limited = runs.settings(
+    mesh={"expert": 8, "tensor": 1, "stage": 1},
+    moe={"dispatch": "two_level", "expert_ranks_per_host": 4, "hosts_per_token": 1},
+    train={"batch": 32},
+  )
+  (tmp_path / "config.json").write_text(json.dumps(config.as_dict(limited)))
+  on = lambda *mesh: trained.settings_of(tmp_path, config.Mesh(*mesh), config.Serve())[0].moe
+  assert on(8) == config.Moe(hosts_per_token=1, expert_ranks_per_host=4)
+  assert on(2, 4) == config.Moe(hosts_per_token=1, expert_ranks_per_host=1)
+  with pytest.raises(
+    ValueError, match=r"moe.hosts_per_token=1 .* mesh.expert=1 does not fall into 2"
+  ):
+    on(1, 8)

@@ -8,6 +8,9 @@ import pytest
 
 from launch import config_file
 from moe_jax import config as config_lib
+from moe_jax.plan import calibration, simulate
+from moe_jax.plan.hardware import cluster
+from moe_jax.plan.machine import Machine
 from tests import runs
 
 SMALL = [
@@ -78,6 +81,34 @@ def test_serving_has_a_time_to_first_token():
   done = plan("--workload=serve", "--prompt_tokens=64", "--tokens_per_ms=0.001")
   assert done.returncode == 0, done.stderr
   assert "time to first token" in done.stdout and "key-value cache" in done.stdout
+  assert "for 8 sequences at once of 64 prompt and 256 output tokens each" in done.stdout
+
+
+def test_sequences_are_not_those_of_training():
+  done = plan("--workload=serve", "--prompt_tokens=64", "--tokens_per_ms=0.001", "--sequences=6")
+  assert done.returncode == 0, done.stderr
+  assert "cuts sequences into 4 shares" in done.stdout and "for 6 sequences" in done.stdout
+
+
+@pytest.mark.parametrize("hosts_per_token", [0, 1])
+def test_fields_of_the_given_mesh_do_not_bind_another_cluster(hosts_per_token):
+  mesh = ["--config.mesh.expert=4", "--config.mesh.tensor=1"]
+  hosts = [
+    f"--config.moe.hosts_per_token={hosts_per_token}",
+    "--config.moe.expert_ranks_per_host=2",
+  ]
+  done = plan("--cluster=h100:1x4", *mesh, *hosts, "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  assert "train.batch is taken as 4" in done.stdout
+
+
+def test_the_default_cluster_has_as_many_gpus_as_the_mesh(tmp_path):
+  mesh = ["--config.mesh.expert=3", "--config.mesh.tensor=2", "--config.mesh.stage=1"]
+  sizes = ["--config.model.experts=6", "--config.train.batch=12", f"--json={tmp_path}/plan.json"]
+  done = plan(*mesh, *sizes, "--tokens_per_ms=0.001")
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "plan.json").read_text())
+  assert found["plans"]["given"]["cluster"] == "h100:2x3" and found["claims"]
 
 
 def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
@@ -107,3 +138,45 @@ def test_a_bad_specification_takes_one_line(arguments, message):
   assert done.returncode == 2
   said = [line for line in done.stderr.splitlines() if not line.startswith("[")]
   assert len(said) == 1 and message in said[0], done.stderr
+
+
+def calibrated(folder, report):
+  (folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
+  return plan(f"--calibration={folder}/report.json", "--tokens_per_ms=0.001")
+
+
+def test_it_is_calibrated_by_a_rehearsals_report(tmp_path):
+  settings = runs.settings()
+  run = simulate.train(settings, Machine(cluster("h100:2x4")))
+  report = {
+    "config": config_lib.as_dict(settings), "pod": {"name": "h100:2x4"},
+    "workload": {"step": "train"},
+    "prediction": {name: getattr(run, name) for name in calibration.FITTED},
+  }  # fmt: skip
+  as_planned = calibrated(tmp_path, report)
+  assert as_planned.returncode == 0, as_planned.stderr
+  assert as_planned.stdout == plan("--tokens_per_ms=0.001").stdout
+  for name in calibration.FITTED:
+    report["prediction"][name] = {of: 2 * s for of, s in report["prediction"][name].items()}
+  slower = calibrated(tmp_path, report)
+  assert slower.returncode == 0, slower.stderr
+  assert slower.stdout != as_planned.stdout
+
+
+@pytest.mark.parametrize(
+  "report, message",
+  [
+    ("{", "is not JSON"),
+    ("5", "is no report of launch.rehearse (TypeError: 'int' object is not subscriptable); write"),
+    ({"prediction": {}}, "is no report of launch.rehearse (KeyError: 'workload'); write one with"),
+    (
+      {"workload": {"step": "decode"}, "config": {}, "pod": {"name": "h100:1x1"},
+       "prediction": {name: {} for name in calibration.FITTED}},
+      "is of --step=decode, and what is fitted is a step of training",
+    ),
+  ],
+)  # fmt: skip
+def test_what_is_no_report_takes_one_line(tmp_path, report, message):
+  done = calibrated(tmp_path, report)
+  assert done.returncode == 2
+  assert done.stderr.count("\n") == 1 and message in done.stderr

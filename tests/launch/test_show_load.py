@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -82,6 +83,15 @@ def test_short_and_long_runs_are_drawn(tmp_path, num_steps):
   assert (tmp_path / "a" / "b.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("row", [{}, {"expert_tokens": [1, 2]}, {"expert_tokens": "many"}])
+def test_a_step_without_its_load_is_named(tmp_path, row):
+  write(tmp_path, np.ones((2, 2, 4), np.int64))
+  with open(tmp_path / "load.jsonl", "a") as file:
+    file.write(json.dumps({"step": 5, **row}) + "\n")
+  with pytest.raises(ValueError, match=r"load.jsonl holds a step without expert_tokens"):
+    load_picture.read(tmp_path)
+
+
 def test_a_folder_without_a_run_takes_one_line(tmp_path):
   for said in ("has no load.jsonl", "holds no step yet"):
     done = launch(f"--workdir={tmp_path}")
@@ -89,6 +99,7 @@ def test_a_folder_without_a_run_takes_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and said in done.stderr
     (tmp_path / "load.jsonl").write_text("")
   assert launch().returncode == 2
+  assert str(pathlib.Path("~").expanduser()) in launch("--workdir=~/no such run").stderr
   (tmp_path / "config.json").write_text(
     json.dumps({"mesh": {"expert": 1, "tensor": 1, "stage": 1}})
   )

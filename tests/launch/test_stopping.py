@@ -71,6 +71,16 @@ def test_sigterm_however_often_lets_the_process_save(start):
     process.wait(timeout=1)
 
 
+def test_after_sigterm_it_takes_two_ctrl_c_to_end_unsaved(start):
+  process = start(DEAF)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(timeout=1)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=10) == 130
+
+
 def test_afterwards_signals_mean_what_they_did():
   code = (
     # A shell's background jobs are born with SIGINT ignored, and pytest may be one.

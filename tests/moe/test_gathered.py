@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
-from moe_jax.moe import gathered, layer
+from moe_jax.moe import few_tokens, gathered, layer
 from moe_jax.moe.experts import Weights, swiglu
 from moe_jax.moe.router import Routing
 from moe_jax.parallel import mesh as mesh_lib
@@ -59,9 +59,9 @@ def test_experts_of_a_layer_are_read_out_of_the_stack(num_tokens):
 
 
 def test_the_rule_is_of_tokens_and_of_bytes():
-  assert gathered.is_cheaper(256, 512, 2)
-  assert not gathered.is_cheaper(257, 512, 2)
-  assert not gathered.is_cheaper(256, 2048, 2)
+  assert few_tokens.is_cheaper(256, 512, 2)
+  assert not few_tokens.is_cheaper(257, 512, 2)
+  assert not few_tokens.is_cheaper(256, 2048, 2)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])

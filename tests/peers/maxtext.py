@@ -94,12 +94,19 @@ def compiled(schedule: str, save: str) -> Row:
     raise ValueError(f"the program could not be read in full: {found.unknown} {taken.unknown}")
   run = Simulator(described.chip, described.gpus_per_host, taken.branch_of_turn).run(found)
   between = sum(
-    times * unit.result_bytes
+    times * result_bytes(unit)
     for unit, times in run.times.items()
     if isinstance(unit, program.Collective) and unit.groups.hosts(described.gpus_per_host)[0] > 1
   )
   temporaries = made.memory.temp_size_in_bytes
   return Row(f"moe_jax, save={save}", schedule, temporaries / MIB, between / MIB, made.compile_s)
+
+
+def result_bytes(unit) -> int:
+  """Returns the bytes that a device holds of a collective's result."""
+  n = unit.groups.size
+  scale = {"all-gather": (n, 1), "reduce-scatter": (1, n)}.get(unit.kind, (1, 1))
+  return unit.operand_bytes * scale[0] // scale[1]
 
 
 def to_text(rows: list[Row]) -> str:

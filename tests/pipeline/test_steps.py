@@ -71,8 +71,9 @@ def test_each_collective_and_each_group_of_products_is_a_step():
   b, d, f = ROWS // 2, WIDTH // 2, HIDDEN // 2
   gather, products, back, scatter, exchange = cut
   assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
-  assert products.flops == 2 * 2 * b * WIDTH * f and not products.communicates
-  assert back.flops == 2 * b * f * WIDTH and not back.communicates
+  assert products.flops == 2 * 2 * b * WIDTH * f and back.flops == 2 * b * f * WIDTH
+  for silent in (products, back):
+    assert (silent.inside_bytes, silent.between_bytes) == (0, 0)
   assert (scatter.inside_bytes, scatter.between_bytes) == (b * WIDTH * 4 / 2, 0)
   assert (exchange.inside_bytes, exchange.between_bytes) == (0, b * d * 4 / 2)
   # (weights, shared) in the order of their leaves: back, left, right, gain.

@@ -34,6 +34,7 @@ CASES = {
     "pod64", "h100:16x4",
     {"pipeline": {"schedule": "1f1b", "chunks": 1}, "moe": {"exchange": "flat"}},
   ),
+  "pod64, float8": ("pod64", "h100:16x4", {"moe": {"exchange": "hierarchical_float8"}}),
   "pod64, saves inputs": ("pod64", "h100:16x4", {"pipeline": {"save": "inputs"}}),
   "pod64, 4 stages": ("pod64", "h100:16x4", {"mesh": {"expert": 4, "stage": 4}}),
   "pod64, 512 tokens on 32": (

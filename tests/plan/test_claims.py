@@ -91,6 +91,26 @@ def test_what_is_known_of_the_reference_plan(pod64):
   assert saved.found == "-75%" and saved.holds
 
 
+@pytest.mark.parametrize(
+  "exchange, found", [("flat", "-0%"), ("hierarchical", "-75%"), ("hierarchical_float8", "-87%")]
+)
+def test_an_exchange_saves_what_it_does_not_send_between_hosts(pod64, exchange, found):
+  """Of rows of 512 bfloat16 and 4 tensor ranks; float8 sends 516 bytes of 4,096."""
+  moe = dataclasses.replace(pod64.settings.moe, exchange=exchange)
+  changed = pod64._replace(settings=dataclasses.replace(pod64.settings, moe=moe))
+  for rows in (claims.rows(changed), rehearsed.rows(changed.settings, as_report(changed))):
+    (row,) = (row for row in rows if row.claim.endswith("hierarchical against flat"))
+    assert (row.found, row.holds) == (found, exchange != "flat")
+
+
+def test_gpus_for_6_400_tokens_do_not_depend_on_those_there_are(pod64):
+  mesh = dataclasses.replace(pod64.settings.mesh, expert=4)
+  half = pod64._replace(settings=dataclasses.replace(pod64.settings, mesh=mesh))
+  for of in (claims.rows, lambda found: rehearsed.rows(found.settings, as_report(found))):
+    rows = [row for row in of(pod64) + of(half) if row.claim.startswith("64 GPUs are needed")]
+    assert rows[0] == rows[1] and "asks for 5.4 planned GPUs" in rows[0].found
+
+
 def test_the_all_to_all_is_that_of_tokens_and_not_of_counts(pod64):
   (row,) = (r for r in claims.rows(pod64) if r.claim == "all-to-all, between hosts")
   on = pod64.machines["on the chip"]

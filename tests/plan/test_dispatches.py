@@ -66,6 +66,20 @@ def test_ragged_sends_the_filled_rows_of_dropless():
   assert rest(settings("ragged")) == rest(DROPLESS)
 
 
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "stealing", "dense"])
+def test_float8_rows_cross_as_their_elements_and_a_scale(dispatch):
+  mesh = {"expert": 4, "tensor": 2, "stage": 1}
+  of = lambda exchange: runs.settings(mesh=mesh, moe={"dispatch": dispatch, "exchange": exchange})
+  small, whole = (of(exchange) for exchange in ("hierarchical_float8", "hierarchical"))
+  for kind in ("forward", "backward"):
+    before = {step.name: step.operand_bytes for step in units.unit(whole, kind)}
+    after = {step.name: step.operand_bytes for step in units.unit(small, kind)}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith(("to experts", "to tokens"))}
+    for name in changed:
+      assert after[name] * D_BYTES == before[name] * (16 + 4)
+
+
 def test_stealing_under_an_even_load_counts_otherwise_and_decides():
   stealing, dropless = forward(settings("stealing", shadows=3)), forward(DROPLESS)
   assert set(stealing) - set(dropless) == {"count before stealing", "decide"}
@@ -88,7 +102,7 @@ def test_every_dispatch_is_planned_as_a_graph_and_under_a_load(dispatch):
 
 def test_members_of_a_host_and_of_its_place_on_others():
   mesh = Mesh(expert=8, tensor=2, stage=2)
-  of = lambda among, ranks: links.group(mesh, ("expert",), 8, 1, among, ranks)
+  of = lambda among, ranks: links.group(mesh, ("expert",), 8, among, ranks)
   assert of("ranks", 4) == links.Group(4, 1, 4)
   assert of("hosts", 4) == links.Group(2, 2, 1)
   assert of("ranks", 8) == of("", 1) == links.Group(8, 2, 4)
@@ -109,3 +123,14 @@ def test_two_levels_are_considered_where_hosts_hold_several_ranks():
   # Of ranks on one host alone there is one level.
   assert of(Mesh(expert=2, tensor=4)) == of(Mesh(expert=4)) == set()
   assert steps.sizes(TWO_LEVEL).rows == 4 * 80
+
+
+def test_a_limit_of_the_router_asks_for_as_many_hosts_on_every_mesh():
+  limited = settings("dropless", expert_ranks_per_host=4, hosts_per_token=1)
+  rank = search._Ranking(limited, EIGHT, None, None, NONE, True)
+  of = lambda expert: {
+    (moe.expert_ranks_per_host, moe.hosts_per_token) for moe in rank._ways(Mesh(expert=expert))
+  }
+  assert of(8) == {(4, 1)} and of(4) == {(2, 1)} and of(2) == {(1, 1)} and of(1) == set()
+  with pytest.raises(ValueError, match=r"moe.hosts_per_token=1 asks for 2 hosts or more"):
+    search.search(limited, cluster("h100:1x1"))

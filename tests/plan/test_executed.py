@@ -45,6 +45,10 @@ CASES = {
     "moe": {"exchange": "flat"},
     "model": {"tied_embeddings": True},
   },
+  "4x2x1, float8": {
+    "mesh": {"expert": 4, "stage": 1},
+    "moe": {"exchange": "hierarchical_float8"},
+  },
   "1x8x1, fewer keys": {
     "mesh": {"expert": 1, "tensor": 8, "stage": 1},
     "pipeline": {"micro_batches": 8, "save": "residuals"},

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from moe_jax import config
-from moe_jax.plan import cost, machine, memory, phases, program, simulate, units
+from moe_jax.plan import machine, memory, phases, program, simulate, units
 from moe_jax.plan.hardware import cluster
 from tests import runs
+from tests.plan import executed
 
 H100 = machine.Machine(cluster("h100:2x4"))
 CASES = {
@@ -39,7 +40,7 @@ def test_units_run_in_as_many_ticks_as_the_table_says(settings):
 def test_a_device_multiplies_its_share_of_what_is_executed(settings):
   """Masked cells come on top: a tick runs a unit on every stage if any stage has one."""
   table, mesh = memory.table(settings.pipeline, settings.mesh.stage), settings.mesh
-  executed = cost.executed_train_flops(settings, phases.KERNEL_BLOCK)
+  said = executed.train_flops(settings, phases.KERNEL_BLOCK)
   for kind, phases_of in (
     ("head", ("head",)), ("forward", ("attention", "dispatch", "experts")),
   ):  # fmt: skip
@@ -48,7 +49,7 @@ def test_a_device_multiplies_its_share_of_what_is_executed(settings):
       layers = units.layers_per_unit(settings) if kind == "forward" else 1
       each = sum(step.flops for step in units.unit(settings, unit))
       found += each * layers * table.units_by_kind[unit]
-    wanted = sum(getattr(executed, phase) for phase in phases_of) / mesh.num_devices
+    wanted = sum(getattr(said, phase) for phase in phases_of) / mesh.num_devices
     if settings.moe.dispatch == "dropless":
       assert found == pytest.approx(wanted, rel=0.01)  # rows of a rank are whole ones
     elif settings.pipeline.save == "inputs" or kind == "head":

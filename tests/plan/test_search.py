@@ -101,9 +101,7 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
 
 def test_serving_drops_nothing_and_keeps_to_its_target():
   found = search.search(TINY, EIGHT, workload=WORKLOAD)
-  assert {plan.settings.moe.dispatch for plan in found.best} <= set(search.CONSIDERED) - {
-    "capacity"
-  }
+  assert {plan.settings.moe.dispatch for plan in found.best} == {"dropless"}
   fastest = found.best[0].served
   assert 0 < fastest.first_ttft_s <= fastest.ttft_s < fastest.whole_s
   assert fastest.memory.kv_cache > 0
@@ -113,6 +111,29 @@ def test_serving_drops_nothing_and_keeps_to_its_target():
     ValueError, match=r"no plan gives the first token within 1e-09 s: the fastest"
   ):
     search.search(TINY, EIGHT, workload=WORKLOAD, ttft_s=1e-9)
+
+
+def test_serving_is_planned_as_the_server_dispatches():
+  """Few tokens are gathered, others exchanged without loss, whatever moe.dispatch says."""
+  of = lambda dispatch: serve.run(
+    runs.settings(**SECTIONS, moe={"dispatch": dispatch}), machine.Machine(EIGHT), WORKLOAD
+  )
+  assert len({of(dispatch) for dispatch in config.DISPATCH}) == 1
+  long = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, sequence=512))
+  assert serve._as_served(long).moe.dispatch == "dropless"
+  assert serve._as_served(long, positions=1).moe.dispatch == "gathered"
+
+
+@pytest.mark.parametrize("sequences", [1, 6, 12, 50])
+def test_any_number_of_sequences_is_served_that_a_mesh_divides(sequences):
+  """And prompts of any length; the batch of training has no say."""
+  workload = serve.Workload(sequences, prompt_tokens=67, output_tokens=8)
+  found = search.search(TINY, EIGHT, workload=workload, with_replicas=True)
+  for plan in found.best:
+    assert plan.settings.train.batch * plan.machine.replicas == sequences
+  tiny = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch=4))
+  best = search.search(tiny, EIGHT, workload=workload, with_replicas=True).best
+  assert [plan.served for plan in best] == [plan.served for plan in found.best]
 
 
 def test_longer_prompts_take_longer_and_hold_more():
@@ -136,6 +157,8 @@ def test_131_072_gpus_on_paper():
 def test_what_is_impossible_says_by_how_much():
   with pytest.raises(ValueError, match=r"no mesh of 7 GPUs is legal: expert divides .*experts=4"):
     search.search(TINY, cluster("h100:7x1"))
+  with pytest.raises(ValueError, match=r"no mesh of 16 GPUs is legal: .* sequences=7 must divide"):
+    search.search(TINY, cluster("h100:4x4"), workload=WORKLOAD._replace(sequences=7))
   chip = dataclasses.replace(CHIPS["h100"], name="tiny", memory_bytes=1e4)
   with pytest.raises(ValueError, match=r"no plan fits: the smallest needs .* GB too little; give"):
     search.search(TINY, Cluster(chip, 2, 4))

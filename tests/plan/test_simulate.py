@@ -138,7 +138,6 @@ def test_a_step_is_no_shorter_than_any_of_its_resources(settings, values):
   assert longest <= run.schedule_s * (1 + 1e-9)
   assert run.schedule_s <= run.compute_s + sum(run.seconds_by_link.values()) * (1 + 1e-9)
   assert 0 <= run.hidden_fraction <= 1
-  assert sum(run.critical_s.values()) == pytest.approx(run.schedule_s)
 
 
 @pytest.mark.parametrize("tied", [False, True])

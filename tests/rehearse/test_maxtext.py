@@ -11,12 +11,12 @@ PAIRS = groups.parse("replica_groups={{0,2},{1,3}}", {"expert": 2, "tensor": 2})
 
 
 @pytest.mark.parametrize(
-  ("kind", "result_bytes"),
+  ("kind", "num_bytes"),
   [("all-reduce", 80), ("all-gather", 160), ("reduce-scatter", 40), ("all-to-all", 80)],
 )
-def test_results_have_the_bytes_of_their_kind(kind, result_bytes):
+def test_results_have_the_bytes_of_their_kind(kind, num_bytes):
   unit = Collective("c", "dispatch", kind, True, 80, PAIRS, False)
-  assert unit.result_bytes == result_bytes
+  assert maxtext.result_bytes(unit) == num_bytes
 
 
 def test_a_row_says_what_share_of_maxtexts_it_takes():

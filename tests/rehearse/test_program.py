@@ -50,6 +50,20 @@ def test_what_is_not_known_is_counted(text):
   }
 
 
+def test_elements_of_unknown_width_are_counted(text):
+  whole = program.read(text, golden.MESH)
+  odd = '%odd = f3e1m1[4,8]{1,0} custom-call(), custom_call_target="mystery"\n  ROOT %next ='
+  text = text.replace("ROOT %next =", odd, 1)
+  found = program.read(text, golden.MESH)
+  assert found.unknown == {
+    "custom-call mystery": 1, "elements of f3e1m1, taken as no bytes": 1,
+  }  # fmt: skip
+  bytes_of = lambda read: sum(
+    unit.work.num_bytes for unit, _ in program.flat(read.entry) if isinstance(unit, Compute)
+  )
+  assert bytes_of(found) == bytes_of(whole)
+
+
 @pytest.mark.parametrize("scope", ["further_rounds", "transpose(jvp(further_rounds))"])
 def test_a_loop_turns_as_often_as_is_assumed_of_its_scope(text, scope):
   text = text.replace('"known_trip_count":{"n":"3"}', '"other":1').replace(

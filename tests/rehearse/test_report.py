@@ -9,9 +9,10 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.model import flash
-from moe_jax.plan import cost, units
+from moe_jax.plan import units
 from moe_jax.rehearse import memory, text
 from moe_jax.train import step as step_lib
+from tests.plan import executed
 
 if not importlib.util.find_spec("jax_plugins"):
   pytest.skip("the rehearse extra is not installed", allow_module_level=True)
@@ -106,7 +107,7 @@ def test_operations_are_those_of_the_formulas(done):
   _, report, _, _ = done
   settings = config_lib.from_mapping(report["config"])
   table, gpus = step_lib.table(settings), settings.mesh.num_devices
-  analytic = cost.executed_train_flops(settings, flash.BLOCK, flash.PRODUCTS[flash.BACKWARD])
+  analytic = executed.train_flops(settings, flash.BLOCK, flash.PRODUCTS[flash.BACKWARD])
   idle = table.ticks_by_kind["forward"] / table.units_by_kind["forward"]  # masked cells run too
   expected = ((analytic.total - analytic.head) * idle + analytic.head) / gpus
   assert report["flops"]["executed"] == pytest.approx(expected, rel=0.05)

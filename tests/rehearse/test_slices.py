@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax.plan import cost
 from moe_jax.plan.hardware import TPUS
 from moe_jax.rehearse import memory, pod, slices, text
 from moe_jax.train import step as step_lib
+from tests.plan import executed
 
 needs_compiler = pytest.mark.skipif(
   not importlib.util.find_spec("libtpu"),
@@ -137,7 +137,7 @@ def test_operations_are_those_of_the_formulas(done):
   (_, report), _ = done
   settings = config_lib.from_mapping(report["config"])
   table = step_lib.table(settings)
-  analytic = cost.executed_train_flops(settings, settings.train.sequence)
+  analytic = executed.train_flops(settings, settings.train.sequence)
   idle = table.ticks_by_kind["forward"] / table.units_by_kind["forward"]  # masked cells run too
   expected = ((analytic.total - analytic.head) * idle + analytic.head) / 8
   assert report["flops"]["executed"] == pytest.approx(expected, rel=0.05)
