@@ -149,18 +149,16 @@ _grouped_swiglu.defvjp(_forward, _backward)
 
 
 def _kernels_forward(weights, rows_RD, groups, interpret=False):
-  y_NJD, gate_up_NJ2f = grouped_kernels.forward(
-    weights, _placed(rows_RD, groups), *_blocks(groups), interpret=interpret
+  return grouped_kernels.forward(
+    weights, rows_RD, groups.row_NJ, *_blocks(groups), interpret=interpret
   )
-  return _received(y_NJD, groups), gate_up_NJ2f
 
 
 def _kernels_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, interpret=False):
-  x_NJD, dy_NJD = _placed(rows_RD, groups), _placed(gradient_RD, groups)
-  dweights, dx_NJD = grouped_kernels.backward(
-    weights, x_NJD, *_blocks(groups), gate_up_NJ2f, dy_NJD, interpret=interpret
-  )
-  return dweights, _received(dx_NJD, groups)
+  return grouped_kernels.backward(
+    weights, rows_RD, groups.row_NJ, *_blocks(groups), gate_up_NJ2f, gradient_RD,
+    interpret=interpret,
+  )  # fmt: skip
 
 
 def _blocks(groups):

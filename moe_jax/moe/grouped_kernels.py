@@ -3,12 +3,13 @@
 Written in Pallas for Triton. Three multiply blocks by the weights of their expert: rows by gate and
 up; the activation, made on the way, by down; and in the backward pass their transposes. One sums
 products of rows and gradients over an expert's blocks, so that no program adds to what another
-wrote. A block without rows costs a program that writes zeros and reads nothing. jax 0.12 warns that
-Pallas will lose Triton in some later version. Knows blocks; must not know where rows come from, nor
-what runs where there is no GPU.
+wrote. Rows are read, and results written, where they lie as they arrived: each kernel gathers or
+scatters its own, so nothing passes over memory only to be laid in order. A block without rows reads
+nothing. jax 0.12 warns that Pallas will lose Triton in some later version. Knows blocks; must not
+know where rows come from, nor what runs where there is no GPU.
 
-Letters: N blocks of J rows; e experts of this device; f this tensor rank's share of the hidden
-units; V tiles of rows, N * J / 64.
+Letters: R rows as they arrived; N blocks of J rows; P places in blocks, N * J; e experts of this
+device; f this tensor rank's share of the hidden units; V tiles of places, P / 64.
 """
 
 import math
@@ -25,15 +26,20 @@ TILE = 64  # rows, columns and terms at a time: a float32 sum is 16 registers of
 
 # Names of the kernels in a compiled program.
 HIDDEN, OUTPUT = "grouped_hidden", "grouped_output"
-D_HIDDEN, D_ROWS, D_WEIGHTS = "grouped_d_hidden", "grouped_d_rows", "grouped_d_weights"
+D_HIDDEN, D_ROWS = "grouped_d_hidden", "grouped_d_rows"
+D_GATE_UP, D_DOWN = "grouped_d_gate_up", "grouped_d_down"
+
+_WARPS = triton.CompilerParams(num_warps=8, num_stages=2)
 
 
-def forward(weights: Weights, x_NJD, expert_N, used_2, *, interpret: bool = False):
-  """Returns `y_NJD`, this tensor rank's partial sums, and `gate_up_NJ2f`.
+def forward(weights: Weights, x_RD, row_NJ, expert_N, used_2, *, interpret: bool = False):
+  """Returns `y_RD`, this tensor rank's partial sums, zero in rows of no block, and `gate_up_NJ2f`.
 
   Args:
     weights: of this device's experts.
-    x_NJD: rows; J is a multiple of 64.
+    x_RD: rows as they arrived.
+    row_NJ: which of them lies at each place, each at most once, R where none does, int32; J is a
+      multiple of 64.
     expert_N: whose rows each block holds, int32.
     used_2: which blocks hold rows, the first and the one behind the last, int32; the others give
       zeros.
@@ -41,64 +47,86 @@ def forward(weights: Weights, x_NJD, expert_N, used_2, *, interpret: bool = Fals
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  run = _Call(x_NJD, expert_N, used_2, len(weights.down_efD), interpret)
+  run = _Call(x_RD, row_NJ, expert_N, used_2, len(weights.down_efD), interpret)
   f, D = weights.down_efD.shape[1:]
-  (gate_up_NJ2f,) = run(HIDDEN, _hidden_kernel, (x_NJD,), weights.gate_up_eD2f, f, ((2,),))
-  (y_NJD,) = run(OUTPUT, _output_kernel, (gate_up_NJ2f,), weights.down_efD, D, ((),))
-  return y_NJD, gate_up_NJ2f
+  (gate_up_P2f,) = run.placed(HIDDEN, _hidden_kernel, (x_RD,), weights.gate_up_eD2f, f, ((2,),))
+  y_RD = run.arrived(OUTPUT, _output_kernel, gate_up_P2f, weights.down_efD, D)
+  return y_RD, gate_up_P2f.reshape(*row_NJ.shape, 2, f)
 
 
-def backward(weights: Weights, x_NJD, expert_N, used_2, gate_up_NJ2f, dy_NJD, *, interpret=False):
-  """Returns the gradients of the weights, float32, and of the rows, `dx_NJD`.
+def backward(
+  weights: Weights, x_RD, row_NJ, expert_N, used_2, gate_up_NJ2f, dy_RD, *, interpret=False
+):
+  """Returns the gradients of the weights, float32, and of the rows, `dx_RD`.
 
   Args:
-    weights, x_NJD, expert_N, used_2, interpret: as `forward` took them.
+    weights, x_RD, row_NJ, expert_N, used_2, interpret: as `forward` took them.
     gate_up_NJ2f: as it returned it.
-    dy_NJD: gradient of its output; zero in rows that are empty.
+    dy_RD: gradient of its output.
   """
-  run = _Call(x_NJD, expert_N, used_2, len(weights.down_efD), interpret)
+  run = _Call(x_RD, row_NJ, expert_N, used_2, len(weights.down_efD), interpret)
   f, D = weights.down_efD.shape[1:]
-  given = (dy_NJD, gate_up_NJ2f)
-  d_NJ2f, hidden_NJf = run(D_HIDDEN, _d_hidden_kernel, given, weights.down_efD, f, ((2,), ()))
-  (dx_NJD,) = run(D_ROWS, _d_rows_kernel, (d_NJ2f,), weights.gate_up_eD2f, D, ((),))
-  dweights = Weights(run.outer(x_NJD, d_NJ2f), run.outer(hidden_NJf, dy_NJD))
-  return dweights, dx_NJD
+  given = (dy_RD, gate_up_NJ2f.reshape(-1, 2, f))
+  d_P2f, hidden_Pf = run.placed(D_HIDDEN, _d_hidden_kernel, given, weights.down_efD, f, ((2,), ()))
+  dx_RD = run.arrived(D_ROWS, _d_rows_kernel, d_P2f, weights.gate_up_eD2f, D)
+  of_gate_up = run.outer(D_GATE_UP, _d_gate_up_kernel, x_RD, d_P2f)
+  return Weights(of_gate_up, run.outer(D_DOWN, _d_down_kernel, hidden_Pf, dy_RD)), dx_RD
 
 
 class _Call:
-  """Calls kernels over the tiles of the same blocks."""
+  """Calls kernels over the tiles of the same blocks; rows [R, ...] or [P, ...] are matrices or have
+  a dimension of gate and up between.
+  """
 
-  def __init__(self, x_NJD, expert_N, used_2, num_experts, interpret):
-    self.like, self.num_experts, self.interpret = x_NJD, num_experts, interpret
-    self.N, self.J = x_NJD.shape[:2]
-    tiles = self.J // TILE
-    expert_V = jnp.repeat(expert_N, tiles)
-    self.expert_V = varying_like(expert_V, x_NJD)
-    self.used_2 = varying_like((used_2 * tiles).astype(jnp.int32), x_NJD)
+  def __init__(self, x_RD, row_NJ, expert_N, used_2, num_experts, interpret):
+    self.like, self.num_experts, self.interpret = x_RD, num_experts, interpret
+    self.num_rows, self.num_places = len(x_RD), row_NJ.size
+    tiles = row_NJ.shape[1] // TILE
+    # Of places: the row, and of whole tiles whose rows they are.
+    self.row_P, self.expert_V, self.used_2 = varying_like(
+      (row_NJ.reshape(-1), jnp.repeat(expert_N, tiles), (used_2 * tiles).astype(jnp.int32)), x_RD
+    )
 
-  def __call__(self, name, kernel, rows, weights, width, outputs):
-    """Returns an array [N, J, *output, width] for each output; a program of the kernel writes a
-    tile of each of its matrices.
+  def placed(self, name, kernel, rows, weights, width, outputs):
+    """Returns an array [P, *output, width] for each output; a program of the kernel writes a tile
+    of each of its matrices.
     """
-    rows = [_padded(self._flat(x), -1) for x in rows]
-    weights = _padded(_padded(varying_like(weights, self.like), 1), -1)
+    rows = [_padded(x, -1) for x in rows]
+    weights = self._weights(weights)
     columns = math.ceil(width / TILE)
     found = pl.pallas_call(
       kernel,
       name=name,
-      grid=(self.N * self.J // TILE, columns),
+      grid=(self.num_places // TILE, columns),
       out_specs=[_tile_of(output) for output in outputs],
-      out_shape=[self._out((self.N * self.J, *output, columns * TILE)) for output in outputs],
-      compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
-      cost_estimate=_cost(self.N * self.J, *weights.shape[1:]),
+      out_shape=[self._out((self.num_places, *output, columns * TILE)) for output in outputs],
+      compiler_params=_WARPS,
+      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
       interpret=self.interpret,
-    )(self.expert_V, self.used_2, *rows, weights)
-    return [x[..., :width].reshape(self.N, self.J, *x.shape[1:-1], width) for x in found]
+    )(self.expert_V, self.used_2, self.row_P, *rows, weights)
+    return [x[..., :width] for x in found]
 
-  def outer(self, left_NJi, right_NJo):
+  def arrived(self, name, kernel, places, weights, width):
+    """Returns an array [R, width]; a program of the kernel writes its tile where the rows lie."""
+    weights = self._weights(weights)
+    columns = math.ceil(width / TILE)
+    out = self._out((self.num_rows, columns * TILE))
+    nothing = varying_like(jnp.zeros(out.shape, out.dtype), self.like)
+    found = pl.pallas_call(
+      kernel,
+      name=name,
+      grid=(self.num_places // TILE, columns),
+      out_shape=out,
+      input_output_aliases={5: 0},
+      compiler_params=_WARPS,
+      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
+      interpret=self.interpret,
+    )(self.expert_V, self.used_2, self.row_P, _padded(places, -1), weights, nothing)
+    return found[:, :width]
+
+  def outer(self, name, kernel, left, right):
     """Returns the sum over each expert's rows of left x right, [e, i, *o] float32."""
-    left, right = self._flat(left_NJi), self._flat(right_NJo)
-    num_rows, shape = left.shape[1], right.shape[1:]
+    width, shape = left.shape[1], right.shape[1:]
     left, right = _padded(left, -1), _padded(right.reshape(len(right), -1), -1)
     num_experts = self.num_experts
     expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
@@ -109,19 +137,19 @@ class _Call:
     first_e = jnp.argmax(is_own_eV, 1).astype(jnp.int32)
     i, o = left.shape[1], right.shape[1]
     found = pl.pallas_call(
-      _d_weights_kernel,
-      name=D_WEIGHTS,
+      kernel,
+      name=name,
       grid=(num_experts, i // TILE, o // TILE),
       out_specs=pl.BlockSpec((None, TILE, TILE), lambda e, r, c: (e, r, c)),
       out_shape=self._out((num_experts, i, o), jnp.float32),
-      compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
-      cost_estimate=_cost(len(left), i, o),
+      compiler_params=_WARPS,
+      cost_estimate=_cost(self.num_places, i, o),
       interpret=self.interpret,
-    )(first_e, length_e, left, right)
-    return found[:, :num_rows, : math.prod(shape)].reshape(num_experts, num_rows, *shape)
+    )(first_e, length_e, self.row_P, left, right)
+    return found[:, :width, : math.prod(shape)].reshape(num_experts, width, *shape)
 
-  def _flat(self, x_NJi):
-    return x_NJi.reshape(self.N * self.J, *x_NJi.shape[2:])
+  def _weights(self, weights):
+    return _padded(_padded(varying_like(weights, self.like), 1), -1)
 
   def _out(self, shape, dtype=None):
     varies = jax.typeof(self.like).manual_axis_type
@@ -172,11 +200,29 @@ def _at(index):
   return pl.ds(index * TILE, TILE)
 
 
-def _hidden_kernel(expert_ref, used_ref, x_ref, gate_up_w_ref, gate_up_ref):
-  here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+def _tile(rows, number):
+  """Returns where a tile of columns of these rows lies."""
+  columns = number * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
+  return jnp.broadcast_to(rows[:, None], (TILE, TILE)), columns
+
+
+def _read(ref, rows, number):
+  """Returns a tile of columns of rows as they arrived; zeros where there is no such row."""
+  place = _tile(rows, number)
+  return triton.load(ref.at[place], mask=place[0] < ref.shape[0], other=0.0)
+
+
+def _write(ref, rows, number, tile):
+  """Writes a tile of columns where the rows lie; what is no row is left out."""
+  place = _tile(rows, number)
+  triton.store(ref.at[place], tile.astype(ref.dtype), mask=place[0] < ref.shape[0])
+
+
+def _hidden_kernel(expert_ref, used_ref, row_ref, x_ref, gate_up_w_ref, gate_up_ref):
+  rows, column = row_ref[_at(pl.program_id(0))], _at(pl.program_id(1))
 
   def step(expert, k):
-    x = x_ref[here, _at(k)]
+    x = _read(x_ref, rows, k)
     return [triton.dot(x, gate_up_w_ref[expert, _at(k), part, column]) for part in range(2)]
 
   sums = _walk(expert_ref, used_ref, x_ref.shape[1], step, 2)
@@ -184,7 +230,8 @@ def _hidden_kernel(expert_ref, used_ref, x_ref, gate_up_w_ref, gate_up_ref):
     gate_up_ref[:, part, :] = sums[part].astype(gate_up_ref.dtype)
 
 
-def _output_kernel(expert_ref, used_ref, gate_up_ref, down_w_ref, y_ref):
+def _output_kernel(expert_ref, used_ref, row_ref, gate_up_ref, down_w_ref, zeros_ref, y_ref):
+  del zeros_ref  # is y_ref
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
@@ -193,15 +240,18 @@ def _output_kernel(expert_ref, used_ref, gate_up_ref, down_w_ref, y_ref):
     return [triton.dot((gate * jax.nn.sigmoid(gate) * up).astype(down.dtype), down)]
 
   (y,) = _walk(expert_ref, used_ref, gate_up_ref.shape[2], step, 1)
-  y_ref[...] = y.astype(y_ref.dtype)
+  _write(y_ref, row_ref[here], pl.program_id(1), y)
 
 
-def _d_hidden_kernel(expert_ref, used_ref, dy_ref, gate_up_ref, down_w_ref, d_ref, hidden_ref):
+def _d_hidden_kernel(
+  expert_ref, used_ref, row_ref, dy_ref, gate_up_ref, down_w_ref, d_ref, hidden_ref
+):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
+  rows = row_ref[here]
 
   def step(expert, k):
     down = down_w_ref[expert, column, _at(k)]
-    return [triton.dot(dy_ref[here, _at(k)], down, trans_b=True)]
+    return [triton.dot(_read(dy_ref, rows, k), down, trans_b=True)]
 
   (dhidden,) = _walk(expert_ref, used_ref, dy_ref.shape[1], step, 1)
   gate, up = (_wide(gate_up_ref[here, part, column]) for part in range(2))
@@ -212,7 +262,8 @@ def _d_hidden_kernel(expert_ref, used_ref, dy_ref, gate_up_ref, down_w_ref, d_re
   hidden_ref[...] = (gate * sigmoid * up).astype(hidden_ref.dtype)
 
 
-def _d_rows_kernel(expert_ref, used_ref, d_ref, gate_up_w_ref, dx_ref):
+def _d_rows_kernel(expert_ref, used_ref, row_ref, d_ref, gate_up_w_ref, zeros_ref, dx_ref):
+  del zeros_ref  # is dx_ref
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
@@ -225,16 +276,29 @@ def _d_rows_kernel(expert_ref, used_ref, d_ref, gate_up_w_ref, dx_ref):
     return [sum(products)]
 
   (dx,) = _walk(expert_ref, used_ref, d_ref.shape[2], step, 1)
-  dx_ref[...] = dx.astype(dx_ref.dtype)
+  _write(dx_ref, row_ref[here], pl.program_id(1), dx)
 
 
-def _d_weights_kernel(first_ref, length_ref, left_ref, right_ref, out_ref):
+def _d_gate_up_kernel(first_ref, length_ref, row_ref, x_ref, d_ref, out_ref):
+  left = lambda here, row: _read(x_ref, row_ref[here], row)
+  right = lambda here, column: d_ref[here, _at(column)]
+  _sum_outer(first_ref, length_ref, left, right, out_ref)
+
+
+def _d_down_kernel(first_ref, length_ref, row_ref, hidden_ref, dy_ref, out_ref):
+  left = lambda here, row: hidden_ref[here, _at(row)]
+  right = lambda here, column: _read(dy_ref, row_ref[here], column)
+  _sum_outer(first_ref, length_ref, left, right, out_ref)
+
+
+def _sum_outer(first_ref, length_ref, left, right, out_ref):
+  """Writes the sum over an expert's tiles of places of a left tile, turned, times a right one."""
   expert, row, column = (pl.program_id(axis) for axis in range(3))
   first = first_ref[expert]
 
   def turn(n, total):
-    left, right = left_ref[_at(first + n), _at(row)], right_ref[_at(first + n), _at(column)]
-    return total + triton.dot(left, right, trans_a=True)
+    here = _at(first + n)
+    return total + triton.dot(left(here, row), right(here, column), trans_a=True)
 
   zeros = jnp.zeros((TILE, TILE), jnp.float32)
   out_ref[...] = jax.lax.fori_loop(0, length_ref[expert], turn, zeros)

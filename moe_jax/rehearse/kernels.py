@@ -18,25 +18,28 @@ def _attention(name: str):
 
 
 def _grouped(weights: int):
-  """Returns the operations of products of rows, operand 2, and experts' weights."""
+  """Returns the operations of products of rows, at the places of operand 2, and experts'
+  weights.
+  """
 
   def flops(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
-    num_rows, (_, *of_expert) = operands[2].dims[0], operands[weights].dims
-    return grouped_kernels.kernel_flops(num_rows, *of_expert)
+    num_places, (_, *of_expert) = operands[2].dims[0], operands[weights].dims
+    return grouped_kernels.kernel_flops(num_places, *of_expert)
 
   return flops
 
 
 def _grouped_outer(operands: tuple[Shape, ...], _: tuple[Shape, ...]) -> float:
-  (num_rows, i), (_, o) = operands[2].dims, operands[3].dims
-  return grouped_kernels.kernel_flops(num_rows, i, o)
+  num_places, (_, i), (_, o) = operands[2].dims[0], operands[3].dims, operands[4].dims
+  return grouped_kernels.kernel_flops(num_places, i, o)
 
 
 FLOPS: KernelFlops = {
   **{name: _attention(name) for name in flash.PRODUCTS},
-  grouped_kernels.HIDDEN: _grouped(3),
-  grouped_kernels.OUTPUT: _grouped(3),
-  grouped_kernels.D_HIDDEN: _grouped(4),
-  grouped_kernels.D_ROWS: _grouped(3),
-  grouped_kernels.D_WEIGHTS: _grouped_outer,
+  grouped_kernels.HIDDEN: _grouped(4),
+  grouped_kernels.OUTPUT: _grouped(4),
+  grouped_kernels.D_HIDDEN: _grouped(5),
+  grouped_kernels.D_ROWS: _grouped(4),
+  grouped_kernels.D_GATE_UP: _grouped_outer,
+  grouped_kernels.D_DOWN: _grouped_outer,
 }

@@ -198,7 +198,7 @@ def test_the_program_for_gpus_is_kernels_without_a_loop():
   ]
   expected = [
     grouped_kernels.HIDDEN, grouped_kernels.OUTPUT, grouped_kernels.D_HIDDEN,
-    grouped_kernels.D_ROWS, *[grouped_kernels.D_WEIGHTS] * 2,
+    grouped_kernels.D_ROWS, grouped_kernels.D_GATE_UP, grouped_kernels.D_DOWN,
   ]  # fmt: skip
   assert sorted(kernels) == sorted(expected)
   assert not [i for i in instructions if i.opcode == "while"]

@@ -38,17 +38,18 @@ def test_a_triton_kernel_is_read_by_its_name():
 
 
 def test_grouped_kernels_count_every_block():
-  N, D, F = 640, 128, 256  # rows; 2 experts
-  index = (Shape("s32", (10,)), Shape("s32", (1,)))
+  N, D, F = 640, 128, 256  # places; 2 experts
+  index = (Shape("s32", (10,)), Shape("s32", (2,)), Shape("s32", (N,)))
   array = lambda *dims: Shape("bf16", dims)
-  narrow, wide, both = array(N, D), array(N, F), array(N, 2, F)
+  narrow, wide, both = array(500, D), array(N, F), array(N, 2, F)  # 500 rows that arrived
   gate_up, down = array(2, D, 2, F), array(2, F, D)
   operands = {
     "grouped_hidden": ((narrow, gate_up), 2),
     "grouped_output": ((both, down), 1),
     "grouped_d_hidden": ((narrow, both, down), 1),
     "grouped_d_rows": ((both, gate_up), 2),
-    "grouped_d_weights": ((narrow, wide), 1),
+    "grouped_d_gate_up": ((narrow, array(N, 2 * F)), 2),
+    "grouped_d_down": ((wide, narrow), 1),
   }
   assert {*operands, *flash.PRODUCTS} == set(kernels.FLOPS)
   for name, (arrays, products) in operands.items():
