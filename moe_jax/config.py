@@ -202,8 +202,13 @@ class Train:
   def __post_init__(self):
     checks.positive(
       self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
-      "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "max_skipped_steps",
+      "checkpoint_every", "eval_every", "eval_batches", "max_skipped_steps",
     )  # fmt: skip
+    if self.keep_checkpoints < 2:
+      raise ValueError(
+        f"train.keep_checkpoints={self.keep_checkpoints} deletes the last good checkpoint, for a"
+        " newer one counts as good only once the step after it is finite; choose at least 2"
+      )
     checks.not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
     checks.fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
     for name in ("beta1", "beta2"):

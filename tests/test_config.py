@@ -221,6 +221,8 @@ def test_an_unknown_name_is_refused(name):
     ({"moe": {"capacity_factor": 0}}, "moe.capacity_factor=0.0 is not positive; choose a number"),
     ({"train": {"clip_norm": 10**400}}, "train.clip_norm=1000"),
     ({"train": {"clip_norm": float("inf")}}, "train.clip_norm=inf is not a finite number"),
+    ({"train": {"keep_checkpoints": 1}}, "train.keep_checkpoints=1 deletes the last good"),
+    ({"train": {"keep_checkpoints": -2}}, "train.keep_checkpoints=-2 deletes the last good"),
     ({"train": {"seed": -1}}, "train.seed=-1 is negative; choose 0 or more"),
     ({"train": {"beta1": 1.5}}, "train.beta1=1.5 is not a fraction; choose from 0 to 1"),
     ({"train": {"beta2": 1}}, "train.beta2=1.0 never forgets a gradient; choose less than 1"),

@@ -137,9 +137,11 @@ class Log:
 
   def _diverged(self, step: int) -> str:
     train = self._settings.train
-    good = "no checkpoint of this run is known to be good"
-    if self._last_good is not None:
-      good = f"the last good checkpoint is {self._workdir / 'checkpoints' / str(self._last_good)}"
+    good = "no checkpoint of this run that is known to be good is left"
+    path = self._workdir / "checkpoints" / str(self._last_good)
+    # Newer ones that are not known to be good may have pushed it out.
+    if self._last_good is not None and path.exists():
+      good = f"the last good checkpoint is {path}"
     return (
       f"stopped after step {step + 1}: loss or gradient was not finite in"
       f" {train.max_skipped_steps} steps in a row (train.max_skipped_steps); {good};"

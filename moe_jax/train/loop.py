@@ -85,7 +85,7 @@ def train(
     ValueError: mesh, text, checkpoints or `profile_steps` do not fit; nothing was written.
     OSError: a file cannot be read or written.
     log.Diverged: `train.max_skipped_steps` steps in a row were not finite; the message names the
-      last good checkpoint.
+      last good checkpoint, or says that none is left.
   """
   workdir = Path(workdir)
   if profile_steps and profile_steps[0] >= settings.train.steps:
