@@ -155,12 +155,13 @@ class _Run:
   def train(self, beginning: resume.Beginning, stop, profile_steps) -> Outcome:
     """Runs the steps that are left, or those until `stop`."""
     self.started_s = time.monotonic() - beginning.train_seconds
+    # First, for it may refuse the config, and then nothing is to be written.
+    expert_bytes = migration.expert_bytes(self.settings, self.optimizer)
+    balancer = Balancer(self.settings, self.keeper.order, beginning.placed, expert_bytes)
     if jax.process_index() == 0:
       write_summary(self.workdir / "config.json", config.as_dict(self.settings))
       (self.workdir / _SUMMARY).unlink(missing_ok=True)  # of fewer steps
       self.dataset.tokenizer.save(self.workdir)
-    expert_bytes = migration.expert_bytes(self.settings, self.optimizer)
-    balancer = Balancer(self.settings, self.keeper.order, beginning.placed, expert_bytes)
     programs, compile_seconds = self._compile(balancer)
     with contextlib.ExitStack() as stack:
       log_ = log.Log(

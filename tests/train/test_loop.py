@@ -222,6 +222,10 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(copy):
     ({"mesh": {"expert": 4}}, "needs 16 devices, found 8; choose mesh.expert=2"),
     ({"data": {"paths": "/nowhere/*.txt"}}, "/nowhere/.*matches no file"),
     ({"train": {"sequence": 1 << 20}}, "train.sequence=1048576 needs at least"),
+    (
+      {"train": {"steps": 12}, "balance": {"every": 1, "chip": "planned"}},
+      "chip planned has no peak for dtype .float32.; choose",
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(whole, fields, message):
