@@ -142,7 +142,7 @@ class Moe:
     checks.one_of(self, "moe", "dispatch", DISPATCH)
     checks.one_of(self, "moe", "router_balance", ROUTER_BALANCE)
     checks.one_of(self, "moe", "exchange", EXCHANGE)
-    if self.dispatch in ("ragged", "two_level") and self.exchange != "hierarchical":
+    if self.dispatch in ("ragged", "two_level", "gathered") and self.exchange != "hierarchical":
       raise ValueError(
         f"moe.dispatch={self.dispatch} has an exchange of its own, got"
         f" moe.exchange={self.exchange}; choose exchange=hierarchical"

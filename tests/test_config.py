@@ -234,6 +234,13 @@ def test_an_unknown_name_is_refused(name):
       {"moe": {"dispatch": "stealing", "shadows": 17}},
       "moe.shadows=17 is more than model.experts=16; choose at most 16",
     ),
+    *[
+      (
+        {"moe": {"dispatch": dispatch, "exchange": "flat"}},
+        f"moe.dispatch={dispatch} has an exchange of its own, got moe.exchange=flat; choose",
+      )
+      for dispatch in ("ragged", "two_level", "gathered")
+    ],
     ({"moe": {"shadows": 0}}, "moe.shadows=0 is not positive; choose at least 1"),
     ({"moe": {"dispatch": "droples"}}, "moe.dispatch='droples' is not one of capacity, dropless"),
     ({"model": {"head_dim": 7}}, "model.head_dim=7 is odd"),

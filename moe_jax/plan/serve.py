@@ -109,9 +109,10 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   context = workload.prompt_tokens + workload.output_tokens // 2
   at = steps.sizes(decode, positions=1, context=context)
   # For few tokens gathering them costs less than an exchange of rows: the engine takes it then.
-  gathered = dataclasses.replace(
-    decode, moe=dataclasses.replace(decode.moe, dispatch="gathered", spill=False)
+  moe = dataclasses.replace(
+    decode.moe, dispatch="gathered", exchange="hierarchical", spill=False, shadow_tokens=0.0
   )
+  gathered = dataclasses.replace(decode, moe=moe)
   stage_s = min(
     max(_unit_seconds(way, machine, at), _launch_seconds(way, machine, at))
     for way in (decode, gathered)
