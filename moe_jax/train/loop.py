@@ -104,6 +104,12 @@ def train(
       progress.message(note)
     if beginning.step >= settings.train.steps:
       return run.already_finished(beginning)
+    if profile_steps and profile_steps[1] <= beginning.step:
+      # No error: the command of a run that was stopped goes on with it.
+      progress.message(
+        f"nothing is profiled: profile_steps={profile_steps[0]}:{profile_steps[1]} are over, the"
+        f" run goes on with step {beginning.step}; steps count from 0"
+      )
     return run.train(beginning, stop, profile_steps)
 
 

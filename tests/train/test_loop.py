@@ -141,6 +141,15 @@ def test_resumed_on_the_same_mesh_it_is_bit_identical_and_passes_over_a_damaged_
   assert (copy / "checkpoints" / "8.damaged").is_dir()
 
 
+@pytest.mark.parametrize(("steps", "is_over"), [((2, 4), True), ((2, 5), False)])
+def test_a_run_resumed_past_the_steps_to_profile_says_so(whole, copy, steps, is_over, monkeypatch):
+  shutil.rmtree(copy / "checkpoints" / "8")
+  monkeypatch.setattr(loop._Run, "train", lambda *given: None)
+  ran = run(copy, runs.settings(pipeline=PIPELINE), profile_steps=steps)
+  said = "nothing is profiled: profile_steps=2:4 are over, the run goes on with step 4"
+  assert (said in ran.text) == is_over
+
+
 def test_resumed_with_streamed_weights_it_goes_on_from_the_same_files(whole, copy):
   """A checkpoint knows nothing of it: streaming may begin, and end, at any step."""
   workdir, never_stopped = whole
