@@ -210,6 +210,8 @@ class Train:
         " newer one counts as good only once the step after it is finite; choose at least 2"
       )
     checks.not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
+    if self.seed >= 2**32:
+      raise ValueError(f"train.seed={self.seed} does not fit 32 bits; choose from 0 to {2**32 - 1}")
     checks.fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
     for name in ("beta1", "beta2"):
       if getattr(self, name) == 1:
