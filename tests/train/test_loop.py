@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.train import log, loop
+from moe_jax.train import log, loop, manifest
 from tests import runs
 
 # Interleaved, so that the layers in memory do not lie as on disk.
@@ -244,6 +244,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(whole, fields, mess
     loop.train(runs.settings(**fields), whole[0], stream=io.StringIO())
   assert "\n" not in str(error.value)
   assert runs.digests(whole[0]) == before
+
+
+def test_a_field_of_the_model_that_is_younger_than_the_checkpoint_had_its_default(copy):
+  checkpoint = copy / "checkpoints" / "8"
+  older = json.loads((checkpoint / "meta.json").read_text())
+  del older["meta"]["config"]["model"]["clip_qkv"]
+  (checkpoint / "meta.json").write_text(json.dumps(older))
+  (checkpoint / manifest.NAME).unlink()
+  manifest.write(checkpoint)
+  with pytest.raises(ValueError, match=r"model\.clip_qkv is 0\.0 there and 0\.5 in this config"):
+    loop.train(
+      runs.settings(pipeline=PIPELINE, model={"clip_qkv": 0.5}), copy, stream=io.StringIO()
+    )
 
 
 def test_a_profile_after_the_last_step_is_refused(tmp_path):
