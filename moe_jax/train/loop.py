@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     expert_LP: the expert at each slot, layers in logical order.
     step: steps done.
     is_finished: whether those are all; if not, the run was asked to stop, and saved.
-    eval_loss: after the last step, nats per byte; None unless finished.
+    eval_loss: after the last step done, nats per byte; None where that one was not evaluated.
     bigram_loss: of a bigram model of the same text on the same held-out bytes, nats per byte.
     mesh: where the state lies.
     dataset: with its tokenizer.
