@@ -63,7 +63,7 @@ def _sample(config, outcome, workdir: pathlib.Path) -> None:
   parameters = generate.programs.parameters(outcome.state.parameters)
   (new,) = generate(
     parameters, [prompt], new_tokens=sequence - len(prompt),
-    wishes=Wish(_TEMPERATURE, seed=config.train.seed % 2**32),
+    wishes=Wish(_TEMPERATURE, seed=config.train.seed),
   )  # fmt: skip
   if jax.process_index() > 0:
     return

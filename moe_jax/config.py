@@ -142,7 +142,7 @@ class Moe:
     checks.one_of(self, "moe", "dispatch", DISPATCH)
     checks.one_of(self, "moe", "router_balance", ROUTER_BALANCE)
     checks.one_of(self, "moe", "exchange", EXCHANGE)
-    if self.dispatch in ("ragged", "two_level") and self.exchange != "hierarchical":
+    if self.dispatch in ("ragged", "two_level", "gathered") and self.exchange != "hierarchical":
       raise ValueError(
         f"moe.dispatch={self.dispatch} has an exchange of its own, got"
         f" moe.exchange={self.exchange}; choose exchange=hierarchical"
@@ -202,9 +202,16 @@ class Train:
   def __post_init__(self):
     checks.positive(
       self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
-      "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "max_skipped_steps",
+      "checkpoint_every", "eval_every", "eval_batches", "max_skipped_steps",
     )  # fmt: skip
+    if self.keep_checkpoints < 2:
+      raise ValueError(
+        f"train.keep_checkpoints={self.keep_checkpoints} deletes the last good checkpoint, for a"
+        " newer one counts as good only once the step after it is finite; choose at least 2"
+      )
     checks.not_negative(self, "train", "warmup_steps", "weight_decay", "seed")
+    if self.seed >= 2**32:
+      raise ValueError(f"train.seed={self.seed} does not fit 32 bits; choose from 0 to {2**32 - 1}")
     checks.fraction(self, "train", "final_learning_rate_fraction", "beta1", "beta2")
     for name in ("beta1", "beta2"):
       if getattr(self, name) == 1:

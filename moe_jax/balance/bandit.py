@@ -9,7 +9,7 @@ best. Knows names and seconds; must not know what a policy does.
 from collections.abc import Mapping
 
 _FORGET = 0.9  # of an average with each further step
-_MOST_WORSE = 1.5  # a trial's step this far above the baseline ends the trial
+_MOST_WORSE = 1.5  # a trial's step this far above the best policy's ends the trial
 _PATIENCE, _RAREST = 8, 4  # trials of a policy grow rarer by this factor, so often
 
 

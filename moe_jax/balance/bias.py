@@ -25,8 +25,3 @@ def update(bias_LE, counts_LE, speed: float):
   load_LE = counts_LE.astype(bias_LE.dtype)
   moved_LE = bias_LE + speed * xp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
   return moved_LE - moved_LE.mean(axis=-1, keepdims=True)
-
-
-def biased(scores_TE, bias_E):
-  """Returns the scores that choose experts; the weights of the chosen are those of `scores_TE`."""
-  return scores_TE + bias_E[None]

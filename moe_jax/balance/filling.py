@@ -100,7 +100,7 @@ def row_by_row(item_LP, load_LP, num_ranks: int, num_replicated: int) -> np.ndar
     if s * num_ranks < num_replicated:
       # Of a row only replicas of its first can be in a row before: they follow each other.
       idle_LX = load_LX + twice * (packed_SLX[:s] == item_SLX[s][:, :1]).any(0)
-    rank_LX = idle_LX.argsort(1) + first_L1
+    rank_LX = idle_LX.argsort(1, kind="stable") + first_L1
     packed_SLX[s].reshape(-1)[rank_LX] = item_SLX[s]
     load_LX.reshape(-1)[rank_LX] += load_SLX[s]
   return packed_SLX.reshape(len(packed_SLX), -1).T.reshape(item_LP.shape)

@@ -93,17 +93,6 @@ def queue(counts_LE, capacity_tokens: int):
   return xp.maximum(counts_LE - capacity_tokens, xp.zeros_like(counts_LE))
 
 
-def moving_average(average_LE, counts_LE, keep: float):
-  """Returns average_LE after a window: `keep` of what it was, the rest of the new counts' shares.
-
-  Args:
-    average_LE: shares, as of `load_share`.
-    counts_LE: tokens of the window.
-    keep: from 0, which forgets at once, to below 1.
-  """
-  return keep * average_LE + (1 - keep) * load_share(counts_LE)
-
-
 def over_windows(counts_ULE, size: int):
   """Returns counts_WLE, the sums over whole windows of `size` micro-batches; a rest is left out."""
   num_windows = len(counts_ULE) // size

@@ -166,7 +166,7 @@ def swap(
     todo = todo[load_LX[todo].max(1) > even_L[todo]]
     if not len(todo) or not num_pairs:
       break
-    order_iX = np.argsort(load_LX[todo], axis=1) + (todo * num_ranks)[:, None]
+    order_iX = np.argsort(load_LX[todo], axis=1, kind="stable") + (todo * num_ranks)[:, None]
     cold, hot = order_iX[:, :num_pairs].ravel(), order_iX[:, : -num_pairs - 1 : -1].ravel()
     half_gap = (load_R[hot] - load_R[cold]) / 2
     # How far off each exchange would be, in float32, its last bits replaced by which exchange it

@@ -6,7 +6,7 @@ hottest experts of the busiest ranks become *shadows*: their weights are sent to
 idle ranks take the excess. Quotas conserve tokens exactly: rows sum to the experts' counts. Knows
 counts and who holds what; must not know weights, tokens or how either travels.
 
-Letters: X ranks, E experts, H shadows at most, S sources of tokens, X times the devices of a rank.
+Letters: X ranks, E experts, H shadows at most.
 """
 
 import functools
@@ -51,12 +51,6 @@ class Decision(NamedTuple):
 def held_once(num_experts: int, num_ranks: int) -> np.ndarray:
   """Returns holds_EX where each rank holds E / X neighbouring experts and no other does."""
   return np.arange(num_experts)[:, None] // (num_experts // num_ranks) == np.arange(num_ranks)
-
-
-def holders(expert_P: jax.Array, num_experts: int, num_ranks: int) -> jax.Array:
-  """Returns holds_EX, which ranks hold each expert, from the expert in each slot of a placement."""
-  slots_XS = jnp.reshape(expert_P, (num_ranks, -1))
-  return (slots_XS[None] == jnp.arange(num_experts)[:, None, None]).any(-1)
 
 
 def decide(
@@ -120,34 +114,6 @@ def _with_shadows(quota_EX, load_X, num_shadows: int, price: Price | None) -> De
     peak_before,
     jnp.where(pays, peak, peak_before),
   )
-
-
-def sends(quota_EX: jax.Array, counts_SE: jax.Array, source: jax.Array | int) -> jax.Array:
-  """Returns sends_EX, how many of a source's tokens for each expert go to each rank, int32.
-
-  What a rank may serve of its own tokens stays; the rest of all sources, laid end to end, meets
-  the rest of all quotas, laid end to end. All sources together fill the quotas exactly.
-
-  Args:
-    quota_EX: of a Decision on the sum of `counts_SE`.
-    counts_SE: tokens of each source for each expert; source s is of rank s // (S / X), int32.
-    source: s.
-  """
-  num_experts, num_ranks = quota_EX.shape
-  counts_XsE = counts_SE.reshape(num_ranks, -1, num_experts)
-  before_XsE = jnp.cumsum(counts_XsE, 1, dtype=jnp.int32) - counts_XsE
-  own_XsE = jnp.clip(quota_EX.T[:, None] - before_XsE, 0, counts_XsE)
-  stays_SE = own_XsE.reshape(counts_SE.shape)
-  left_SE = counts_SE - stays_SE
-  left_EX = quota_EX - own_XsE.sum(1, dtype=jnp.int32).T
-  end_SE, end_EX = (
-    jnp.cumsum(a, axis, dtype=jnp.int32) for a, axis in ((left_SE, 0), (left_EX, 1))
-  )
-  end_E1 = end_SE[source][:, None]
-  start_E1 = end_E1 - left_SE[source][:, None]
-  away_EX = jnp.minimum(end_E1, end_EX) - jnp.maximum(start_E1, end_EX - left_EX)
-  home_X = jnp.arange(num_ranks) == source // (counts_SE.shape[0] // num_ranks)
-  return jnp.maximum(away_EX, 0) + jnp.where(home_X[None], stays_SE[source][:, None], 0)
 
 
 def even_sends(quota_EX: jax.Array, counts_E: jax.Array) -> jax.Array:

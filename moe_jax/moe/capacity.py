@@ -4,10 +4,10 @@ by option, or dropped.
 Shapes are static and even, so one batched matmul serves all experts. Priority goes by router
 weight, not by position in the text: what is dropped is what matters least.
 
-A spilled assignment goes to the best-ranked expert that its token did not choose and that has room
-left by the choices; among those that ask an expert at the same rank, the heaviest come first. It
-keeps the weight of the choice that it replaces: a token's weights still sum to 1, and the router
-learns from what the choice brought, not from an expert that it did not choose.
+A spilled assignment goes to the best-ranked expert that its token did not choose but might, and
+that has room left by the choices; among those that ask an expert at the same rank, the heaviest
+come first. It keeps the weight of the choice that it replaces: a token's weights still sum to 1,
+and the router learns from what the choice brought, not from an expert that it did not choose.
 
 Local letter: A assignments, T x K.
 """
@@ -52,16 +52,17 @@ def rows_per_expert(
   return min(num_tokens, max(1, math.ceil(capacity_factor * even_share)))
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan that gives each expert its heaviest assignments.
 
   Args:
     routing: of this device's T tokens.
-    logits_tE: by which the experts that a token did not choose are ranked.
+    ranking_tE: by which the experts that a token did not choose are ranked; none where it is -inf,
+      as on the hosts that are not for the token.
   """
   num_rows = _rows_per_expert(setting)
   chosen = _choices(routing, setting.num_experts, num_rows)
-  served = _OVERFLOW[setting.spill](chosen, routing, logits_tE, num_rows)
+  served = _OVERFLOW[setting.spill](chosen, routing, ranking_tE, num_rows)
   return plans.make(
     setting,
     served.expert_TK,
@@ -138,21 +139,22 @@ def _rank_among_equals(expert_A, weight_A, assigned_E):
   return jax.lax.sort((order_A, rank_A), num_keys=1)[1]
 
 
-def _drop(chosen: _Served, routing, logits_tE, num_rows) -> _Served:
+def _drop(chosen: _Served, routing, ranking_tE, num_rows) -> _Served:
   """Returns the choices as they are."""
-  del routing, logits_tE, num_rows
+  del routing, ranking_tE, num_rows
   return chosen
 
 
-def _spill(chosen: _Served, routing: Routing, logits_tE: jax.Array, num_rows: int) -> _Served:
+def _spill(chosen: _Served, routing: Routing, ranking_tE: jax.Array, num_rows: int) -> _Served:
   """Returns the choices, and what they left out served by lower-ranked experts that have room.
 
   Each step asks one rank further down, for the heaviest assignment of each token that is still
   without an expert: where that one finds no room, a lighter one of the same token would not either.
   """
   num_tokens, num_choices = routing.experts_TK.shape
-  num_experts = logits_tE.shape[1]
-  _, ranking_tE = jax.lax.top_k(logits_tE, num_experts)
+  num_experts = ranking_tE.shape[1]
+  score_tE, expert_tE = jax.lax.top_k(ranking_tE, num_experts)
+  expert_tE = jnp.where(score_tE > -jnp.inf, expert_tE, num_experts)
   token_T = jnp.arange(num_tokens, dtype=jnp.int32)
 
   def ask(served: _Served, expert_T):
@@ -172,7 +174,7 @@ def _spill(chosen: _Served, routing: Routing, logits_tE: jax.Array, num_rows: in
       jnp.minimum(served.rows_E + asked_E, num_rows),
     ), None
 
-  lower_ranks = ranking_tE[:, num_choices:].T.astype(jnp.int32)
+  lower_ranks = expert_tE[:, num_choices:].T.astype(jnp.int32)
   return jax.lax.scan(ask, chosen, lower_ranks)[0]
 
 

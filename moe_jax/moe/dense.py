@@ -14,9 +14,9 @@ from moe_jax.moe.router import Routing
 from moe_jax.pipeline.saving import residual
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan in which every assignment is served as the router chose."""
-  del logits_tE
+  del ranking_tE
   num_rows = setting.num_experts * setting.num_tokens
   nothing_TK = jnp.zeros(routing.experts_TK.shape, bool)
   return plans.make(setting, routing.experts_TK, nothing_TK, num_rows, 1, ())

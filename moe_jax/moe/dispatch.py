@@ -20,7 +20,8 @@ class Dispatch(NamedTuple):
   """One way, for inside the manual region.
 
   Attributes:
-    plan: (setting, routing, logits_tE) -> Plan; nothing of it is differentiated.
+    plan: (setting, routing, ranking_tE) -> Plan; nothing of it is differentiated. The
+      ranking is `router.ranking`'s: only what spills goes by it.
     most_rounds: (setting) -> the most rounds that any plan has.
     send: (setting, x_tD, plan, round_id) -> what reaches this device's experts: rows, and what it
       takes to know whose they are.

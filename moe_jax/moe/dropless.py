@@ -53,12 +53,12 @@ def rows_per_rank(num_tokens: int, num_choices: int, num_ranks: int, capacity_fa
   return min(num_assignments, max(1, math.ceil(capacity_factor * num_assignments / num_ranks)))
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose, in as many rounds as it takes.
 
   Communication: the exchange's, with E = X, C = 1 and D = e + 1.
   """
-  del logits_tE
+  del ranking_tE
   num_ranks, num_rows = jax.lax.axis_size(EXPERT), rows_of_round(setting)
   waiting = queues.make(routing.experts_TK, setting.num_experts, num_ranks)
   # With its sizes every source tells all devices its longest queue, so no reduction has to.

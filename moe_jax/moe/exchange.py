@@ -113,13 +113,15 @@ def _travel_float8(rows_abD, travel):
   largest element to the largest float8.
 
   The error of an element is at most 1/16 of it, or 2^-10 of that of the row's largest over 448
-  where it is tiny; of a row of normal numbers it is 2.6% in relative L2. The gradient travels the
-  same way.
+  where it is tiny; of a row of normal numbers it is 2.6% in relative L2. A row whose largest is
+  below 448 times the least float32, 5.3e-36, is as one with that as its largest. The gradient
+  travels the same way.
 
   Source: FP8 Formats for Deep Learning (arXiv:2209.05433), E4M3.
   """
   largest_ab1 = jnp.max(jnp.abs(rows_abD), -1, keepdims=True).astype(jnp.float32)
-  scale_ab1 = jnp.where(largest_ab1 > 0, largest_ab1 / _LARGEST, 1.0)
+  # No smaller than the least normal number: XLA takes what is below for 0, and would divide by it.
+  scale_ab1 = jnp.maximum(largest_ab1, jnp.finfo(jnp.float32).tiny * _LARGEST) / _LARGEST
   small_abD = (rows_abD.astype(jnp.float32) / scale_ab1).astype(jnp.float8_e4m3fn)
   # One message for both: a second would wait for the first, and cost its latency.
   bytes_of = lambda array: jax.lax.bitcast_convert_type(array, jnp.uint8)

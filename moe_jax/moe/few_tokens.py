@@ -19,8 +19,9 @@ def way(moe: config.Moe, num_tokens: int, width: int, bytes_per_element: int) ->
   Args:
     num_tokens, width, bytes_per_element: as in `is_cheaper`.
   """
-  is_few = is_cheaper(num_tokens, width, bytes_per_element)
-  return config.Moe(dispatch="gathered" if is_few else "dropless", exchange=moe.exchange)
+  if is_cheaper(num_tokens, width, bytes_per_element):
+    return config.Moe(dispatch="gathered")  # which has no exchange
+  return config.Moe(dispatch="dropless", exchange=moe.exchange)
 
 
 def is_cheaper(num_tokens: int, width: int, bytes_per_element: int) -> bool:

@@ -35,13 +35,13 @@ class _Arrived(NamedTuple):
   chose_eM: jax.Array | None
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose.
 
   Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; then all-gather over
   `expert`, (X - 1) * tensor * t * K elements.
   """
-  del logits_tE
+  del ranking_tE
   num_rows = setting.num_experts * setting.num_tokens
   nothing_TK = jnp.zeros(routing.experts_TK.shape, bool)
   experts_MK = _gather(routing.experts_TK)

@@ -51,7 +51,8 @@ def blocks_at_once(num_rows: int, num_experts: int) -> int:
   (8, 8, 1)
   """
   even_share = num_rows / (num_experts * ROWS_PER_BLOCK)
-  return min(_MOST_AT_ONCE, max(int(_OVER_EVEN * even_share), 1))
+  of_all_rows = -(-num_rows // ROWS_PER_BLOCK)  # no expert has more, nor is there room for more
+  return max(min(_MOST_AT_ONCE, int(_OVER_EVEN * even_share), of_all_rows), 1)
 
 
 def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:

@@ -22,13 +22,13 @@ compute = dropless.compute
 most_rounds = dropless.most_rounds
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan of `dropless`; of the rows that it counts as padded none travels on GPU.
 
   Communication: that of `dropless.plan` with the hierarchical exchange.
   """
   setting = setting._replace(exchange=EXCHANGE["hierarchical"])
-  return dropless.plan(setting, routing, logits_tE)
+  return dropless.plan(setting, routing, ranking_tE)
 
 
 def send(

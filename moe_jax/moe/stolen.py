@@ -48,7 +48,7 @@ class Places(NamedTuple):
   shadow_H: jax.Array
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose, some by another rank.
 
   Args:
@@ -87,7 +87,7 @@ def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
   place_TK = (rank_A * (num_local + num_shadows) + place_A).reshape(routing.experts_TK.shape)
   # To dropless every place of every rank is an expert.
   of_places = setting._replace(num_experts=num_ranks * (num_local + num_shadows))
-  inner = dropless.plan(of_places, routing._replace(experts_TK=place_TK), logits_tE)
+  inner = dropless.plan(of_places, routing._replace(experts_TK=place_TK), ranking_tE)
   return inner._replace(
     expert_TK=routing.experts_TK,
     counts=inner.counts._replace(stolen=stolen),

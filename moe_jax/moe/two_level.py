@@ -82,14 +82,14 @@ def rows_per_round(setting: Setting, num_ranks: int) -> Rows:
   return Rows(to_host, min(num_hosts * to_host * K, share(T * K, G)))
 
 
-def plan(setting: Setting, routing: Routing, logits_tE: jax.Array) -> Plan:
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose, in as many rounds as it takes.
 
   Communication: all-to-all over `expert`, (H - 1) / H * H * W * G elements, with W the most rounds
   between hosts; all-to-all over `expert`, (X - 1) * 2 elements; then all-to-all over `tensor`,
   (tensor - 1) * 2 elements.
   """
-  del logits_tE
+  del ranking_tE
   num_hosts, per_round = _num_hosts(setting), _rows_per_round(setting)
   host_TK = routing.experts_TK // (setting.num_experts // num_hosts)
   pair_TKK = host_TK[:, :, None] == host_TK[:, None, :]

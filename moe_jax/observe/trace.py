@@ -43,10 +43,6 @@ class Event:
   start_s: float
   duration_s: float
 
-  def phase(self, phases=PHASES) -> str | None:
-    """Returns the innermost of `phases` that the instruction was traced under, or None."""
-    return phase_of(self.op_name, tuple(phases))
-
 
 def phase_of(op_name: str, phases: tuple[str, ...]) -> str | None:
   """Returns the innermost of `phases` among the scopes of an HLO `op_name`, or None.
@@ -76,26 +72,6 @@ def read_events(folder) -> list[Event]:
         for line in plane.lines:
           events += [e for e in (_event(plane, each, op_names) for each in line.events) if e]
   return sorted(events, key=lambda event: event.start_s)
-
-
-def phase_seconds(folder, phases=PHASES) -> dict[str, dict[int, float]]:
-  """Returns {phase: {device: seconds}}, the time in which the device ran something of the phase.
-
-  Instructions that overlap, and a loop and what it holds, count once; a collective's time holds its
-  wait for the other devices.
-
-  Args:
-    folder: what `Profiler` was given.
-    phases: names of `jax.named_scope`s; a phase that never ran has no devices.
-
-  Raises:
-    ValueError: there is no trace.
-  """
-  spans = _phase_spans(read_events(folder), tuple(phases))
-  seconds = {phase: {} for phase in phases}
-  for (phase, device), merged in sorted(spans.items()):
-    seconds[phase][device] = sum(stop_s - start_s for start_s, stop_s in merged)
-  return seconds
 
 
 def annotate(folder, phases=PHASES):

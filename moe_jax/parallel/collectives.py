@@ -276,14 +276,3 @@ def broadcast_from(tree, axis_name: str, index: int):
   return jax.tree.map(
     lambda leaf: jax.lax.psum(jnp.where(here, leaf, jnp.zeros_like(leaf)), axis_name), tree
   )
-
-
-def share(x):
-  """Returns this device's share of `x`, which is the same along some axes: the shares sum to it
-  once.
-  """
-  same = [name for name in axes.ALL if name not in _varies_over(x)]
-  copies = 1
-  for name in same:
-    copies *= jax.lax.axis_size(name)
-  return varying(x / copies)

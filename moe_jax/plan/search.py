@@ -23,7 +23,7 @@ _KEPT = 10
 # The dispatches that a search chooses from, and the one given. Under an even load stealing only
 # costs; of ragged no time is known on any GPU, and past 32 ranks it has been reported to crash.
 CONSIDERED = ("capacity", "dropless", "two_level", "dense", "gathered")
-_OWN_EXCHANGE = ("two_level", "ragged")
+_OWN_EXCHANGE = ("two_level", "ragged", "gathered")
 
 
 class Plan(NamedTuple):

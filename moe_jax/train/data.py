@@ -107,9 +107,7 @@ class Dataset:
   Attributes:
     num_windows: training rows in an epoch.
     num_eval_batches: held-out batches, at most `eval_batches`.
-    num_eval_tokens: targets of weight 1 in them.
-    num_eval_bytes: bytes of text that those targets stand for.
-    num_unused_tokens: at the end of the training text, too few for a row; targets in no epoch.
+    num_eval_bytes: bytes of text that their targets of weight 1 stand for.
 
   Raises:
     ValueError: fewer than S + 1 tokens to train on, or held out; or no document of two tokens.
@@ -138,9 +136,8 @@ class Dataset:
     _enough("to train on", train, sequence)
     _enough("held out", held_out, sequence)
 
-    # The last token is only a target, never an input.
+    # The last token is only a target, never an input; what is too short for a row is in no epoch.
     self.num_windows = (train.num_tokens - 1) // sequence
-    self.num_unused_tokens = train.num_tokens - 1 - self.num_windows * sequence
     # grain's shuffle takes 4 rounds: thorough from some 1,000 windows on, but of 11
     # windows one of six seeds tried left 9 in place (0.2.18).
     self._train = (
@@ -155,7 +152,6 @@ class Dataset:
 
     self._num_bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
     batches = [self.eval_batch(i) for i in range(self.num_eval_batches)]
-    self.num_eval_tokens = sum(int(np.count_nonzero(b["weights"])) for b in batches)
     self.num_eval_bytes = sum(self.num_target_bytes(b) for b in batches)
 
   def train_batch(self, step: int) -> Batch:
@@ -234,11 +230,6 @@ class Dataset:
       if state[name] != self._made_with[name]
     ]
     return int(state["next_step"]), differences
-
-
-def rows(batch: Batch, which: slice) -> Batch:
-  """Returns the rows `which` of a global batch: what one process, or one device, takes of it."""
-  return {name: values_BS[which] for name, values_BS in batch.items()}
 
 
 def _spread(num_windows: int, batch: int, eval_batches: int) -> np.ndarray:

@@ -74,6 +74,8 @@ class Log:
     self._learning_rates = np.asarray(optimizer.schedule(train)(np.arange(train.steps)))
     self._saved = {first_step} if first_step else set()  # steps with a checkpoint
     self._last_good: int | None = None
+    # When the last step was done, or what was waited for after it: the next one's time counts from
+    # here, for the devices compute it while this one is logged.
     self._mark_s: float | None = None
     writers, loads = [], []
     if jax.process_index() == 0:
@@ -94,9 +96,10 @@ class Log:
     now_s, train = time.monotonic(), self._settings.train
     num_tokens = train.batch * train.sequence
     rate = None if self._mark_s is None else num_tokens / (now_s - self._mark_s)
-    eval_loss = None
+    self._mark_s, eval_loss = now_s, None
     if dispatched.evaluation is not None:
       eval_loss = self._evaluation.finish(dispatched.evaluation)
+      self._mark_s = time.monotonic()
       self._progress.message(f"held-out loss after step {dispatched.step + 1}: {eval_loss:.4f}")
     row = figures.row(metrics, self._order, dispatched.expert_LP, self._settings)
     num_skipped_before = int(metrics.skipped_steps) - (not metrics.is_finite)
@@ -118,16 +121,11 @@ class Log:
       self._last_good = dispatched.step
     if metrics.skipped_in_a_row >= train.max_skipped_steps:
       raise Diverged(self._diverged(dispatched.step))
-    self.restart_clock()
     return eval_loss
 
   def saved(self, num_done: int) -> None:
     """Takes note of a checkpoint; it counts as good once the step after it is finite."""
     self._saved.add(num_done)
-    self.restart_clock()
-
-  def restart_clock(self) -> None:
-    """Leaves out of the next step's tokens per second what came before."""
     self._mark_s = time.monotonic()
 
   def close(self) -> None:
@@ -137,9 +135,11 @@ class Log:
 
   def _diverged(self, step: int) -> str:
     train = self._settings.train
-    good = "no checkpoint of this run is known to be good"
-    if self._last_good is not None:
-      good = f"the last good checkpoint is {self._workdir / 'checkpoints' / str(self._last_good)}"
+    good = "no checkpoint of this run that is known to be good is left"
+    path = self._workdir / "checkpoints" / str(self._last_good)
+    # Newer ones that are not known to be good may have pushed it out.
+    if self._last_good is not None and path.exists():
+      good = f"the last good checkpoint is {path}"
     return (
       f"stopped after step {step + 1}: loss or gradient was not finite in"
       f" {train.max_skipped_steps} steps in a row (train.max_skipped_steps); {good};"

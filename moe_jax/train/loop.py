@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     expert_LP: the expert at each slot, layers in logical order.
     step: steps done.
     is_finished: whether those are all; if not, the run was asked to stop, and saved.
-    eval_loss: after the last step, nats per byte; None unless finished.
+    eval_loss: after the last step done, nats per byte; None where that one was not evaluated.
     bigram_loss: of a bigram model of the same text on the same held-out bytes, nats per byte.
     mesh: where the state lies.
     dataset: with its tokenizer.
@@ -85,7 +85,7 @@ def train(
     ValueError: mesh, text, checkpoints or `profile_steps` do not fit; nothing was written.
     OSError: a file cannot be read or written.
     log.Diverged: `train.max_skipped_steps` steps in a row were not finite; the message names the
-      last good checkpoint.
+      last good checkpoint, or says that none is left.
   """
   workdir = Path(workdir)
   if profile_steps and profile_steps[0] >= settings.train.steps:
@@ -104,6 +104,12 @@ def train(
       progress.message(note)
     if beginning.step >= settings.train.steps:
       return run.already_finished(beginning)
+    if profile_steps and profile_steps[1] <= beginning.step:
+      # No error: the command of a run that was stopped goes on with it.
+      progress.message(
+        f"nothing is profiled: profile_steps={profile_steps[0]}:{profile_steps[1]} are over, the"
+        f" run goes on with step {beginning.step}; steps count from 0"
+      )
     return run.train(beginning, stop, profile_steps)
 
 
@@ -155,12 +161,13 @@ class _Run:
   def train(self, beginning: resume.Beginning, stop, profile_steps) -> Outcome:
     """Runs the steps that are left, or those until `stop`."""
     self.started_s = time.monotonic() - beginning.train_seconds
+    # First, for it may refuse the config, and then nothing is to be written.
+    expert_bytes = migration.expert_bytes(self.settings, self.optimizer)
+    balancer = Balancer(self.settings, self.keeper.order, beginning.placed, expert_bytes)
     if jax.process_index() == 0:
       write_summary(self.workdir / "config.json", config.as_dict(self.settings))
       (self.workdir / _SUMMARY).unlink(missing_ok=True)  # of fewer steps
       self.dataset.tokenizer.save(self.workdir)
-    expert_bytes = migration.expert_bytes(self.settings, self.optimizer)
-    balancer = Balancer(self.settings, self.keeper.order, beginning.placed, expert_bytes)
     programs, compile_seconds = self._compile(balancer)
     with contextlib.ExitStack() as stack:
       log_ = log.Log(

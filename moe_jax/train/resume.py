@@ -141,7 +141,7 @@ class Keeper:
 def _check_same_model(step: int, saved: dict, settings: config.Config) -> None:
   # Most fields show in the arrays' shapes too, but not all: experts_per_token does not.
   now = config.as_dict(settings)["model"]
-  for name, value in saved["model"].items():
+  for name, value in _before(saved, "model").items():
     if name != "dtype" and now.get(name) != value:
       raise ValueError(
         f"the checkpoint after step {step} is of another model: model.{name} is {value} there and"
@@ -151,12 +151,15 @@ def _check_same_model(step: int, saved: dict, settings: config.Config) -> None:
 
 
 def _changes(saved: dict, now: dict) -> list[str]:
-  # A field that is younger than the checkpoint had, in effect, its default.
-  default = config.as_dict(config.Config())
-  before = {section: {**default[section], **saved.get(section, {})} for section in now}
+  before = {section: _before(saved, section) for section in now}
   return [
     f"{section}.{name} {before[section][name]} -> {value}"
     for section, fields in now.items()
     for name, value in fields.items()
     if before[section][name] != value
   ]
+
+
+def _before(saved: dict, section: str) -> dict:
+  """Returns a section of a saved config; a field that is younger had, in effect, its default."""
+  return {**config.as_dict(config.Config())[section], **saved.get(section, {})}

@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_jax.balance import packing, stealing
 from tests.balance.test_packing import loads
+from tests.balance.test_stealing import holders
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, NUM_RANKS = 58, 256, 288, 32
 TURNS = 60
@@ -63,7 +64,7 @@ def main():
     )
     decide = jax.jit(functools.partial(stealing.decide, num_shadows=num_shadows))
     placed = packing.plan(counts_E[None], num_experts + num_ranks, num_ranks)[0]
-    held = stealing.holders(jnp.asarray(placed), num_experts, num_ranks)
+    held = holders(placed, num_experts, num_ranks)
     decide(counts_E, held)
     seconds = measure(lambda: jax.block_until_ready(decide(counts_E, held)))
     show("  with a placement's replicas", seconds, "us", 1e6)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.balance import packing
+from moe_jax.balance import filling, packing
 from tests.balance import eplb
 
 # README of github.com/deepseek-ai/EPLB.
@@ -134,6 +134,27 @@ def test_one_pair_exchanges_two_slots_at_most():
   after, _ = packing.swap(before, packing.slot_loads(before, load_LE), 8, 1, pairs=1)
   assert set((before != after).sum(1).tolist()) <= {0, 2}
   assert (before != after).any()
+
+
+def test_of_ranks_as_busy_as_each_other_the_first_comes_first_whatever_the_processor():
+  """An unstable sort orders equals by the width of the processor's vectors."""
+  random = np.random.default_rng(0)
+  load_LP = random.integers(1, 4, (1, 1024)).astype(float)
+  packed_LP = filling.row_by_row(np.arange(1024)[None], load_LP, 256, 0)
+  held, busy = [[] for _ in range(256)], [0] * 256
+  for first in range(0, 1024, 256):
+    for item, rank in enumerate(sorted(range(256), key=busy.__getitem__), first):
+      held[rank].append(item)
+      busy[rank] += load_LP[0, item]
+  assert packed_LP.reshape(256, 4).tolist() == held
+
+  # The busiest meets the idlest: the first of the idle ranks the last of the busy ones.
+  is_busy_X = random.permutation(np.arange(256) % 2)
+  load_LP = np.repeat(1.0 + 2 * is_busy_X, 2)[None]
+  after_LP, _ = packing.swap(np.arange(512)[None], load_LP, 256, 1)
+  got_X2 = after_LP.reshape(256, 2)[is_busy_X == 0] // 2
+  met_X = np.where(is_busy_X[got_X2], got_X2, 0).max(1)
+  np.testing.assert_array_equal(met_X, np.flatnonzero(is_busy_X)[::-1])
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,23 @@ def kept(experts_TK, weights_TK, num_experts: int, num_rows: int) -> np.ndarray:
   return result
 
 
-def spilled(experts_TK, weights_TK, logits_TE, num_rows: int) -> np.ndarray:
+def spilled(experts_TK, weights_TK, ranking_TE, num_rows: int) -> np.ndarray:
   """Returns who serves each of one device's assignments, int [T, K], E for nobody.
 
   What has no room asks down its token's ranking, all tokens a rank at a time, of each token the
-  heaviest without an expert; an expert takes the heaviest that ask.
+  heaviest without an expert; an expert takes the heaviest that ask. Where the ranking is -inf none
+  is asked.
   """
-  experts, weights, logits = map(np.asarray, (experts_TK, weights_TK, logits_TE))
-  num_experts = logits.shape[1]
+  experts, weights, scores = map(np.asarray, (experts_TK, weights_TK, ranking_TE))
+  num_experts = scores.shape[1]
   served = np.where(kept(experts, weights, num_experts, num_rows), experts, num_experts)
-  ranking = np.argsort(-logits, axis=1, kind="stable")
+  ranking = np.argsort(-scores, axis=1, kind="stable")
   for rank in range(experts.shape[1], num_experts):
     asking = []
     for t in range(len(experts)):
-      waiting = [(-weights[t, k], t, k) for k in np.flatnonzero(served[t] == num_experts)]
+      is_none = np.isneginf(scores[t, ranking[t, rank]])
+      waits_K = (served[t] == num_experts) & ~is_none
+      waiting = [(-weights[t, k], t, k) for k in np.flatnonzero(waits_K)]
       asking += [min(waiting)] if waiting else []
     for _, t, k in sorted(asking):
       expert = ranking[t, rank]

@@ -90,6 +90,22 @@ def test_spill_goes_to_the_next_expert_with_room(seed, sizes, skew):
     assert all(used_E[e] == C for e in range(E) if e not in others), (t, k)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(12, 2, 6, 3), (16, 2, 6, 6)]))
+def test_spill_stays_on_the_hosts_that_a_token_is_limited_to(seed, sizes):
+  T, K, E, C = sizes
+  routing, logits_TE = routed(seed, T, K, E, skew=2.0)
+  ranking_TE = router.ranking(logits_TE, K, router.Limit(2, 1), None)
+  _, experts_TK = jax.lax.top_k(ranking_TE, K)
+  routing = routing._replace(experts_TK=experts_TK.astype(jnp.int32))
+  plan = plan_of(sizes, routing, ranking_TE, spill=True)
+  check_layout(plan, sizes)
+  expert_TK = np.asarray(plan.expert_TK)
+  assert (expert_TK // (E // 2) == np.asarray(experts_TK) // (E // 2))[expert_TK < E].all()
+  expected_TK = dense.spilled(routing.experts_TK, routing.weights_TK, ranking_TE, C)
+  np.testing.assert_array_equal(expert_TK, expected_TK)
+
+
 def test_spill_serves_all_where_there_is_room():
   sizes = (12, 2, 6, 6)
   routing, logits_TE = routed(0, *sizes[:3], skew=5.0)

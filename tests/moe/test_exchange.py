@@ -68,6 +68,20 @@ def test_float8_keeps_zeros_and_integers():
   np.testing.assert_array_equal(send("hierarchical_float8"), send("hierarchical"))
 
 
+@pytest.mark.parametrize("direction", ["to_experts", "to_tokens"])
+def test_float8_keeps_rows_of_tiny_numbers_finite(direction):
+  tiny = lambda x, largest: x / abs(x).max(-1, keepdims=True) * largest
+  given = [
+    tiny(x, 10.0 ** jnp.linspace(-37.5, -35, x.shape[1])[None, :, None]) for x in rows(direction, 0)
+  ]
+  exact = program("hierarchical", direction)(*given)
+  found = program("hierarchical_float8", direction)(*given)
+  for each, wanted in zip(found, exact, strict=True):
+    assert np.isfinite(each).all() and np.asarray(each).any(-1).all()
+    error = np.abs(np.asarray(each, np.float64) - np.asarray(wanted, np.float64))
+    assert (error <= np.abs(wanted) / 16 + np.finfo(np.float32).tiny).all()
+
+
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
 def test_a_layer_over_float8_is_off_by_the_rounding_and_no_more(dispatch):
   given = case("zipf_1", 1)

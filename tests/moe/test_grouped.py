@@ -25,6 +25,9 @@ SIZES = {
   "an empty source": ([[5, 0, 1], [0, 0, 0], [1, 60, 7], [0, 0, 2]], 70),
   "nothing": ([[0, 0, 0]] * 4, 8),
   "less than a block": ([[1, 0, 0]], 2),
+  "a rank of one expert": ([[64], [40]], 64),
+  "a rank of one expert, full": ([[128], [128]], 128),
+  "one expert, and none stolen": ([[192, 0]], 192),
 }
 
 
@@ -120,6 +123,11 @@ def test_blocks_at_once_are_two_times_an_experts_even_share_and_at_most_8(rows, 
   assert grouped.blocks_at_once(rows, 2) == number
 
 
+@pytest.mark.parametrize(("rows", "number"), [(10, 1), (64, 1), (96, 2), (256, 4), (10**6, 8)])
+def test_blocks_at_once_are_no_more_than_hold_all_rows(rows, number):
+  assert grouped.blocks_at_once(rows, 1) == number
+
+
 def check(found, expected):
   assert found.shape == expected.shape
   difference = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
@@ -146,12 +154,15 @@ def test_kernels_interpreted_equal_the_loop(name, width, num_hidden):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("name", ["even", "blocks exactly full", "less than a block", "nothing"])
+@pytest.mark.parametrize(
+  "name",
+  ["even", "blocks exactly full", "less than a block", "nothing", "one expert, and none stolen"],
+)
 def test_groups_may_have_more_experts_than_there_are_weights_if_those_have_no_rows(name, kernels):
   sizes, num_source_rows, weights, rows_RD, cotangent_RD, _ = case(name, 64, 64)
-  sizes_Se = sizes.at[:, 2].set(0)
-  own = jax.tree.map(lambda w: w[:2], weights)
-  every, of_own = (grouped.groups(of_Se, num_source_rows) for of_Se in (sizes_Se, sizes_Se[:, :2]))
+  sizes_Se = sizes.at[:, -1].set(0)
+  own = jax.tree.map(lambda w: w[:-1], weights)
+  every, of_own = (grouped.groups(of_Se, num_source_rows) for of_Se in (sizes_Se, sizes_Se[:, :-1]))
 
   @jax.jit
   def run(groups):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.observe import profile, trace
+from tests.observe.test_trace import phase_seconds
 
 
 def test_steps_are_start_and_stop():
@@ -34,7 +35,7 @@ def test_a_run_that_ends_inside_the_window_still_writes_its_trace(tmp_path):
       profiler.after_step(i, x)
   profiler.close()
   profiler.close()
-  assert trace.phase_seconds(tmp_path)["experts"][0] > 0
+  assert phase_seconds(tmp_path)["experts"][0] > 0
   jax.profiler.start_trace(str(tmp_path / "next"))  # raises if the first had been left running
   jax.profiler.stop_trace()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.observe import stretches, trace
-from tests.observe.test_trace import NUM_STEPS, folder
+from tests.observe.test_trace import NUM_STEPS, folder, phase_seconds
 
 assert folder  # the fixture: two profiled steps of a model on two devices
 NUM_LAYERS = 3  # of that model
@@ -36,7 +36,7 @@ def test_a_stretch_ends_where_another_phase_begins():
 def test_a_trace_has_a_stretch_for_every_pass_of_a_layer(folder):
   events = trace.read_events(folder)
   found = stretches.of_events(events, "experts")
-  total = trace.phase_seconds(folder)["experts"]
+  total = phase_seconds(folder)["experts"]
   assert set(found) == {0, 1}
   for device, seconds in found.items():
     # Forward, computed again, and backward; the last two may follow each other at once.

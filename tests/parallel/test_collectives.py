@@ -59,18 +59,6 @@ def test_broadcast_takes_one_device_and_ignores_what_is_not_finite_elsewhere(axi
   np.testing.assert_array_equal(found, x[8:12])
 
 
-def test_shares_sum_to_the_value_once():
-  mesh = mesh_lib.make(config.Mesh(expert=2, tensor=2, stage=2))
-
-  def region(x):
-    share = collectives.share(jax.lax.psum(x.sum(), (STAGE, TENSOR)))  # the same along two axes
-    return jax.lax.psum(share, ALL)
-
-  x = np.arange(16, dtype=np.float32)
-  found = jax.jit(jax.shard_map(region, mesh=mesh, in_specs=P(ALL), out_specs=P()))(x)
-  assert found == x.sum()
-
-
 def test_varying_keeps_values_and_leaves_gradients_unsummed():
   mesh = mesh_lib.make(config.Mesh(expert=2, tensor=2, stage=2))
 

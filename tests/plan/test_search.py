@@ -136,6 +136,17 @@ def test_any_number_of_sequences_is_served_that_a_mesh_divides(sequences):
   assert [plan.served for plan in best] == [plan.served for plan in found.best]
 
 
+@pytest.mark.parametrize(
+  "moe", [{"exchange": "flat"}, {"dispatch": "stealing", "shadow_tokens": 8.0}]
+)
+def test_few_tokens_are_gathered_whatever_the_way_of_many(moe):
+  found, expected = (
+    serve.run(runs.settings(**SECTIONS, moe=each), machine.Machine(EIGHT), WORKLOAD)
+    for each in (moe, {"dispatch": "gathered"})
+  )
+  assert found.token_s == expected.token_s
+
+
 def test_longer_prompts_take_longer_and_hold_more():
   short, long = (
     serve.run(TINY, machine.Machine(EIGHT), WORKLOAD._replace(prompt_tokens=tokens))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.train import log, loop
+from moe_jax.train import log, loop, manifest
 from tests import runs
 
 # Interleaved, so that the layers in memory do not lie as on disk.
@@ -141,6 +141,15 @@ def test_resumed_on_the_same_mesh_it_is_bit_identical_and_passes_over_a_damaged_
   assert (copy / "checkpoints" / "8.damaged").is_dir()
 
 
+@pytest.mark.parametrize(("steps", "is_over"), [((2, 4), True), ((2, 5), False)])
+def test_a_run_resumed_past_the_steps_to_profile_says_so(whole, copy, steps, is_over, monkeypatch):
+  shutil.rmtree(copy / "checkpoints" / "8")
+  monkeypatch.setattr(loop._Run, "train", lambda *given: None)
+  ran = run(copy, runs.settings(pipeline=PIPELINE), profile_steps=steps)
+  said = "nothing is profiled: profile_steps=2:4 are over, the run goes on with step 4"
+  assert (said in ran.text) == is_over
+
+
 def test_resumed_with_streamed_weights_it_goes_on_from_the_same_files(whole, copy):
   """A checkpoint knows nothing of it: streaming may begin, and end, at any step."""
   workdir, never_stopped = whole
@@ -222,6 +231,10 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(copy):
     ({"mesh": {"expert": 4}}, "needs 16 devices, found 8; choose mesh.expert=2"),
     ({"data": {"paths": "/nowhere/*.txt"}}, "/nowhere/.*matches no file"),
     ({"train": {"sequence": 1 << 20}}, "train.sequence=1048576 needs at least"),
+    (
+      {"train": {"steps": 12}, "balance": {"every": 1, "chip": "planned"}},
+      "chip planned has no peak for dtype .float32.; choose",
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(whole, fields, message):
@@ -231,6 +244,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(whole, fields, mess
     loop.train(runs.settings(**fields), whole[0], stream=io.StringIO())
   assert "\n" not in str(error.value)
   assert runs.digests(whole[0]) == before
+
+
+def test_a_field_of_the_model_that_is_younger_than_the_checkpoint_had_its_default(copy):
+  checkpoint = copy / "checkpoints" / "8"
+  older = json.loads((checkpoint / "meta.json").read_text())
+  del older["meta"]["config"]["model"]["clip_qkv"]
+  (checkpoint / "meta.json").write_text(json.dumps(older))
+  (checkpoint / manifest.NAME).unlink()
+  manifest.write(checkpoint)
+  with pytest.raises(ValueError, match=r"model\.clip_qkv is 0\.0 there and 0\.5 in this config"):
+    loop.train(
+      runs.settings(pipeline=PIPELINE, model={"clip_qkv": 0.5}), copy, stream=io.StringIO()
+    )
 
 
 def test_a_profile_after_the_last_step_is_refused(tmp_path):
