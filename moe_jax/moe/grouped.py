@@ -32,7 +32,8 @@ class Groups(NamedTuple):
   """Which received row lies where in the blocks, int32.
 
   Attributes:
-    row_NJ: the received row at each place of the blocks; R where there is none.
+    row_NJ: the received row at each place of the blocks. R and more where there is none: R + r at
+      one place for each empty row r, 2 * R at what places are left.
     place_R: the place, block * J + j, of each received row; N * J where the row is empty.
     first_e: each expert's first block; its blocks follow each other.
     blocks_e: how many blocks it has.
@@ -89,9 +90,12 @@ def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
   expert_N = jnp.minimum(expert_N, num_experts - 1)
   within_NJ = (block_N - first_e[expert_N])[:, None] * J + jnp.arange(J, dtype=jnp.int32)[None, :]
   ordered_NJ = (jnp.cumsum(sizes_e, dtype=jnp.int32) - sizes_e)[expert_N][:, None] + within_NJ
-  row_NJ = jnp.where(
-    within_NJ < sizes_e[expert_N][:, None], order_R[jnp.minimum(ordered_NJ, num_rows - 1)], num_rows
-  )
+  at = lambda number: order_R[jnp.minimum(number, num_rows - 1)]
+  is_row_NJ = within_NJ < sizes_e[expert_N][:, None]
+  # Empty rows stand last in that order, and there are no more of them than empty places.
+  empty_NJ = sizes_e.sum() - 1 + jnp.cumsum(~is_row_NJ, dtype=jnp.int32).reshape(is_row_NJ.shape)
+  none_NJ = num_rows + jnp.where(empty_NJ < num_rows, at(empty_NJ), num_rows)
+  row_NJ = jnp.where(is_row_NJ, at(ordered_NJ), none_NJ)
   return Groups(row_NJ, place_R, first_e, blocks_e)
 
 

@@ -33,13 +33,13 @@ _WARPS = triton.CompilerParams(num_warps=8, num_stages=2)
 
 
 def forward(weights: Weights, x_RD, row_NJ, expert_N, used_2, *, interpret: bool = False):
-  """Returns `y_RD`, this tensor rank's partial sums, zero in rows of no block, and `gate_up_NJ2f`.
+  """Returns `y_RD`, this tensor rank's partial sums, zero in empty rows, and `gate_up_NJ2f`.
 
   Args:
     weights: of this device's experts.
     x_RD: rows as they arrived.
-    row_NJ: which of them lies at each place, each at most once, R where none does, int32; J is a
-      multiple of 64.
+    row_NJ: which of them lies at each place, int32, J a multiple of 64; R + r where none does, for
+      each empty row r once, else 2 * R.
     expert_N: whose rows each block holds, int32.
     used_2: which blocks hold rows, the first and the one behind the last, int32; the others give
       zeros.
@@ -110,18 +110,15 @@ class _Call:
     """Returns an array [R, width]; a program of the kernel writes its tile where the rows lie."""
     weights = self._weights(weights)
     columns = math.ceil(width / TILE)
-    out = self._out((self.num_rows, columns * TILE))
-    nothing = varying_like(jnp.zeros(out.shape, out.dtype), self.like)
     found = pl.pallas_call(
       kernel,
       name=name,
       grid=(self.num_places // TILE, columns),
-      out_shape=out,
-      input_output_aliases={5: 0},
+      out_shape=self._out((self.num_rows, columns * TILE)),
       compiler_params=_WARPS,
       cost_estimate=_cost(self.num_places, *weights.shape[1:]),
       interpret=self.interpret,
-    )(self.expert_V, self.used_2, self.row_P, _padded(places, -1), weights, nothing)
+    )(self.expert_V, self.used_2, self.row_P, _padded(places, -1), weights)
     return found[:, :width]
 
   def outer(self, name, kernel, left, right):
@@ -213,9 +210,10 @@ def _read(ref, rows, number):
 
 
 def _write(ref, rows, number, tile):
-  """Writes a tile of columns where the rows lie; what is no row is left out."""
-  place = _tile(rows, number)
-  triton.store(ref.at[place], tile.astype(ref.dtype), mask=place[0] < ref.shape[0])
+  """Writes a tile of columns where the rows lie: what no row made, zero, in empty ones."""
+  num_rows = ref.shape[0]
+  place = _tile(jnp.where(rows < num_rows, rows, rows - num_rows), number)
+  triton.store(ref.at[place], tile.astype(ref.dtype), mask=place[0] < num_rows)
 
 
 def _hidden_kernel(expert_ref, used_ref, row_ref, x_ref, gate_up_w_ref, gate_up_ref):
@@ -230,8 +228,7 @@ def _hidden_kernel(expert_ref, used_ref, row_ref, x_ref, gate_up_w_ref, gate_up_
     gate_up_ref[:, part, :] = sums[part].astype(gate_up_ref.dtype)
 
 
-def _output_kernel(expert_ref, used_ref, row_ref, gate_up_ref, down_w_ref, zeros_ref, y_ref):
-  del zeros_ref  # is y_ref
+def _output_kernel(expert_ref, used_ref, row_ref, gate_up_ref, down_w_ref, y_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
@@ -262,8 +259,7 @@ def _d_hidden_kernel(
   hidden_ref[...] = (gate * sigmoid * up).astype(hidden_ref.dtype)
 
 
-def _d_rows_kernel(expert_ref, used_ref, row_ref, d_ref, gate_up_w_ref, zeros_ref, dx_ref):
-  del zeros_ref  # is dx_ref
+def _d_rows_kernel(expert_ref, used_ref, row_ref, d_ref, gate_up_w_ref, dx_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):

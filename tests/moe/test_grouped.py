@@ -63,6 +63,9 @@ def test_groups_place_each_row_once_in_a_block_of_its_expert(name):
     assert np.asarray(groups.row_NJ).reshape(-1)[place_R[r]] == r  # the two directions agree
     assert expert_N[place_R[r] // J] == expert_R[r]
   assert (np.asarray(groups.row_NJ) < R).sum() == (expert_R < e).sum()
+  stands_for = np.asarray(groups.row_NJ)[np.asarray(groups.row_NJ) >= R] - R
+  np.testing.assert_array_equal(np.sort(stands_for[stands_for < R]), np.flatnonzero(expert_R == e))
+  assert (stands_for <= R).all()
   assert groups.blocks_e.sum() <= N
 
 
