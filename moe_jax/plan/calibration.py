@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from moe_jax.plan.hardware import CHIPS, Chip
 
-# A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
-# CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
+# What the launch of a kernel keeps its stream idle before it, from a CUDA graph, as XLA launches
+# them. Source: Alan Gray, Getting Started with CUDA Graphs, NVIDIA developer blog, 2019: kernels of
+# 2.9 us take 3.4 us each.
 LAUNCH_S = 0.5e-6
 # TensorFloat-32, which XLA takes for float32 products that need not be exact, runs at half of
 # bfloat16 on every chip of ours. Source: their tables, as in plan.hardware.

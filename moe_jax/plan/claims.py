@@ -354,7 +354,6 @@ def binding(run: Run) -> str:
     "computation": run.compute_s,
     "link between hosts": run.seconds_by_link.get(links.BETWEEN, 0.0),
     "link inside hosts": run.seconds_by_link.get(links.INSIDE, 0.0),
-    "launching kernels": run.launch_s,
   }
   name = max(terms, key=terms.get)
   return (

@@ -63,7 +63,8 @@ def seconds(step: Step, settings: Config, machine: Machine) -> float:
     roofline = max(
       step.flops / rate, step.num_bytes / (chip.memory_bytes_per_s * chip.memory_fraction)
     )
-    return roofline * calibration.compute_factor(step.phase)
+    launches = step.kernels * calibration.launch_s
+    return (roofline + launches) * calibration.compute_factor(step.phase)
   to = wires(step, settings, machine)
   factor = calibration.link_factor(to.link)
   return factor * links.seconds(step.kind, step.operand_bytes, to, chip)

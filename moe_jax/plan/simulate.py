@@ -52,10 +52,9 @@ class Run(NamedTuple):
   """What a step takes, of the slowest device where they differ.
 
   Attributes:
-    step_s: the longer of the schedule and of launching its kernels.
-    schedule_s: of the operations.
-    launch_s: of all kernels, by the host.
-    compute_s: in which kernels run.
+    step_s: of the operations, and of summing over replicas.
+    launch_s: of `compute_s`, in which no kernel runs, for one is launched.
+    compute_s: of kernels and their launches.
     bubble_fraction: idle cells of the executed table, at the units' times.
     unit_s: of one unit of each kind, alone.
     compute_s_by_phase: of kernels.
@@ -66,7 +65,6 @@ class Run(NamedTuple):
   """
 
   step_s: float
-  schedule_s: float
   launch_s: float
   compute_s: float
   bubble_fraction: float
@@ -80,7 +78,7 @@ class Run(NamedTuple):
   @property
   def exposed_s(self) -> float:
     """In which no kernel runs."""
-    return self.schedule_s - self.compute_s
+    return self.step_s - self.compute_s
 
   @property
   def hidden_fraction(self) -> float | None:
@@ -100,36 +98,32 @@ def step_seconds(settings: Config, machine: Machine, tied: bool = True) -> float
   """Returns the seconds of a training step, alike ticks once: what the search ranks by."""
   cost = _costs(_unscheduled(settings), machine, tied)
   num_layers = units.layers_per_unit(settings)
-  schedule_s, kernels = cost.ends
+  step_s = cost.ends
   for runs, times in program.tick_counts(settings.pipeline, settings.mesh.stage):
-    for (part_s, part_kernels), repeats in (
-      (cost.before(runs), 1), (cost.layer(runs), num_layers), (cost.behind(runs), 1),
-    ):  # fmt: skip
-      schedule_s += times * repeats * part_s
-      kernels += times * repeats * part_kernels
-  launch_s = kernels * machine.calibration.launch_s
-  return max(schedule_s, launch_s) + replica_seconds(settings, machine)
+    layers_s = num_layers * cost.layer(runs)
+    step_s += times * (cost.before(runs) + layers_s + cost.behind(runs))
+  return step_s + replica_seconds(settings, machine)
 
 
 class _Costs:
-  """Seconds and kernels of what ticks are made of, which no schedule changes."""
+  """Seconds of what ticks are made of, which no schedule changes."""
 
   def __init__(self, settings: Config, machine: Machine, tied: bool):
     self.settings, self.machine, self.tied = settings, machine, tied
-    self.known: dict[tuple, tuple[float, int]] = {}
+    self.known: dict[tuple, float] = {}
     self.ends = self._of([*program.begin(settings), *program.end(settings)])
 
-  def before(self, runs: program.Tick) -> tuple[float, int]:
+  def before(self, runs: program.Tick) -> float:
     """Of what stands before the layers of a tick."""
     key = ("before", runs.arrive, runs.broadcast, runs.head, runs.embed)
     return self._known(key, lambda: [program.before_layers(self.settings, runs)])
 
-  def behind(self, runs: program.Tick) -> tuple[float, int]:
+  def behind(self, runs: program.Tick) -> float:
     """Of what stands behind them."""
     key = ("behind", runs.embed_gradient, runs.returns)
     return self._known(key, lambda: [program.behind_layers(self.settings, runs)])
 
-  def layer(self, runs: program.Tick) -> tuple[float, int]:
+  def layer(self, runs: program.Tick) -> float:
     """Of one layer of each unit of a tick."""
     key = ("layer", runs.forward, runs.backward)
 
@@ -141,16 +135,13 @@ class _Costs:
 
     return self._known(key, blocks)
 
-  def _known(self, key, blocks) -> tuple[float, int]:
+  def _known(self, key, blocks) -> float:
     if key not in self.known:
       self.known[key] = self._of(blocks())
     return self.known[key]
 
-  def _of(self, blocks) -> tuple[float, int]:
-    seconds_each = sum(
-      run_once(block, self.settings, self.machine).end_s for block in blocks if block
-    )
-    return seconds_each, sum(op.step.kernels for block in blocks for op in block)
+  def _of(self, blocks) -> float:
+    return sum(run_once(block, self.settings, self.machine).end_s for block in blocks if block)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -162,15 +153,6 @@ def _unscheduled(settings: Config) -> Config:
   """Returns `settings` with the plainest schedule, which has the same layers and ends."""
   pipeline = dataclasses.replace(settings.pipeline, schedule="1f1b", chunks=1)
   return dataclasses.replace(settings, pipeline=pipeline)
-
-
-def launch_seconds(settings: Config, machine: Machine, tied: bool = True) -> float:
-  """Returns what the host takes to launch a step's kernels, while they run."""
-  kernels = sum(
-    times * sum(op.step.kernels for block in blocks for op in block)
-    for times, blocks in program.counted(settings, tied)
-  )
-  return kernels * machine.calibration.launch_s
 
 
 def unit_seconds(settings: Config, machine: Machine) -> dict[str, float]:
@@ -187,8 +169,9 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
   for times, blocks in program.counted(settings, tied):
     for block in blocks:
       ran = run_block(block, settings, machine)
-      totals["schedule"] += times * ran.end_s
+      totals["step"] += times * ran.end_s
       kernels = _busy(block, ran)
+      totals["kernels"] += times * sum(op.step.kernels for op in block)
       for op, start_s, end_s in zip(block, ran.starts, ran.ends, strict=True):
         took_s = times * (end_s - start_s)
         if not op.step.is_communication:
@@ -200,14 +183,12 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
         by_link[to.link] += took_s
         sent[to.link] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, to.size)
         hidden[stream(op.step)] += times * _overlap(kernels, start_s, end_s)
-  launch_s = launch_seconds(settings, machine, tied)
   replica_s = replica_seconds(settings, machine)
   costs = unit_seconds(settings, machine)
   table = memory.table(settings.pipeline, settings.mesh.stage)
   return Run(
-    step_s=max(totals["schedule"], launch_s) + replica_s,
-    schedule_s=totals["schedule"] + replica_s,
-    launch_s=launch_s,
+    step_s=totals["step"] + replica_s,
+    launch_s=totals["kernels"] * machine.calibration.launch_s,
     compute_s=totals["compute"],
     bubble_fraction=table.bubble_fraction(costs),
     unit_s=costs,

@@ -1,9 +1,11 @@
 """When everything in a compiled program runs on a chip, and how much communication hides.
 
 One stream of computation, which runs kernels in schedule order, each as long as the chip's roofline
-says; and two links, inside the host and between hosts, each busy with one collective at a time. A
-collective begins when the schedule reaches it and its link is free; its time is hidden as far as
-the computation runs on meanwhile. Knows programs and chips; must not know the model.
+says, and idle before it while it is launched; and two links, inside the host and between hosts,
+each busy with one collective at a time. A collective begins when the schedule reaches it and its
+link is free; its time is hidden as far as the computation runs on meanwhile, launches included.
+What a collective takes of the processors and of memory slows no kernel here. Knows programs and
+chips; must not know the model.
 """
 
 import collections
@@ -11,9 +13,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import Chip
+from moe_jax.plan.links import BETWEEN, INSIDE
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
-from moe_jax.rehearse.timing import BETWEEN, INSIDE, collective_seconds, compute_seconds, link_of
+from moe_jax.rehearse.timing import collective_seconds, compute_seconds, link_of
 
 # A loop of more turns is one event of a timeline.
 _MOST_TURNS_SHOWN = 8
@@ -42,7 +46,7 @@ class Run:
 
   Attributes:
     total_s: from the first kernel to the last.
-    compute_s: of which kernels ran.
+    compute_s: of which kernels ran or were launched.
     times: how often each kernel and each collective ran.
     hidden_s: of each collective, over all its runs.
     waited_for: the unit after the Done at which each collective was waited for, by collective.
@@ -91,7 +95,13 @@ class _Clock:
 class Simulator:
   """Runs a program on a chip."""
 
-  def __init__(self, chip: Chip, gpus_per_host: int, branch_of_turn: Mapping[str, tuple[int, ...]]):
+  def __init__(
+    self,
+    chip: Chip,
+    gpus_per_host: int,
+    branch_of_turn: Mapping[str, tuple[int, ...]],
+    launch_s: float = LAUNCH_S,
+  ):
     """Keeps what it is given.
 
     Args:
@@ -99,7 +109,9 @@ class Simulator:
       gpus_per_host: consecutive devices that share a host.
       branch_of_turn: for each conditional, the branch of each turn of the loop round it; of one
         that is not there the last branch always runs.
+      launch_s: of each kernel.
     """
+    self.launch_s = launch_s
     self.chip, self.gpus_per_host, self.branch_of_turn = chip, gpus_per_host, branch_of_turn
     self._seconds: dict[Any, float] = {}
     self._links: dict[Collective, str] = {}
@@ -128,10 +140,10 @@ class Simulator:
     return events
 
   def seconds(self, unit: Compute | Collective) -> float:
-    """Returns the seconds of one kernel or one collective by itself."""
+    """Returns the seconds of one kernel, its launch included, or of one collective by itself."""
     if unit not in self._seconds:
       if isinstance(unit, Compute):
-        self._seconds[unit] = compute_seconds(unit, self.chip)
+        self._seconds[unit] = compute_seconds(unit, self.chip) + self.launch_s
       else:
         self._seconds[unit] = collective_seconds(unit, self.chip, self.gpus_per_host)
     return self._seconds[unit]

@@ -7,14 +7,12 @@ import collections
 from collections.abc import Iterable
 
 from moe_jax import config
+from moe_jax.plan.links import BETWEEN, INSIDE
 from moe_jax.rehearse.exposure import Run, Simulator
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
-from moe_jax.rehearse.timing import BETWEEN, INSIDE, flops_per_s, flops_seconds, memory_seconds
+from moe_jax.rehearse.timing import flops_per_s, flops_seconds, memory_seconds
 from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 
-# A kernel's launch, where launches overlap with kernels. Source: Alan Gray, Getting Started with
-# CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
-_LAUNCH_S = 0.5e-6
 _OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
 _HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -130,18 +128,16 @@ def prediction(
 ) -> dict:
   """Returns the step time, its roofline terms, and the limits in tokens/ms/GPU.
 
-  The step takes as long as the compiled schedule on the chip, or as the launching of its kernels,
-  which the host does meanwhile: the longer of the two. `launch_s` is what that takes at least.
-  `ttft_s`, of prefill, is until the last prompt's first token; `token_s`, of decode, between two
-  tokens of a sequence.
+  The step takes as long as the compiled schedule on the chip. `launch_s` is what of `compute_s` the
+  launches take; those of collectives are on streams of their own. `ttft_s`, of prefill, is until
+  the last prompt's first token; `token_s`, of decode, between two tokens of a sequence.
   """
   chip, gpus = simulator.chip, settings.mesh.num_devices
   kernels = list(_of_kind(run, Compute))
   flops_s = sum(times * flops_seconds(unit, chip) for unit, times in kernels)
   memory_s = sum(times * memory_seconds(unit, chip) for unit, times in kernels)
   num_kernels = sum(times for _, times in kernels)
-  launch_s = num_kernels * _LAUNCH_S
-  step_s = max(run.total_s, launch_s)
+  launch_s, step_s = num_kernels * simulator.launch_s, run.total_s
   links = {link: _sum(rows, "seconds", link=link) for link in (INSIDE, BETWEEN)}
   bytes_s = {
     INSIDE: _sum(rows, "bytes_per_gpu", link=INSIDE) / chip.inside_bytes_per_s,
@@ -158,7 +154,6 @@ def prediction(
     "token_s": step_s / workload.tokens_each if workload.step == DECODE else None,
     "bubble_fraction": bubble,
     "model_flop_utilisation": model_flops / gpus / step_s / peak,
-    "schedule_s": run.total_s,
     "compute_s": run.compute_s,
     "flops_s": flops_s,
     "memory_s": memory_s,
@@ -189,10 +184,9 @@ def executed_flops(run: Run) -> dict[str, float]:
 def binding(found: dict) -> str:
   """Returns what binds the step, in one line, from a prediction."""
   terms = {
-    "computation (roofline)": found["compute_s"],
+    "computation": found["compute_s"],
     "link between hosts": found["seconds_by_link"][BETWEEN],
     "link inside hosts": found["seconds_by_link"][INSIDE],
-    "launching kernels": found["launch_s"],
   }
   name = max(terms, key=terms.get)
   return (

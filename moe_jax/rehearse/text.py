@@ -103,17 +103,16 @@ def _prediction(report) -> Iterable[str]:
   yield "PREDICTION" + " " * 34 + "".join(f"{found['chip']:>12}" for found in both)
   line = lambda name, shown: f"  {name:<42}" + "".join(f"{shown(found):>12}" for found in both)
   milliseconds = lambda key: lambda found: f"{found[key] * 1e3:.2f}"
-  yield line("step, ms: longer of schedule and launches", milliseconds("step_s"))
+  yield line("step, ms", milliseconds("step_s"))
   for key, name in (("ttft_s", "time to first token, ms"), ("token_s", "each token, ms")):
     if both[0][key] is not None:
       yield line(name, milliseconds(key))
-  yield line("schedule, ms", milliseconds("schedule_s"))
-  yield line("  kernels by roofline, ms", milliseconds("compute_s"))
+  yield line("  kernels and their launches, ms", milliseconds("compute_s"))
   yield line("    their matrix products, ms", milliseconds("flops_s"))
   yield line("    their bytes, ms", milliseconds("memory_s"))
+  yield line("    launches, ms", milliseconds("launch_s"))
   yield line("  exposed communication, ms", milliseconds("exposed_s"))
   yield line("kernels", lambda found: f"{found['kernels']:,}")
-  yield line("  their launches, at least, ms", milliseconds("launch_s"))
   yield line("bubble", lambda found: _percent(found["bubble_fraction"], 2))
   yield line("tokens/ms/GPU", lambda found: f"{found['tokens_per_ms_per_gpu']:.1f}")
   yield line("model FLOP utilisation", lambda found: _percent(found["model_flop_utilisation"]))

@@ -96,7 +96,7 @@ def test_every_dispatch_is_planned_as_a_graph_and_under_a_load(dispatch):
   even, uneven = (
     skew.end_seconds(of, ON, load.zipf(of, exponent)).max() for exponent in (0.0, 1.0)
   )
-  assert even == pytest.approx(simulate.train(of, ON).schedule_s)
+  assert even == pytest.approx(simulate.train(of, ON).step_s)
   assert uneven >= even
 
 

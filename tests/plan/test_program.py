@@ -67,7 +67,7 @@ def test_alike_ticks_once_are_all_ticks(settings, tied):
     for block in blocks
   )
   run = simulate.train(settings, H100, tied)
-  assert run.schedule_s == pytest.approx(whole)
+  assert run.step_s == pytest.approx(whole)
   assert simulate.step_seconds(settings, H100, tied) == pytest.approx(run.step_s)
   end_s = max(event.end_s for event in simulate.events(settings, H100, tied))
   assert end_s == pytest.approx(whole)
@@ -96,13 +96,13 @@ def test_untied_ticks_are_the_sum_of_their_units_and_transfers(settings):
     for b in (*program.begin(settings), *program.end(settings))
   )
   embed_s = run.unit_s["embed"] * table.ticks_by_kind["embed"]
-  assert least <= run.schedule_s <= least + stage_s + ends_s + embed_s
+  assert least <= run.step_s <= least + stage_s + ends_s + embed_s
 
 
 def test_tying_never_costs_and_only_moves_what_is_hidden():
   for settings in CASES.values():
     tied, untied = (simulate.train(settings, H100, tied=t) for t in (True, False))
-    assert tied.schedule_s <= untied.schedule_s * (1 + 1e-9)
+    assert tied.step_s <= untied.step_s * (1 + 1e-9)
     assert tied.compute_s == pytest.approx(untied.compute_s)
     assert tied.bytes_by_link == pytest.approx(untied.bytes_by_link)
 
@@ -123,7 +123,7 @@ def test_streaming_sends_a_layer_with_each_layer_of_a_unit():
   layers = settings.model.layers
   assert (layers, table.num_micro_batches) == (4, 4)
   assert sent(streamed) - sent(before) == pytest.approx((ticks * layers + 2 - layers) * of_layer)
-  assert streamed.schedule_s > before.schedule_s
+  assert streamed.step_s > before.step_s
 
 
 def test_every_policy_saves_what_it_does_not_run_again():

@@ -1,6 +1,7 @@
 """The search: complete, ordered, within memory, and plain about what is impossible."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax import config
 from moe_jax.plan import compare, machine, memory, search, serve, simulate
+from moe_jax.plan.calibration import Calibration
 from moe_jax.plan.hardware import CHIPS, Cluster, cluster
 from tests import runs
 
@@ -89,13 +91,19 @@ def test_more_memory_never_has_fewer_plans_nor_a_slower_one(have, factor):
 
 
 def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
-  rate = search.search(TINY, cluster("h100:1x2"), with_replicas=True).best[0]
-  wanted = rate.tokens_per_ms_per_gpu * 2 * 0.999
-  least, tried = search.smallest(TINY, EIGHT, search.Targets(tokens_per_ms=wanted))
+  # Work enough that a second GPU pays; without launches, which more GPUs make no faster.
+  wide = dataclasses.replace(TINY.model, d_model=2048, expert_hidden=8192)
+  settings, at_once = dataclasses.replace(TINY, model=wide), Calibration(launch_s=0.0)
+  search_for = functools.partial(search.smallest, settings, EIGHT, calibration=at_once)
+  two = search.search(settings, cluster("h100:1x2"), with_replicas=True, calibration=at_once).best[
+    0
+  ]
+  wanted = two.tokens_per_ms_per_gpu * 2 * 0.999
+  least, tried = search_for(search.Targets(tokens_per_ms=wanted))
   assert least.num_gpus == tried[-1][0] == 2
   assert [gpus for gpus, _, _ in tried] == [1, 2]
   assert "tokens/ms" in tried[0][2] and not tried[-1][2]
-  never, tried = search.smallest(TINY, EIGHT, search.Targets(tokens_per_ms=1e12))
+  never, tried = search_for(search.Targets(tokens_per_ms=1e12))
   assert never is None and [gpus for gpus, _, _ in tried] == [1, 2, 4, 8]
 
 

@@ -82,7 +82,7 @@ def test_a_small_plan_worked_by_hand():
   assert run.bytes_by_link["inside"] == pytest.approx(links_s * 1e9)
   # Nothing runs beside anything with one stage and one micro-batch, but counts: those nobody waits
   # for, and the exchange behind them has to wait for the wire.
-  assert run.schedule_s == pytest.approx(compute_s + links_s, rel=1e-3)
+  assert run.step_s == pytest.approx(compute_s + links_s, rel=1e-3)
   assert run.bubble_fraction == 0
   # Memory: 4,680 / 2 elements and an expert of 3 x 128 a layer, 12 bytes each with moments.
   held = memory.train(settings)
@@ -135,8 +135,8 @@ def test_a_step_is_no_shorter_than_any_of_its_resources(settings, values):
   )  # fmt: skip
   run = simulate.train(settings, machine.Machine(Cluster(chip, 4, 2)))
   longest = max(run.compute_s, *run.seconds_by_link.values())
-  assert longest <= run.schedule_s * (1 + 1e-9)
-  assert run.schedule_s <= run.compute_s + sum(run.seconds_by_link.values()) * (1 + 1e-9)
+  assert longest <= run.step_s * (1 + 1e-9)
+  assert run.step_s <= run.compute_s + sum(run.seconds_by_link.values()) * (1 + 1e-9)
   assert 0 <= run.hidden_fraction <= 1
 
 
@@ -162,7 +162,7 @@ def test_an_even_load_takes_as_long_as_the_step():
     even = load.zipf(settings, 0.0)
     for tied in (False, True):
       found = skew.end_seconds(settings, on, even, tied)
-      assert found.max() == pytest.approx(simulate.train(settings, on, tied).schedule_s)
+      assert found.max() == pytest.approx(simulate.train(settings, on, tied).step_s)
       assert found.shape == (settings.mesh.stage, settings.mesh.expert)
 
 

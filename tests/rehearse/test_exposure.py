@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import figures, groups, program, timing, work
 from moe_jax.rehearse.exposure import Simulator
@@ -34,14 +35,27 @@ def block(*units, name="block"):
 
 
 def run(*units, taken=None):
-  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, taken or {})
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, taken or {}, launch_s=0.0)
   return simulator, simulator.run(Program(block(*units), {}))
+
+
+@pytest.mark.parametrize("form", golden.FORMS)
+def test_a_launch_keeps_the_stream_idle_before_each_kernel(form):
+  found = program.read(golden.FORMS[form], golden.MESH)
+  of = lambda launch_s: Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s).run(found)
+  without, result = of(0.0), of(1e-3)
+  kernels = sum(n for unit, n in result.times.items() if isinstance(unit, Compute))
+  assert kernels == golden.TURNS * 2
+  assert result.compute_s == pytest.approx(without.compute_s + kernels * 1e-3)
+  assert result.total_s == pytest.approx(without.total_s + kernels * 1e-3)
+  default = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}).run(found)
+  assert default.total_s == pytest.approx(without.total_s + kernels * LAUNCH_S, rel=1e-9)
 
 
 @pytest.mark.parametrize("form", golden.FORMS)
 def test_the_golden_program_by_hand(form):
   found = program.read(golden.FORMS[form], golden.MESH)
-  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {})
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s=0.0)
   result = simulator.run(found)
   assert golden.EXCHANGE_S == pytest.approx(2e-3) == golden.GEMM_S  # hidden to the last byte
   turn_s = 2 * golden.GEMM_S + golden.REDUCE_S

@@ -27,13 +27,15 @@ def test_executions_follow_the_branches_of_each_turn():
   branch_of_turn = {"by table": (0, 1, 1, 0)}
   found = ticks.executions(entry, branch_of_turn)
   assert found == {idle: 2, head: 2, layer: 2 * 5 + 4, embed: 4, after: 1}
-  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, branch_of_turn).run(Program(entry, {}))
+  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, branch_of_turn, launch_s=0.0).run(
+    Program(entry, {})
+  )
   assert found == simulated.times
 
 
 @pytest.mark.parametrize("text", golden.FORMS.values(), ids=golden.FORMS)
 def test_executions_of_the_golden_program_are_the_simulators(text):
   found = program.read(text, golden.MESH)
-  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}).run(found)
+  simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s=0.0).run(found)
   assert ticks.executions(found.entry, {}) == simulated.times
   assert set(simulated.times.values()) == {golden.TURNS}
