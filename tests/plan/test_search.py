@@ -95,10 +95,8 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
   wide = dataclasses.replace(TINY.model, d_model=2048, expert_hidden=8192)
   settings, at_once = dataclasses.replace(TINY, model=wide), Calibration(launch_s=0.0)
   search_for = functools.partial(search.smallest, settings, EIGHT, calibration=at_once)
-  two = search.search(settings, cluster("h100:1x2"), with_replicas=True, calibration=at_once).best[
-    0
-  ]
-  wanted = two.tokens_per_ms_per_gpu * 2 * 0.999
+  found = search.search(settings, cluster("h100:1x2"), with_replicas=True, calibration=at_once)
+  wanted = found.best[0].tokens_per_ms_per_gpu * 2 * 0.999
   least, tried = search_for(search.Targets(tokens_per_ms=wanted))
   assert least.num_gpus == tried[-1][0] == 2
   assert [gpus for gpus, _, _ in tried] == [1, 2]
