@@ -63,6 +63,34 @@ def select(condition: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def packed(tree: Tree) -> list[jax.Array]:
+  """Returns the leaves flat and joined, an array for each dtype: many small ones are then added to
+  in one kernel, where each would take one of its own.
+  """
+  by_dtype: dict[str, list[jax.Array]] = {}
+  for leaf in jax.tree.leaves(tree):
+    by_dtype.setdefault(leaf.dtype.name, []).append(leaf.reshape(-1))
+  return [jnp.concatenate(leaves) for leaves in by_dtype.values()]
+
+
+def unpacked(arrays: list[jax.Array], like: Tree) -> Tree:
+  """Returns the tree that `packed` joined.
+
+  Args:
+    arrays: as it returned them, or stacked, [..., elements].
+    like: shapes of the tree; leaves come out with the leading dimensions of `arrays`.
+  """
+  leaves, tree = jax.tree.flatten(like)
+  names = dict.fromkeys(leaf.dtype.name for leaf in leaves)
+  rest = dict(zip(names, arrays, strict=True))
+  found = []
+  for leaf in leaves:
+    array = rest[leaf.dtype.name]
+    found.append(array[..., : leaf.size].reshape(*array.shape[:-1], *leaf.shape))
+    rest[leaf.dtype.name] = array[..., leaf.size :]
+  return jax.tree.unflatten(tree, found)
+
+
 def stacked(tree: Tree, *sizes: int) -> Tree:
   """Returns the shapes of `tree` with dimensions of these sizes before its own."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*sizes, *leaf.shape), leaf.dtype), tree)

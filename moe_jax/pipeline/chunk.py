@@ -35,7 +35,7 @@ class Totals(NamedTuple):
     stash: [slots, layers of a chunk, ...] what layers saved. A slot holds the layers first to last,
       or last to first.
     auxiliary_loss: float32.
-    reports: [layers of this stage, ...].
+    reports: `buffers.packed`, [layers of this stage, ...].
     g_layers: [layers of this stage, ...].
     g_shared: of the parameters outside the layers.
     rings: weights gathered ahead, for forward and for backward units.
@@ -294,9 +294,10 @@ class _ForwardLayer:
     number = self.unit.first + self.l
     stash = self.write(totals.stash)
     or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
-    reports = jax.tree.map(
-      lambda total, new: buffers.add(total, number, or_nothing(new)), totals.reports, report
-    )
+    reports = [
+      buffers.add(total, number, or_nothing(new))
+      for total, new in zip(totals.reports, buffers.packed(report), strict=True)
+    ]
     total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
     return totals._replace(stash=stash, auxiliary_loss=total_loss, reports=reports), y
 

@@ -166,7 +166,8 @@ class _Executor:
       state, _ = jax.lax.scan(body, state, piece)
     totals = state.totals
     gradients = (totals.g_layers, totals.g_shared)
-    found = (state.loss, totals.auxiliary_loss, totals.reports, state.outputs, gradients)
+    reports = buffers.unpacked(totals.reports, self.report)
+    found = (state.loss, totals.auxiliary_loss, reports, state.outputs, gradients)
     return Result(*collectives.after(found, found), state.ticks)
 
   def _start(self) -> _State:
@@ -185,7 +186,9 @@ class _Executor:
       totals=Totals(
         stash=zeros(stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)),
         auxiliary_loss=scalar(),
-        reports=zeros(stacked(self.report, table.num_chunks * chunk.num_layers)),
+        reports=zeros(
+          stacked(jax.eval_shape(buffers.packed, self.report), table.num_chunks * chunk.num_layers)
+        ),
         g_layers=zeros(gradient(stacked(self.layer, table.num_chunks * chunk.num_layers))),
         g_shared=zeros(gradient(self.shared)),
         rings=chunk.weights.start(table, self.stage),

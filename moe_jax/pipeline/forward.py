@@ -50,7 +50,8 @@ class Result(NamedTuple):
   Attributes:
     carry: after the last head.
     state: as given, written to.
-    reports: the layers' reports, [layers of this stage, ...], summed over micro-batches.
+    reports: the layers' reports, [layers of this stage, ...], summed over micro-batches; while
+      ticks run `buffers.packed`.
     outputs: the head's outputs, [micro-batches, ...].
     ticks: how many ticks ran, int32.
   """
@@ -120,6 +121,7 @@ class Units:
   Attributes:
     num_layers: of a chunk.
     x: shapes of what the embedding makes.
+    report: shapes of what a layer reports.
     units: how often each kind of unit runs in the ticks at hand, as `Segment.presence` says.
   """
 
@@ -150,12 +152,13 @@ class Units:
     embed, pick, head = self.functions.embed, self.functions.pick, self.functions.head
     self.x = jax.eval_shape(lambda: collectives.varying(embed(self.shared, inputs, carry)))
     output = jax.eval_shape(lambda x: head(self.shared, pick(x, inputs), inputs, carry)[1], self.x)
-    report = jax.eval_shape(report_of, self.x)
+    self.report = jax.eval_shape(report_of, self.x)
+    packed = jax.eval_shape(buffers.packed, self.report)
     zeros = collectives.zeros_like
     return Result(
       carry=carry,
       state=state,
-      reports=zeros(buffers.stacked(report, self.table.num_chunks * self.num_layers)),
+      reports=zeros(buffers.stacked(packed, self.table.num_chunks * self.num_layers)),
       outputs=zeros(buffers.stacked(output, self.table.num_micro_batches)),
       ticks=jnp.zeros((), jnp.int32),
     )
@@ -194,9 +197,17 @@ class Units:
       "embed", micro, embed, lambda carry: collectives.zeros_like(self.x), (carry,)
     )
 
+  def count(self, reports: list, index, report: Tree, runs) -> list:
+    """Returns the reports with that of a layer of a cell that runs added."""
+    return [
+      buffers.add(total, index, jnp.where(runs, new, jnp.zeros_like(new)))
+      for total, new in zip(reports, buffers.packed(report), strict=True)
+    ]
+
   def told(self, result: Result) -> Result:
     """Returns the result of all ticks, of which all but the state waits for all of it."""
-    told = (result.carry, result.reports, result.outputs)
+    reports = buffers.unpacked(result.reports, self.report)
+    told = (result.carry, reports, result.outputs)
     carry, reports, outputs = collectives.after(told, told)
     return result._replace(carry=carry, reports=reports, outputs=outputs)
 
@@ -256,8 +267,7 @@ class _Forward(Units):
       y, state, report = self.functions.layer(
         self.layers, first + l, self.shared, x, inputs, result.carry, state, runs
       )
-      count = lambda total, r: buffers.add(total, first + l, jnp.where(runs, r, jnp.zeros_like(r)))
-      return (y, state, jax.tree.map(count, reports, report)), None
+      return (y, state, self.count(reports, first + l, report, runs)), None
 
     index = jnp.arange(self.num_layers, dtype=jnp.int32)
     (y, state, reports), _ = jax.lax.scan(layer, (x, result.state, result.reports), index)

@@ -271,10 +271,7 @@ class _Tick:
 
     def leave(returned):
       y, report = returned
-      count = lambda total, new: buffers.add(
-        total, cell.index, jnp.where(cell.runs, new, jnp.zeros_like(new))
-      )
-      reports = jax.tree.map(count, self.result.reports, report)
+      reports = self.halves.count(self.result.reports, cell.index, report, cell.runs)
       self.result = self.result._replace(reports=reports)
       if made is not None:
         made.append(y)
