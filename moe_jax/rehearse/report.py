@@ -72,7 +72,7 @@ def make(
     parts[name] = _on_chip(settings, workload, best, simulator)
     if name == "compiled":
       events = picture.steady_tick(best.program, simulator)
-  bytes_by_part = memory.by_part(settings, mesh, best.compiled)
+  bytes_by_part = memory.by_part(settings, best.compiled)
   executed = figures.executed_flops(best.run)
   found = {
     "pod": {

@@ -44,7 +44,7 @@ def make(
   found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
   taken = ticks.branches_taken(found, workload.table)
   times = ticks.executions(found.entry, taken.branch_of_turn)
-  bytes_by_part = memory.by_part(settings, mesh, compiled)
+  bytes_by_part = memory.by_part(settings, compiled)
   rows = _collectives(pod, times)
   executed = _flops_by_phase(times)
   limits = _limits(settings, workload, pod, rows, sum(executed.values()))
