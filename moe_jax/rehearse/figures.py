@@ -74,7 +74,9 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
     "hideable_fraction": ratio(hideable, seconds),
     "hidden_of_hideable": ratio(hidden, hideable),
   }
-  by_axis = collections.defaultdict(dict)
+  by_axis = {
+    f"{name}_by_axis": {} for name in ("hidden_fraction", "hideable_fraction", "hidden_of_hideable")
+  }
   for axis in sorted({row["axis"] for row in rows}):
     axis_s = _sum(rows, "seconds", axis=axis)
     axis_hidden = _sum(rows, "hidden_seconds", axis=axis)

@@ -92,6 +92,13 @@ def test_two_links_carry_two():
   assert result.hidden_s[inside] == pytest.approx(result.hidden_s[between]) == pytest.approx(3e-3)
 
 
+def test_of_no_communication_nothing_is_hidden_on_any_axis():
+  simulator, result = run(kernel(1))
+  exposure = figures.exposure(figures.collectives(simulator, result), result.compute_s)
+  assert exposure["hidden_fraction"] is exposure["hidden_of_hideable"] is None
+  assert exposure["hidden_fraction_by_axis"] == exposure["hidden_of_hideable_by_axis"] == {}
+
+
 def test_waiting_for_one_exposes_the_other():
   inside, between = collective("inside", 3), collective("between", 3, EXPERT)
   _, result = run(inside, between, kernel(1), done(inside), kernel(1), done(between))
