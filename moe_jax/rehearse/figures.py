@@ -16,7 +16,8 @@ from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 # CUDA Graphs, NVIDIA developer blog, 2019: kernels of 2.9 us take 3.4 us each from a graph.
 _LAUNCH_S = 0.5e-6
 _OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
-_HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+# What a model's matrix products count as; float32 ones that are not asked to be exact are tf32.
+_PRODUCTS = {"bfloat16": "bf16", "float32": "tf32"}
 
 
 def collectives(simulator: Simulator, run: Run) -> list[dict]:
@@ -151,7 +152,7 @@ def prediction(
   }
   rate = lambda seconds: ratio(workload.tokens / gpus / 1e3, seconds)
   model_flops = workload.model_flops
-  peak = flops_per_s(chip, _HLO_DTYPES[settings.model.dtype])
+  peak = flops_per_s(chip, _PRODUCTS[settings.model.dtype])
   return {
     "chip": chip.name,
     "step_s": step_s,

@@ -6,9 +6,10 @@ import itertools
 import pytest
 
 from moe_jax.plan.hardware import CHIPS
-from moe_jax.rehearse import figures, groups, program, timing, work
+from moe_jax.rehearse import figures, groups, program, timing, work, workload
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
+from tests import runs
 from tests.rehearse import golden
 
 TENSOR, EXPERT = "replica_groups={{0,1},{2,3}}", "replica_groups={{0,2},{1,3}}"
@@ -165,6 +166,17 @@ def test_a_kernel_takes_the_longer_of_operations_and_bytes():
   assert of({"bf16": 1e9}, 1e9) == pytest.approx(2e-3)
   assert of({"f32": 1e9}, 0) == pytest.approx(10e-3)
   assert of({"tf32": 1e9}, 0) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", "bf16"), ("float32", "tf32")])
+def test_a_model_is_measured_by_the_peak_that_its_kernels_run_at(dtype, products):
+  settings = runs.settings(mesh={"expert": 1, "tensor": 1, "stage": 1}, model={"dtype": dtype})
+  work_of_step = workload.train(settings)
+  simulator, result = run(kernel(work_of_step.model_flops / 1e9, dtype=products))
+  found = figures.prediction(settings, work_of_step, simulator, result, [], None)
+  limits = found["limits_tokens_per_ms_per_gpu"]
+  assert limits["compute, model FLOPs"] == pytest.approx(limits["compute, as compiled"])
+  assert found["model_flop_utilisation"] == pytest.approx(found["flops_s"] / found["step_s"])
 
 
 def test_dtypes_without_a_peak():
