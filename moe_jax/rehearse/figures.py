@@ -23,7 +23,8 @@ _PRODUCTS = {"bfloat16": "bf16", "float32": "tf32"}
 def collectives(simulator: Simulator, run: Run) -> list[dict]:
   """Returns communication per kind, axis, phase, link and direction, the slowest first.
 
-  Bytes, seconds and hidden seconds are of one GPU and one step. `waited_for` names the first unit
+  Bytes, seconds and hidden seconds are of one GPU and one step, `largest_operand_bytes` and
+  `longest_seconds` of one collective. `waited_for` names the first unit
   of the schedule that had to wait; `instructions` the collectives in the HLO.
   """
   rows: dict[tuple, dict] = {}
@@ -34,6 +35,7 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
       {
         **dict(zip(("kind", "axis", "phase", "link", "is_backward"), key, strict=True)),
         **dict.fromkeys(("count", "bytes_per_gpu", "seconds", "hidden_seconds"), 0),
+        **dict.fromkeys(("largest_operand_bytes", "longest_seconds"), 0),
         "instructions": [],
         "waited_for": [],
       },
@@ -42,6 +44,8 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
     row["bytes_per_gpu"] += times * unit.bytes_sent
     row["seconds"] += times * simulator.seconds(unit)
     row["hidden_seconds"] += run.hidden_s[unit]
+    row["largest_operand_bytes"] = max(row["largest_operand_bytes"], unit.operand_bytes)
+    row["longest_seconds"] = max(row["longest_seconds"], simulator.seconds(unit))
     row["instructions"].append(unit.name)
     if unit.name in run.waited_for:
       row["waited_for"].append(run.waited_for[unit.name])

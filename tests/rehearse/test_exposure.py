@@ -93,6 +93,15 @@ def test_two_links_carry_two():
   assert result.hidden_s[inside] == pytest.approx(result.hidden_s[between]) == pytest.approx(3e-3)
 
 
+def test_a_row_of_collectives_knows_its_largest():
+  short, long = collective("short", 1), collective("long", 5)
+  simulator, result = run(short, long, kernel(4), done(short), done(long))
+  (row,) = figures.collectives(simulator, result)
+  assert row["count"] == 2 and row["seconds"] == pytest.approx(6e-3)
+  assert row["largest_operand_bytes"] == long.operand_bytes == 5 * short.operand_bytes
+  assert row["longest_seconds"] == simulator.seconds(long)
+
+
 def test_of_no_communication_nothing_is_hidden_on_any_axis():
   simulator, result = run(kernel(1))
   exposure = figures.exposure(figures.collectives(simulator, result), result.compute_s)
