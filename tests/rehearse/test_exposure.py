@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from moe_jax.plan.hardware import CHIPS
-from moe_jax.rehearse import figures, groups, program, timing, work, workload
+from moe_jax.rehearse import figures, groups, picture, program, timing, work, workload
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
 from tests import runs
@@ -164,6 +164,28 @@ def test_a_timeline_has_no_gap_and_no_overlap_in_a_row():
   assert stream[0] == 0
   covered = sum(e.end_s - e.start_s for e in events if e.row in ("compute", "waiting"))
   assert covered == pytest.approx(simulator.turn(body).total_s)
+
+
+@pytest.mark.parametrize("turns", [8, 9])
+def test_a_pictures_title_counts_what_long_loops_wait_for(turns):
+  """Of 9 turns the picture draws one event; 8 are drawn one by one."""
+  at_once = collective("at_once", 3, is_async=False)
+  layers = Loop("layers", turns, block(kernel(1), at_once, name="layer"))
+  ticks = Loop("ticks", 20, block(layers, name="tick"))
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {})
+  tick = picture.steady_tick(Program(block(ticks), {}), simulator)
+  assert len(tick.events) == {8: 8 * 3, 9: 1}[turns]
+  words = f"{4000 * turns} us, {1000 * turns} of computation, {3000 * turns} of exposed"
+  assert words in picture.page(tick, "a pod", "binding")
+
+
+def test_the_picture_and_its_title_are_of_the_usual_turn():
+  """Which the first is not: it leaves the branch out."""
+  branch = Branch("branch", (block(), block(kernel(10))))
+  ticks = Loop("ticks", 4, block(kernel(1), branch))
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {"branch": (0, 1, 1, 1)})
+  tick = picture.steady_tick(Program(block(ticks), {}), simulator)
+  assert tick.run.total_s == pytest.approx(11e-3) == tick.events[-1].end_s
 
 
 def test_a_kernel_takes_the_longer_of_operations_and_bytes():
