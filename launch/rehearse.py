@@ -53,17 +53,17 @@ def main(config) -> int:
   described = pod.describe(_POD.value)
   if isinstance(described, slices.Slice):
     _refuse_times()
-    found, events, profile = slice_report.make(_STEP.value, config, described, progress), [], ""
+    found, tick, profile = slice_report.make(_STEP.value, config, described, progress), None, ""
   else:
-    found, events, profile = report.make(_STEP.value, config, described, progress)
+    found, tick, profile = report.make(_STEP.value, config, described, progress)
   progress("done")
   print(text.render(found))
   if _JSON.value:
     _write(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
   if _PICTURE.value:
     path = pathlib.Path(_PICTURE.value)
-    _write(path, picture.page(events, found["pod"]["name"], found["binding"]))
-    _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(events)))
+    _write(path, picture.page(tick, found["pod"]["name"], found["binding"]))
+    _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(tick)))
   if _PROFILE.value and profile:
     _write(pathlib.Path(_PROFILE.value), profile)
   elif _PROFILE.value:

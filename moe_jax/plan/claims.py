@@ -5,7 +5,7 @@ found, whether it holds, how it was found, and why where it does not hold. Knows
 and predictions; must not know how a prediction is made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moe_jax.config import Config
@@ -26,6 +26,11 @@ PREFETCH = (
   " with pipeline.prefetch_layers"
 )
 
+# The plan's figures of exchanges by link, and which messages are of rows: those that hold this
+# share of the largest one's bytes.
+ALL_TO_ALL: Mapping[str, str] = {links.INSIDE: "1-2 ms", links.BETWEEN: "2-4 ms"}
+_PHASES, _OF_LARGEST = frozenset(("dispatch", "combine")), 0.05
+
 
 class Claim(NamedTuple):
   """One row.
@@ -43,6 +48,24 @@ class Claim(NamedTuple):
   found: str
   holds: bool | None
   how: str
+
+
+class Exchange(NamedTuple):
+  """A collective of a layer, or the largest of several that are alike.
+
+  Attributes:
+    kind: of links.KINDS.
+    phase: of the model, or several joined by +.
+    link: the slowest that it crosses.
+    operand_bytes: what a device puts in.
+    seconds: by itself.
+  """
+
+  kind: str
+  phase: str
+  link: str
+  operand_bytes: float
+  seconds: float
 
 
 class Figures(NamedTuple):
@@ -145,12 +168,11 @@ def _schedule(found: Figures) -> Iterator[Claim]:
     "pipeline: stages, layers each, micro-batches", (2, 8, 16),
     (mesh.stage, found.settings.model.layers // mesh.stage, pipeline.micro_batches), "the config",
   )  # fmt: skip
-  plain = (mesh.stage - 1) / (pipeline.micro_batches + mesh.stage - 1)
   yield Claim(
     "pipeline: schedule", "1F1B, activations recomputed",
     f"{pipeline.schedule} with {pipeline.chunks} chunks, saves {pipeline.save}",
     pipeline.save == "inputs" and pipeline.schedule != "gpipe",
-    f"the config; plain 1F1B has a bubble of {plain:.1%} here, more than the plan allows",
+    f"the config; {bubbles(found.settings)}",
   )  # fmt: skip
   for name, run in found.runs.items():
     yield Claim(
@@ -206,20 +228,22 @@ def _communication(found: Figures) -> Iterator[Claim]:
       f"simulated step, {name}",
     )  # fmt: skip
   machine = found.machines[_first(found.machines)]
-  exchanges = [step for step in units.unit(settings, "forward") if step.kind == "all-to-all"]
-  for link, asked in ((links.INSIDE, "1-2 ms"), (links.BETWEEN, "2-4 ms")):
-    here = [step for step in exchanges if wires(step, settings, machine).link == link]
-    each = max((seconds(step, settings, machine) for step in here), default=0.0)
+  exchanges = []
+  for step in units.unit(settings, "forward"):
+    if step.is_communication:
+      link = wires(step, settings, machine).link
+      took_s = seconds(step, settings, machine)
+      exchanges.append(Exchange(step.kind, step.phase, link, step.operand_bytes, took_s))
+  for link, asked in ALL_TO_ALL.items():
     yield Claim(
-      f"all-to-all, {link} hosts", asked, f"{each * 1e3:.3f} ms each" if each else "there is none",
-      each <= float(asked[2]) * 1e-3 if each else None,
-      "NCCL's cost model on the vendor's links; the plan's figures are latencies of milliseconds,"
-      " those of NVLink and InfiniBand are microseconds",
+      f"all-to-all, {link} hosts", asked, *all_to_all(exchanges, link),
+      "the longest exchange of rows, by NCCL's cost model on the vendor's links; the plan's figures"
+      " are latencies of milliseconds, those of NVLink and InfiniBand are microseconds",
     )  # fmt: skip
-  saved = saved_between_hosts(settings)
   yield Claim(
-    "all-to-all traffic between hosts, hierarchical against flat", "-60%", f"-{saved:.0%}",
-    saved >= 0.6, "each tensor rank sends its own rows only, in float8 a byte an element",
+    "all-to-all traffic between hosts, hierarchical against flat", "-60%",
+    *saved_between_hosts(settings, exchanges),
+    "each tensor rank sends its own rows only, in float8 a byte an element",
   )  # fmt: skip
   yield Claim(
     "streams per GPU", "4: compute, exchange, reduction, transfer",
@@ -340,12 +364,57 @@ def _rest(found: Figures) -> Iterator[Claim]:
     yield Claim(claim, asked, "not for a plan to say", None, how)
 
 
-def saved_between_hosts(settings: Config) -> float:
-  """Returns the share of a flat exchange's bytes between hosts that this exchange does not send."""
+def bubbles(settings: Config) -> str:
+  """Returns what plain 1F1B's bubble is, and that of the interleaved form that was chosen, if any.
+
+  Source: Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using
+  Megatron-LM, 2021, section 2.2.
+  """
+  waits, chunks = settings.mesh.stage - 1, settings.pipeline.chunks
+  of = lambda busy: f"{waits / (busy + waits):.1%}"
+  micro_batches = settings.pipeline.micro_batches
+  interleaved = f", with {chunks} chunks one of {of(chunks * micro_batches)}" * (chunks > 1)
+  return f"plain 1F1B has a bubble of {of(micro_batches)} here{interleaved}"
+
+
+def all_to_all(exchanges: Sequence[Exchange], link: str) -> tuple[str, bool | None]:
+  """Returns how long the longest all-to-all of rows over a link takes, and whether that is as
+  claimed; inside hosts, where rows travel otherwise, how long they take that way.
+  """
+  rows = _of_rows(exchanges, link)
+  longest = lambda kinds: max((each.seconds for each in rows if each.kind in kinds), default=0.0)
+  if took_s := longest({"all-to-all"}):
+    return f"{took_s * 1e3:.3f} ms each", took_s <= float(ALL_TO_ALL[link][2]) * 1e-3
+  gathered_s = longest({"all-gather", "reduce-scatter"})
+  if link == links.BETWEEN or not gathered_s:
+    return "there is none", None
+  way = "there is none: rows travel there by all-gather and reduce-scatter"
+  return f"{way}, {gathered_s * 1e3:.3f} ms each", None
+
+
+def saved_between_hosts(settings: Config, exchanges: Sequence[Exchange]) -> tuple[str, bool | None]:
+  """Returns the share of a flat exchange's bytes between hosts that this exchange does not send,
+  and whether it is as large as claimed.
+  """
+  if not any(each.kind == "all-to-all" for each in _of_rows(exchanges, links.BETWEEN)):
+    return "there is none", None
   if settings.moe.exchange == "flat":
-    return 0.0
+    return "-0%", False
   flat = settings.mesh.tensor * settings.model.d_model * DTYPE_BYTES[settings.model.dtype]
-  return 1 - steps.crossing_row_bytes(settings) / flat
+  saved = 1 - steps.crossing_row_bytes(settings) / flat
+  return f"-{saved:.0%}", saved >= 0.6
+
+
+def _of_rows(exchanges: Sequence[Exchange], link: str) -> list[Exchange]:
+  """Returns the exchanges over a link that carry rows of tokens, and not counts or choices.
+
+  What is put into a reduce-scatter is as often as large as ranks take part, so that it is no
+  measure.
+  """
+  of_layer = [each for each in exchanges if not _PHASES.isdisjoint(each.phase.split("+"))]
+  sizes = (each.operand_bytes for each in of_layer if each.kind in ("all-to-all", "all-gather"))
+  least = _OF_LARGEST * max(sizes, default=0.0)
+  return [each for each in of_layer if each.link == link and each.operand_bytes >= least]
 
 
 def binding(run: Run) -> str:

@@ -29,7 +29,7 @@ class Event(NamedTuple):
   Attributes:
     row: "compute", "inside", "between", or "waiting" for exposed communication.
     phase: of the model.
-    is_backward: whether it belongs to a backward pass.
+    is_backward: as of the kernel or collective.
   """
 
   row: str
@@ -121,9 +121,9 @@ class Simulator:
     """Returns what the whole program takes."""
     return self._quiet(program.entry, 0)
 
-  def turn(self, block: Block) -> Run:
-    """Returns what the first turn of a loop's body takes, nothing being on its way."""
-    return self._quiet(block, 0)
+  def turn(self, block: Block, turn: int = 0) -> Run:
+    """Returns what turn `turn` of a loop's body takes, nothing being on its way."""
+    return self._quiet(block, turn)
 
   def usual_turn(self, loop: Loop) -> int:
     """Returns a turn of the kind that is most frequent, by the branches that turns take."""
@@ -133,7 +133,7 @@ class Simulator:
   def timeline(self, block: Block, turn: int) -> list[Event]:
     """Returns what happens in one run of `block`, at turn `turn` of the loop round it.
 
-    Loops inside it that turn often are one event.
+    Loops inside it that turn often are one event of computation, what they wait for included.
     """
     events: list[Event] = []
     self._block(_Clock(), Run(), block, turn, events)

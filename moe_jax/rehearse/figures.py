@@ -14,13 +14,15 @@ from moe_jax.rehearse.timing import flops_per_s, flops_seconds, memory_seconds
 from moe_jax.rehearse.workload import DECODE, PREFILL, Workload
 
 _OF_LAYERS = {"attention", "dispatch", "combine"}  # phases whose collectives each layer has
-_HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+# What a model's matrix products count as; float32 ones that are not asked to be exact are tf32.
+_PRODUCTS = {"bfloat16": "bf16", "float32": "tf32"}
 
 
 def collectives(simulator: Simulator, run: Run) -> list[dict]:
   """Returns communication per kind, axis, phase, link and direction, the slowest first.
 
-  Bytes, seconds and hidden seconds are of one GPU and one step. `waited_for` names the first unit
+  Bytes, seconds and hidden seconds are of one GPU and one step, `largest_operand_bytes` and
+  `longest_seconds` of one collective. `waited_for` names the first unit
   of the schedule that had to wait; `instructions` the collectives in the HLO.
   """
   rows: dict[tuple, dict] = {}
@@ -31,6 +33,7 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
       {
         **dict(zip(("kind", "axis", "phase", "link", "is_backward"), key, strict=True)),
         **dict.fromkeys(("count", "bytes_per_gpu", "seconds", "hidden_seconds"), 0),
+        **dict.fromkeys(("largest_operand_bytes", "longest_seconds"), 0),
         "instructions": [],
         "waited_for": [],
       },
@@ -39,6 +42,8 @@ def collectives(simulator: Simulator, run: Run) -> list[dict]:
     row["bytes_per_gpu"] += times * unit.bytes_sent
     row["seconds"] += times * simulator.seconds(unit)
     row["hidden_seconds"] += run.hidden_s[unit]
+    row["largest_operand_bytes"] = max(row["largest_operand_bytes"], unit.operand_bytes)
+    row["longest_seconds"] = max(row["longest_seconds"], simulator.seconds(unit))
     row["instructions"].append(unit.name)
     if unit.name in run.waited_for:
       row["waited_for"].append(run.waited_for[unit.name])
@@ -72,7 +77,9 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
     "hideable_fraction": ratio(hideable, seconds),
     "hidden_of_hideable": ratio(hidden, hideable),
   }
-  by_axis = collections.defaultdict(dict)
+  by_axis = {
+    f"{name}_by_axis": {} for name in ("hidden_fraction", "hideable_fraction", "hidden_of_hideable")
+  }
   for axis in sorted({row["axis"] for row in rows}):
     axis_s = _sum(rows, "seconds", axis=axis)
     axis_hidden = _sum(rows, "hidden_seconds", axis=axis)
@@ -145,7 +152,7 @@ def prediction(
   }
   rate = lambda seconds: ratio(workload.tokens / gpus / 1e3, seconds)
   model_flops = workload.model_flops
-  peak = flops_per_s(chip, _HLO_DTYPES[settings.model.dtype])
+  peak = flops_per_s(chip, _PRODUCTS[settings.model.dtype])
   return {
     "chip": chip.name,
     "step_s": step_s,

@@ -8,9 +8,9 @@ import math
 import jax
 
 from moe_jax import config
-from moe_jax.model import transformer
+from moe_jax.plan import workspace
+from moe_jax.plan.leaves import DTYPE_BYTES, leaves
 from moe_jax.rehearse.lowering import Compiled
-from moe_jax.train import streaming
 
 # In this order they add up to "total", which is XLA's own sum.
 PARTS = (
@@ -19,13 +19,13 @@ PARTS = (
 )  # fmt: skip
 
 
-def by_part(settings: config.Config, mesh: jax.sharding.Mesh, compiled: Compiled) -> dict[str, int]:
+def by_part(settings: config.Config, compiled: Compiled) -> dict[str, int]:
   """Returns the bytes on one GPU of each of PARTS, and "total"; 0 for what the step does not have.
 
-  Arguments are told apart by their shardings. Gradients, summed over micro-batches, and
-  the parameters' copies in the compute dtype are temporaries of training whose size is known; the
-  rest of the temporaries are activations, buffers of collectives and scratch. Outputs are those
-  that do not take the place of an argument.
+  Arguments are told apart by their shardings. Gradients, summed over micro-batches, and the
+  parameters' copies, where the computation takes them gathered or in another dtype, are temporaries
+  of training whose size is known; the rest of the temporaries are activations, buffers of
+  collectives and scratch. Outputs are those that do not take the place of an argument.
   """
   memory = compiled.memory
   held = {
@@ -34,7 +34,7 @@ def by_part(settings: config.Config, mesh: jax.sharding.Mesh, compiled: Compiled
   }
   # Serving takes the parameters in the compute dtype.
   is_training = "optimizer" in compiled.held
-  gradients, copies = _region_bytes(settings, mesh) if is_training else (0, 0)
+  gradients, copies = _region_bytes(settings) if is_training else (0, 0)
   temporaries = memory.temp_size_in_bytes
   found = {
     **held,
@@ -76,32 +76,9 @@ def _placed_bytes(tree) -> int:
   )
 
 
-def _region_bytes(settings: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def _region_bytes(settings: config.Config) -> tuple[int, int]:
   """Returns the bytes of gradients and of the parameters' copies inside the manual region."""
-  dtype = jax.numpy.dtype(settings.model.dtype)
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  cast = jax.eval_shape(lambda tree: transformer.cast(tree, dtype), shapes)
-
-  def elements(specs):
-    of = lambda leaf, spec: math.prod(
-      jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape)
-    )
-    return jax.tree.map(of, shapes, specs)
-
-  whole, lying = (
-    elements(specs)
-    for specs in (transformer.specs(settings.model), streaming.specs(settings, mesh))
-  )
-  gradient_bytes = jax.numpy.dtype(settings.pipeline.gradient_dtype).itemsize
-  gradients = gradient_bytes * sum(jax.tree.leaves(whole))
-  # What lies in shares is whole in the layers that are gathered ahead, forwards and backwards.
-  ahead = 2 * settings.pipeline.prefetch_layers * settings.mesh.stage
-  copies = jax.tree.map(
-    lambda share, all_, leaf: (
-      leaf.dtype.itemsize * (share + (share < all_) * all_ * ahead // settings.model.layers)
-    ),
-    lying,
-    whole,
-    cast,
-  )
-  return gradients, sum(jax.tree.leaves(copies))
+  held = leaves(settings.model)
+  gradient_bytes = DTYPE_BYTES[settings.pipeline.gradient_dtype]
+  gradients = gradient_bytes * sum(leaf.elements(settings.mesh) for leaf in held)
+  return gradients, sum(workspace.copy_bytes(settings, leaf) for leaf in held)

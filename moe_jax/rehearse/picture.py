@@ -1,14 +1,16 @@
 """The timeline of one steady tick: computation, what it waits for, and each link on a row.
 
 Every stage runs this same tick, each on other micro-batches: a forward unit and, hatched, a
-backward unit side by side. Knows events; must not know how they were found.
+backward unit side by side; the steps that this one runs again are not hatched. Knows events; must
+not know how they were found.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from moe_jax.observe import timeline
 from moe_jax.observe.timeline import Bar
-from moe_jax.rehearse.exposure import Event, Simulator
+from moe_jax.rehearse.exposure import Event, Run, Simulator
 from moe_jax.rehearse.program import Loop, Program
 
 _ROWS = {
@@ -19,38 +21,50 @@ _ROWS = {
 }
 
 
-def steady_tick(program: Program, simulator: Simulator) -> list[Event]:
-  """Returns the events of a turn of the loop that turns most often: the turn most like the others.
+class Tick(NamedTuple):
+  """A tick that is drawn.
 
-  Of a program without a loop, which has few ticks, all events.
+  Attributes:
+    events: one or more.
+    run: what it takes, inside the loops too that are one event.
+  """
+
+  events: list[Event]
+  run: Run
+
+
+def steady_tick(program: Program, simulator: Simulator) -> Tick:
+  """Returns a turn of the loop that turns most often: the turn most like the others.
+
+  Of a program without a loop, which has few ticks, all of it.
   """
   loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
-  if not loops:
-    return simulator.timeline(program.entry, 0)
-  loop = max(loops, key=lambda each: each.trips)
-  return simulator.timeline(loop.body, simulator.usual_turn(loop))
+  block, turn = program.entry, 0
+  if loops:
+    loop = max(loops, key=lambda each: each.trips)
+    block, turn = loop.body, simulator.usual_turn(loop)
+  return Tick(simulator.timeline(block, turn), simulator.turn(block, turn))
 
 
-def trace(events: Iterable[Event]) -> dict:
+def trace(tick: Tick) -> dict:
   """Returns the trace for Perfetto, see `observe.timeline.trace`."""
-  return timeline.trace(_bars(events), _ROWS)
+  return timeline.trace(_bars(tick.events), _ROWS)
 
 
-def page(events: Sequence[Event], pod: str, binding: str) -> str:
+def page(tick: Tick, pod: str, binding: str) -> str:
   """Returns one HTML file with the picture, which needs nothing else.
 
   Args:
-    events: of the tick, one or more.
+    tick: of a program on the pod.
     pod: its name.
     binding: the report's first line, of a whole step.
   """
-  total_us = max(event.end_s for event in events) * 1e6
-  spent_us = lambda row: sum(event.end_s - event.start_s for event in events if event.row == row)
+  total_s, compute_s = tick.run.total_s, tick.run.compute_s
   title = (
-    f"A steady tick on {pod}: {total_us:.0f} us, {spent_us('compute') * 1e6:.0f} of computation,"
-    f" {spent_us('waiting') * 1e6:.0f} of exposed communication"
+    f"A steady tick on {pod}: {total_s * 1e6:.0f} us, {compute_s * 1e6:.0f} of computation,"
+    f" {(total_s - compute_s) * 1e6:.0f} of exposed communication"
   )
-  return timeline.page(_bars(events), _ROWS, title, binding)
+  return timeline.page(_bars(tick.events), _ROWS, title, binding)
 
 
 def _bars(events: Iterable[Event]) -> list[Bar]:

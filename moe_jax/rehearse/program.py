@@ -46,7 +46,7 @@ class Compute:
   """One kernel.
 
   Attributes:
-    is_backward: whether it belongs to the backward pass, recomputation included.
+    is_backward: whether it is named as part of a backward pass, see `_is_backward`.
   """
 
   name: str
@@ -63,7 +63,7 @@ class Collective:
     is_async: whether a `Done` of the same name waits for it; otherwise it is waited for at once.
     operand_bytes: what this device puts in.
     groups: who takes part.
-    is_backward: whether it belongs to the backward pass, recomputation included.
+    is_backward: whether it is named as part of a backward pass, see `_is_backward`.
   """
 
   name: str
@@ -198,6 +198,11 @@ def phase_of(op_name: str) -> str:
 
 
 def _is_backward(op_name: str) -> bool:
+  """Returns whether an instruction is named as part of a backward pass.
+
+  What jax.checkpoint computes again is; the steps that a layer's `restore` runs again are not, with
+  pipeline.save "inputs" and "exchanges": they have the names of the forward pass.
+  """
   return "transpose(" in op_name
 
 

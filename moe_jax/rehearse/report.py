@@ -25,7 +25,7 @@ from moe_jax.rehearse import (
   ticks,
 )
 from moe_jax.rehearse import workload as workloads
-from moe_jax.rehearse.exposure import Event, Run, Simulator
+from moe_jax.rehearse.exposure import Run, Simulator
 from moe_jax.rehearse.pod import Pod
 from moe_jax.rehearse.workload import Workload
 
@@ -37,12 +37,12 @@ class Report(NamedTuple):
 
   Attributes:
     found: the report.
-    events: the timeline of a steady tick on the pod's chip.
+    tick: a steady tick on the pod's chip.
     profile: by which the program was scheduled; empty where XLA's own guess was better.
   """
 
   found: dict
-  events: list[Event]
+  tick: picture.Tick
   profile: str
 
 
@@ -71,8 +71,8 @@ def make(
     simulator = Simulator(chip, pod.gpus_per_host, best.taken.branch_of_turn)
     parts[name] = _on_chip(settings, workload, best, simulator)
     if name == "compiled":
-      events = picture.steady_tick(best.program, simulator)
-  bytes_by_part = memory.by_part(settings, mesh, best.compiled)
+      tick = picture.steady_tick(best.program, simulator)
+  bytes_by_part = memory.by_part(settings, best.compiled)
   executed = figures.executed_flops(best.run)
   found = {
     "pod": {
@@ -101,7 +101,7 @@ def make(
     "config": config.as_dict(settings),
   }
   found["claims"] = [row._asdict() for row in claims.rows(settings, found)]
-  return Report(found, events, best.profile)
+  return Report(found, tick, best.profile)
 
 
 class _Simulated(NamedTuple):

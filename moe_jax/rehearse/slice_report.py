@@ -44,7 +44,7 @@ def make(
   found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
   taken = ticks.branches_taken(found, workload.table)
   times = ticks.executions(found.entry, taken.branch_of_turn)
-  bytes_by_part = memory.by_part(settings, mesh, compiled)
+  bytes_by_part = memory.by_part(settings, compiled)
   rows = _collectives(pod, times)
   executed = _flops_by_phase(times)
   limits = _limits(settings, workload, pod, rows, sum(executed.values()))
@@ -145,7 +145,13 @@ def _flops_by_phase(times) -> dict[str, float]:
 
 
 def _limits(settings, workload, pod: Slice, rows: list[dict], executed: float) -> dict:
-  """Returns tokens/ms/TPU that the chip allows if nothing but one thing took time."""
+  """Returns tokens/ms/TPU that the chip allows if nothing but one thing took time.
+
+  A product of float32 counts as one of bfloat16, in one pass, which is what TPUs make of it unless
+  it is asked to be exact, as the router's small one is.
+
+  Source: https://docs.jax.dev/en/latest/201/precision.html.
+  """
   devices, peak = settings.mesh.num_devices, pod.chip.peak_flops_per_s["bfloat16"]
   rate = lambda seconds: figures.ratio(workload.tokens / devices / 1e3, seconds)
   return {

@@ -91,7 +91,7 @@ def _exposure(report) -> Iterable[str]:
       f"{_percent(found['hidden_of_hideable']):>8}"
       f"   (can be: {_percent(found['hideable_fraction'])})"
     )
-    for axis, fraction in found.get("hidden_fraction_by_axis", {}).items():
+    for axis, fraction in found["hidden_fraction_by_axis"].items():
       of_hideable = found["hidden_of_hideable_by_axis"][axis]
       yield f"  {'':<10}{axis:<22}{_percent(fraction):>8}{_percent(of_hideable):>8}"
   beside = _percent(report["exposure"]["beside_kernels_fraction"])

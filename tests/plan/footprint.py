@@ -175,7 +175,7 @@ def compiled_bytes(settings: config_lib.Config, pod_name: str) -> int:
   """Returns what XLA says that a train step takes on one GPU of a pod."""
   mesh = pod.describe(pod_name).mesh(settings.mesh)
   compiled = lowering.train(settings, mesh)
-  return compiled_memory.by_part(settings, mesh, compiled)["total"]
+  return compiled_memory.by_part(settings, compiled)["total"]
 
 
 def table(names: Sequence[str]) -> tuple[int, int]:

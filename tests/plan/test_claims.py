@@ -37,6 +37,32 @@ def pod64(pytestconfig):
   return figures(pytestconfig, "pod64")
 
 
+def collectives(found):
+  """Those of a layer's forward pass, one row for each."""
+  on = found.machines["on the chip"]
+  return [
+    {
+      "kind": step.kind, "phase": step.phase, "bytes_per_gpu": step.operand_bytes,
+      "link": machine.wires(step, found.settings, on).link,
+      "largest_operand_bytes": step.operand_bytes,
+      "longest_seconds": machine.seconds(step, found.settings, on),
+    }
+    for step in units.unit(found.settings, "forward")
+    if step.is_communication
+  ]  # fmt: skip
+
+
+def of_both_tables(found, claim):
+  """The row of that name in the plan's table and in the rehearsal's."""
+  tables = (claims.rows(found), rehearsed.rows(found.settings, as_report(found)))
+  return [next(row for row in rows if row.claim == claim) for rows in tables]
+
+
+def with_mesh(found, **sizes):
+  mesh = dataclasses.replace(found.settings.mesh, **sizes)
+  return found._replace(settings=dataclasses.replace(found.settings, mesh=mesh))
+
+
 def as_report(found):
   """The plan's figures in the form of the rehearsal's report."""
   parts = {}
@@ -60,7 +86,7 @@ def as_report(found):
     "micro_batches": found.settings.pipeline.micro_batches,
   }  # fmt: skip
   return {
-    "workload": workload, "memory_bytes": memory_bytes, "collectives": [],
+    "workload": workload, "memory_bytes": memory_bytes, "collectives": collectives(found),
     "planned": parts["planned"],
     **parts["on the chip"],
   }  # fmt: skip
@@ -116,6 +142,44 @@ def test_the_all_to_all_is_that_of_tokens_and_not_of_counts(pod64):
   on = pod64.machines["on the chip"]
   rows = next(s for s in units.unit(pod64.settings, "forward") if s.name == "to experts")
   assert row.found == f"{machine.seconds(rows, pod64.settings, on) * 1e3:.3f} ms each"
+
+
+def test_inside_hosts_rows_travel_by_all_gather_and_reduce_scatter(pod64):
+  """Along `tensor` counts alone are sent all-to-all: what they take is no exchange's time."""
+  on = pod64.machines["on the chip"]
+  inside = [
+    machine.seconds(step, pod64.settings, on)
+    for step in units.unit(pod64.settings, "forward")
+    if step.name in ("spread rows", "sum rows")
+  ]
+  words = "there is none: rows travel there by all-gather and reduce-scatter"
+  for row in of_both_tables(pod64, "all-to-all, inside hosts"):
+    assert (row.found, row.holds) == (f"{words}, {max(inside) * 1e3:.3f} ms each", None)
+  one_host = with_mesh(pod64, expert=2, tensor=2, stage=1)
+  for row in of_both_tables(one_host, "all-to-all, inside hosts"):
+    assert row.found[0] == "0" and row.holds
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 1}, {"expert": 2, "tensor": 2, "stage": 1}])
+def test_without_an_exchange_between_hosts_nothing_is_claimed_of_it(pod64, mesh):
+  found = with_mesh(pod64, **mesh)
+  for link in ("all-to-all, between hosts", "all-to-all traffic between hosts, hierarchical"):
+    names = {row.claim for row in claims.rows(found) if row.claim.startswith(link)}
+    for row in of_both_tables(found, *names):
+      assert (row.found, row.holds) == ("there is none", None)
+
+
+def test_bubbles_are_those_of_the_stages_and_micro_batches_there_are(pod64):
+  wide = with_mesh(pod64, stage=4)
+  plain = dataclasses.replace(pod64.settings.pipeline, schedule="1f1b", chunks=1)
+  unchunked = pod64._replace(settings=dataclasses.replace(pod64.settings, pipeline=plain))
+  for found, words in (
+    (pod64, "a bubble of 5.9% here, with 4 chunks one of 1.5%"),  # 1 / 17 and 1 / 65
+    (wide, "a bubble of 15.8% here, with 4 chunks one of 4.5%"),  # 3 / 19 and 3 / 67
+    (unchunked, "a bubble of 5.9% here"),
+  ):
+    for row in of_both_tables(found, "pipeline: schedule"):
+      assert row.how == f"the config; plain 1F1B has {words}"
 
 
 def test_with_wider_layers_it_is_the_10_b_that_were_meant(pytestconfig):

@@ -7,9 +7,10 @@ import pytest
 
 from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
-from moe_jax.rehearse import figures, groups, program, timing, work
+from moe_jax.rehearse import figures, groups, picture, program, timing, work, workload
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
+from tests import runs
 from tests.rehearse import golden
 
 TENSOR, EXPERT = "replica_groups={{0,1},{2,3}}", "replica_groups={{0,2},{1,3}}"
@@ -106,6 +107,22 @@ def test_two_links_carry_two():
   assert result.hidden_s[inside] == pytest.approx(result.hidden_s[between]) == pytest.approx(3e-3)
 
 
+def test_a_row_of_collectives_knows_its_largest():
+  short, long = collective("short", 1), collective("long", 5)
+  simulator, result = run(short, long, kernel(4), done(short), done(long))
+  (row,) = figures.collectives(simulator, result)
+  assert row["count"] == 2 and row["seconds"] == pytest.approx(6e-3)
+  assert row["largest_operand_bytes"] == long.operand_bytes == 5 * short.operand_bytes
+  assert row["longest_seconds"] == simulator.seconds(long)
+
+
+def test_of_no_communication_nothing_is_hidden_on_any_axis():
+  simulator, result = run(kernel(1))
+  exposure = figures.exposure(figures.collectives(simulator, result), result.compute_s)
+  assert exposure["hidden_fraction"] is exposure["hidden_of_hideable"] is None
+  assert exposure["hidden_fraction_by_axis"] == exposure["hidden_of_hideable_by_axis"] == {}
+
+
 def test_waiting_for_one_exposes_the_other():
   inside, between = collective("inside", 3), collective("between", 3, EXPERT)
   _, result = run(inside, between, kernel(1), done(inside), kernel(1), done(between))
@@ -163,6 +180,28 @@ def test_a_timeline_has_no_gap_and_no_overlap_in_a_row():
   assert covered == pytest.approx(simulator.turn(body).total_s)
 
 
+@pytest.mark.parametrize("turns", [8, 9])
+def test_a_pictures_title_counts_what_long_loops_wait_for(turns):
+  """Of 9 turns the picture draws one event; 8 are drawn one by one."""
+  at_once = collective("at_once", 3, is_async=False)
+  layers = Loop("layers", turns, block(kernel(1), at_once, name="layer"))
+  ticks = Loop("ticks", 20, block(layers, name="tick"))
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {})
+  tick = picture.steady_tick(Program(block(ticks), {}), simulator)
+  assert len(tick.events) == {8: 8 * 3, 9: 1}[turns]
+  words = f"{4000 * turns} us, {1000 * turns} of computation, {3000 * turns} of exposed"
+  assert words in picture.page(tick, "a pod", "binding")
+
+
+def test_the_picture_and_its_title_are_of_the_usual_turn():
+  """Which the first is not: it leaves the branch out."""
+  branch = Branch("branch", (block(), block(kernel(10))))
+  ticks = Loop("ticks", 4, block(kernel(1), branch))
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {"branch": (0, 1, 1, 1)})
+  tick = picture.steady_tick(Program(block(ticks), {}), simulator)
+  assert tick.run.total_s == pytest.approx(11e-3) == tick.events[-1].end_s
+
+
 def test_a_kernel_takes_the_longer_of_operations_and_bytes():
   chip = dataclasses.replace(golden.CHIP, memory_bytes_per_s=1e12, memory_fraction=0.5)
   of = lambda flops, num_bytes: timing.compute_seconds(
@@ -172,6 +211,17 @@ def test_a_kernel_takes_the_longer_of_operations_and_bytes():
   assert of({"bf16": 1e9}, 1e9) == pytest.approx(2e-3)
   assert of({"f32": 1e9}, 0) == pytest.approx(10e-3)
   assert of({"tf32": 1e9}, 0) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", "bf16"), ("float32", "tf32")])
+def test_a_model_is_measured_by_the_peak_that_its_kernels_run_at(dtype, products):
+  settings = runs.settings(mesh={"expert": 1, "tensor": 1, "stage": 1}, model={"dtype": dtype})
+  work_of_step = workload.train(settings)
+  simulator, result = run(kernel(work_of_step.model_flops / 1e9, dtype=products))
+  found = figures.prediction(settings, work_of_step, simulator, result, [], None)
+  limits = found["limits_tokens_per_ms_per_gpu"]
+  assert limits["compute, model FLOPs"] == pytest.approx(limits["compute, as compiled"])
+  assert found["model_flop_utilisation"] == pytest.approx(found["flops_s"] / found["step_s"])
 
 
 def test_dtypes_without_a_peak():

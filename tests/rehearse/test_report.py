@@ -1,17 +1,20 @@
 """A small train step, compiled for a pod that is not there, by the command that users type."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.model import flash
-from moe_jax.plan import units
-from moe_jax.rehearse import memory, text
+from moe_jax.plan import cost, units
+from moe_jax.rehearse import lowering, memory, text
 from moe_jax.train import step as step_lib
+from tests import runs
 from tests.plan import executed
 
 if not importlib.util.find_spec("jax_plugins"):
@@ -100,6 +103,26 @@ def test_parts_of_memory_add_up_to_xlas_total(done):
   found = done[1]["memory_bytes"]
   assert sum(found[part] for part in memory.PARTS) == found["total"]
   assert all(found[part] >= 0 for part in memory.PARTS)
+
+
+def test_weights_that_are_computed_with_as_they_lie_have_no_copy():
+  """float32 on one device: the only temporaries are gradients and what XLA needs besides."""
+  settings = runs.settings(
+    mesh={"expert": 1, "tensor": 1, "stage": 1}, pipeline={"gradient_dtype": "float32"}
+  )
+  account = types.SimpleNamespace(
+    argument_size_in_bytes=0, output_size_in_bytes=0, alias_size_in_bytes=0,
+    generated_code_size_in_bytes=0, temp_size_in_bytes=1_000_000,
+  )  # fmt: skip
+  compiled = lowering.Compiled("", account, {"optimizer": ()}, 0.0, 0.0, None)
+  elements = cost.num_parameters(settings.model).total
+  found = memory.by_part(settings, compiled)
+  assert found["gradients"] == 4 * elements and found["compute_copies"] == 0
+  assert found["activations_and_buffers"] == 1_000_000 - 4 * elements > 0
+  model = dataclasses.replace(settings.model, dtype="bfloat16")
+  cast = memory.by_part(dataclasses.replace(settings, model=model), compiled)
+  assert 0 < cast["compute_copies"] < 2 * elements  # norms and router stay in float32
+  assert sum(cast[part] for part in memory.PARTS) == cast["total"] == 1_000_000
 
 
 @pytest.mark.slow
