@@ -18,7 +18,7 @@ from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline import buffers
 
 BLOCK = 128  # positions; 64 and 128 are the fastest at 512 positions on CPU
-_MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
+_MASKED = -1e30  # finite: a row with no key yet is no NaN, and its first key wipes it
 
 
 def forward(q_bSNH, k_bSGH, v_bSGH, segments_bS) -> tuple[jax.Array, jax.Array]:

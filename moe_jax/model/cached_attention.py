@@ -15,7 +15,7 @@ from moe_jax.model import attention_core, blockwise, flash
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline import buffers
 
-_MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
+_MASKED = -1e30  # finite: a row with no key yet is no NaN, and its first key wipes it
 
 
 def one_token(q_bNH, k_bWGJH, v_bWGJH, lengths_b) -> jax.Array:

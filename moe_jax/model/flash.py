@@ -22,7 +22,7 @@ from moe_jax.parallel.collectives import varying_like
 BLOCK = 64  # positions: at 2,048 of 4 heads, 128 programs for the 132 processors of an H100
 _NARROWEST = 16  # head width; Triton multiplies tiles of powers of two from here on
 _WIDE = 128  # a head this wide takes twice the warps, for the accumulators to stay in registers
-_MASKED = -1e30  # finite, so that a row with no key yet gives 0, not NaN
+_MASKED = -1e30  # finite: a row with no key yet is no NaN, and its first key wipes it
 _LOG2_E = math.log2(math.e)  # a GPU has an instruction for powers of two
 
 # Names of the kernels in a compiled program.

@@ -13,6 +13,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.model.layers import rms_norm
 from moe_jax.parallel.axes import TENSOR
+from moe_jax.parallel.collectives import varying_like
 from moe_jax.parallel.parameters import scale
 from moe_jax.pipeline.saving import residual
 
@@ -68,7 +69,8 @@ def over_projection(norm: Norm, x_bSnH: jax.Array, epsilon: float) -> jax.Array:
   x32_bSnH = residual(x_bSnH).astype(jnp.float32)
   squares_bS11 = jnp.sum(x32_bSnH * x32_bSnH, axis=(2, 3), keepdims=True)
   width = x_bSnH.shape[2] * x_bSnH.shape[3] * jax.lax.axis_size(TENSOR)
-  mean_square_bS11 = jax.lax.psum(squares_bS11, TENSOR) / width
+  # Typed as different on all devices, as everything that is kept for the backward pass.
+  mean_square_bS11 = varying_like(jax.lax.psum(squares_bS11, TENSOR), squares_bS11) / width
   normed_bSnH = x32_bSnH * jax.lax.rsqrt(mean_square_bS11 + epsilon) * norm.scale[...][None, None]
   return normed_bSnH.astype(x_bSnH.dtype)
 

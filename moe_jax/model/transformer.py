@@ -114,7 +114,9 @@ def embed(shared: Shared, tokens_bS: jax.Array) -> jax.Array:
   table_vD = shared.embedding.table[...]
   local_bS = tokens_bS - _first_of_share(table_vD.shape[0])
   is_mine_bS = (local_bS >= 0) & (local_bS < table_vD.shape[0])
-  rows_bSD = table_vD[jnp.where(is_mine_bS, local_bS, 0)]
+  # Of float32, for the gradient adds up in the dtype of what is looked up, token after token.
+  wide_vD = table_vD.astype(jnp.float32)
+  rows_bSD = wide_vD[jnp.where(is_mine_bS, local_bS, 0)].astype(table_vD.dtype)
   x_bSD = jnp.where(is_mine_bS[..., None], rows_bSD, jnp.zeros((), table_vD.dtype))
   return jax.lax.psum(collectives.reduce_scatter(x_bSD, TENSOR, 1), STAGE)
 

@@ -62,7 +62,7 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   num_local, num_shadows = num_experts // num_ranks, setting.num_shadows
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
-  everywhere_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
+  everywhere_E = varying_like(jax.lax.psum(assigned_E, (EXPERT, TENSOR)), assigned_E)
   price = stealing.Price(shadow_s=setting.shadow_tokens, token_s=1.0)
   home_A, own_A = jnp.divmod(expert_A, num_local)
 

@@ -190,11 +190,13 @@ def _sent_bytes(eqn) -> float:
 
 
 def _sent_by_collective(eqn) -> float:
-  size = math.prod(jax.lax.axis_size(name) for name in _axes(eqn))
+  groups = eqn.params.get("axis_index_groups")
+  sizes = [len(groups[0])] if groups else [jax.lax.axis_size(name) for name in _axes(eqn)]
+  size = math.prod(sizes)
   if size == 1:
     return 0.0
-  sizes = lambda variables: sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
-  taken, made = sizes(eqn.invars), sizes(eqn.outvars)
+  num_bytes = lambda variables: sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
+  taken, made = num_bytes(eqn.invars), num_bytes(eqn.outvars)
   part = (size - 1) / size
   return {
     "all_gather": part * made,

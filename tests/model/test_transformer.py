@@ -155,3 +155,25 @@ def test_bfloat16_logits_are_near_float32():
   assert found.dtype == jnp.float32
   error = parity.relative_l2(np.asarray(found).reshape(expected.shape), expected)
   assert parity.TOLERANCE < error < parity.BFLOAT16_TOLERANCE
+
+
+def test_the_embeddings_gradient_is_summed_wide():
+  """Of a bfloat16 table and a token that is everywhere: 256 is where bfloat16 stops counting."""
+  settings = parity.settings_of((1, 1, 1), batch=2, sequence=1024, model={"dtype": "bfloat16"})
+  mesh, model = parity.mesh_of(settings), settings.model
+  shared = transformer.cast(transformer.init(jax.random.key(0), model), jnp.bfloat16).shared
+  inputs = transformer.Inputs(
+    *[jnp.full((1, 1024), 7, jnp.int32)] * len(transformer.Inputs._fields)
+  )
+  embed = transformer.loss_functions(settings).embed
+
+  def region(shared):
+    x_bsD, vjp = jax.vjp(lambda shared: embed(shared, inputs), shared)
+    return vjp(jnp.ones_like(x_bsD))[0]
+
+  everywhere = jax.sharding.PartitionSpec()
+  gradient = jax.jit(jax.shard_map(region, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
+  table_VD = np.asarray(gradient(shared)["embedding"]["table"][...], np.float32)
+  expected_VD = np.zeros_like(table_VD)
+  expected_VD[7] = 1024
+  np.testing.assert_array_equal(table_VD, expected_VD)

@@ -46,6 +46,10 @@ CASES = {
       "pipeline": {"schedule": "interleaved", "chunks": 2, "save": "exchanges"},
     },
   ),
+  "2x2x1-1f1b-everything-projection_norm": (
+    (2, 2, 1),
+    {"model": {"qk_norm": "projection", "kv_heads": 4}, "pipeline": {"save": "everything"}},
+  ),
   "4x2x1-gpipe-flat": ((4, 2, 1), {"moe": {"exchange": "flat"}, "pipeline": {"schedule": "gpipe"}}),
   "4x1x2-two_level-residuals": (
     (4, 1, 2),
