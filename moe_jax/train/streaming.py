@@ -23,10 +23,22 @@ from moe_jax.pipeline.weights import Streamed
 
 
 def specs(settings: config.Config, mesh: Mesh) -> Parameters:
-  """Returns the PartitionSpec of every parameter that a training step computes with."""
+  """Returns the PartitionSpec of every parameter that a training step computes with.
+
+  Raises:
+    ValueError: layers are to be gathered ahead, and no weight can be laid in shares.
+  """
   whole = transformer.specs(settings.model)
-  if not settings.pipeline.prefetch_layers:
+  ahead, model = settings.pipeline.prefetch_layers, settings.model
+  if not ahead:
     return whole
+  if set(_dimensions(settings, mesh)) == {None}:
+    raise ValueError(
+      f"pipeline.prefetch_layers={ahead} gathers attention's weights, of which none lies in shares:"
+      f" no dimension of theirs that mesh.expert={settings.mesh.expert} divides is as large as"
+      f" model.layers={model.layers}; choose a larger model.d_model={model.d_model} that"
+      " mesh.expert divides, or prefetch_layers=0"
+    )
   shapes = _shapes(settings.model)
   tree = jax.tree.structure(shapes)
   placed = [
