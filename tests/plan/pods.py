@@ -66,7 +66,7 @@ def compare(name: str) -> bool:
     "memory": (memory.train(settings).total, found["memory_bytes"]["total"]),
     **{link: (run.bytes_by_link.get(link, 0.0), sent) for link, sent in links.items()},
     "kernels, s": (run.compute_s, prediction["compute_s"]),
-    "schedule, s": (run.schedule_s, prediction["schedule_s"]),
+    "step, s": (run.step_s, prediction["step_s"]),
   }
   off = {what: p / f - 1 if f else 0.0 for what, (p, f) in pairs.items()}
   bubbles = (run.bubble_fraction, prediction["bubble_fraction"])

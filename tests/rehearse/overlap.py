@@ -23,7 +23,7 @@ def main(arguments) -> None:
     os.environ["XLA_FLAGS"] = f"--{_LIMIT}=1"
   environment.described_devices(arguments.pod)
   from moe_jax import config
-  from moe_jax.pipeline import executor
+  from moe_jax.pipeline import tie
   from moe_jax.rehearse import pod as pod_lib
 
   spec = importlib.util.spec_from_file_location("deployment", arguments.config)
@@ -31,7 +31,7 @@ def main(arguments) -> None:
   spec.loader.exec_module(deployment)
   settings = config.from_mapping(deployment.get_config())
   pod = pod_lib.describe(arguments.pod)
-  tied = executor.slots
+  tied = tie.side_by_side
   if arguments.one_at_a_time:
     ways = {"tied, one collective at a time": tied}
   else:
@@ -41,7 +41,7 @@ def main(arguments) -> None:
       "tied": tied,
     }
   for name, slots in ways.items():
-    executor.slots = slots
+    tie.side_by_side = slots
     _row(name, settings, pod)
 
 
