@@ -2,8 +2,8 @@
 dispatch table.
 
 Operations are exact; bytes to and from memory are those of the kernels that XLA makes, as sums of
-large arrays. Loads are even: stealing sends no shadow, a dropless dispatch takes one round. Knows
-sizes; must not know time, links or schedules.
+large arrays. Loads are even, so stealing sends no shadow; of a dispatch in rounds the steps are
+those of the first. Knows sizes; must not know time, links or schedules.
 
 Letters as in the README: e, f are this device's shares.
 """
@@ -84,7 +84,7 @@ def _experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   )  # fmt: skip
   if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
     return (products,)
-  computed = at.tokens * model.experts_per_token
+  computed = at.tokens * model.experts_per_token / steps.even_rounds(settings)
   return (
     Step("place rows", "experts", num_bytes=4 * arrived, kernels=15, follows=ROUNDS),
     dataclasses.replace(

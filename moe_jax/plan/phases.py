@@ -10,12 +10,20 @@ Letters as in the README: b, s, n, g, e, f, v are this device's shares.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe_jax.config import Config
 from moe_jax.plan import cost, dispatches, saving
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
-from moe_jax.plan.steps import AGAIN, BACKWARD, Sizes, Step, activation_bytes, group_size
+from moe_jax.plan.steps import (
+  AGAIN,
+  BACKWARD,
+  Sizes,
+  Step,
+  activation_bytes,
+  even_rounds,
+  group_size,
+)
 
 # Positions of an attention block: of the one kernel that a GPU runs.
 KERNEL_BLOCK = 128
@@ -32,11 +40,26 @@ def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   Communication: as the docstrings of model/attention.py and of `dispatches.forward` say; and of
   streamed weights, of a layer to come, an all-gather over `expert`.
   """
+  *layer, keep = _first_round(settings, at)
+  return (*stream(settings), *layer, *_further_rounds(settings, layer), keep)
+
+
+def _first_round(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Returns the forward steps of one layer without further rounds of its dispatch."""
   kept = saving.saved_bytes(settings, at)
   # Written where it was made, then into the stash, which is a loop's and not the layer's.
   keep = Step("keep", "other", num_bytes=4 * kept, kernels=_STASH_KERNELS[settings.pipeline.save])
-  layer = (*_attention(settings, at), *dispatches.forward(settings, at), keep)
-  return (*stream(settings), *layer)
+  return (*_attention(settings, at), *dispatches.forward(settings, at), keep)
+
+
+def _further_rounds(settings: Config, steps: Sequence[Step]) -> list[Step]:
+  """Returns those of a layer's steps that a round repeats, for each further one of an even load."""
+  return [
+    dataclasses.replace(step, name=f"{step.name}, round {number}")
+    for number in range(2, even_rounds(settings) + 1)
+    for step in steps
+    if step.follows
+  ]
 
 
 def stream(settings: Config) -> tuple[Step, ...]:
@@ -60,20 +83,19 @@ def stream(settings: Config) -> tuple[Step, ...]:
 
 def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the backward steps of one layer: what is run again by the saving policy, then the
-  transposes.
+  transposes; further rounds before the first, and those are run again whatever is saved.
   """
-  ahead = stream(settings)
-  forward = layer_forward(settings, at)[len(ahead) :]
-  repeated = [
-    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN)
-    for step in _run_again(settings, at, forward)
+  forward = _first_round(settings, at)
+  again = lambda steps: [
+    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN) for step in steps
   ]
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
-  return (*ahead, take, *repeated, *back)
+  further = _further_rounds(settings, [*again(forward), *back])
+  return (*stream(settings), take, *again(_run_again(settings, at, forward)), *further, *back)
 
 
 def _run_again(settings: Config, at: Sizes, forward: tuple[Step, ...]) -> list[Step]:

@@ -10,6 +10,7 @@ import functools
 import math
 
 from moe_jax.config import Config
+from moe_jax.plan import cost
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES
 
 COMPUTE = "compute"
@@ -117,6 +118,15 @@ def two_level_rows(settings: Config, tokens: int) -> tuple[int, int]:
   to_host = min(tokens, share(tokens * most_hosts, hosts))
   to_rank = share(tokens * choices, moe.expert_ranks_per_host)
   return to_host, min(hosts * to_host * choices, to_rank)
+
+
+def even_rounds(settings: Config) -> int:
+  """Returns the rounds that an even load takes: of a dispatch that serves every assignment, one
+  unless its capacity factor is below 1.
+  """
+  if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
+    return 1
+  return max(1, math.ceil(1 / settings.moe.capacity_factor - 1e-9))
 
 
 def crossing_row_bytes(settings: Config) -> int:
