@@ -29,7 +29,8 @@ NOT_DIFFERENTIATED = COUNTS | frozenset(
     "announce inside",
     "announce between",
     "announce to hosts",
-    "agree on rounds",
+    "agree on rounds over expert",
+    "agree on rounds over tensor",
     "count before stealing",
     "decide",
     "choices to hosts",
@@ -37,6 +38,12 @@ NOT_DIFFERENTIATED = COUNTS | frozenset(
     "spread sizes",
   }
 )
+# What the backward pass does not ask for, by dispatch: sums, where other dispatches bring home the
+# rows themselves, of which the router's weights take their gradient.
+NOT_READ_AGAIN = {
+  "two_level": frozenset({"sum at hosts", "to tokens"}),
+  "gathered": frozenset({"sum between", "sum inside"}),
+}
 
 
 def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:

@@ -94,19 +94,27 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
-  further = _further_rounds(settings, [*again(forward), *back])
+  further = _further_rounds(settings, [*again(run_again(settings, forward)), *back])
   return (*stream(settings), take, *again(_run_again(settings, at, forward)), *further, *back)
+
+
+def run_again(settings: Config, forward: Sequence[Step]) -> list[Step]:
+  """Returns those of a layer's forward steps that are run once more where nothing is saved."""
+  not_again = {"keep", *dispatches.NOT_READ_AGAIN.get(settings.moe.dispatch, ())}
+  return [step for step in forward if step.name not in not_again]
 
 
 def _run_again(settings: Config, at: Sizes, forward: tuple[Step, ...]) -> list[Step]:
   """Returns those of a layer's forward steps that its backward unit runs once more."""
   again = RUN_AGAIN[settings.pipeline.save]
   if again is None:
-    return [step for step in forward if step.name != "keep"]
+    return run_again(settings, forward)
   if settings.pipeline.save != "exchanges":
     return [step for step in forward if step.name in again]
   if settings.mesh.expert == 1:
     again |= {"fill rows"}  # no collective brings them
+  elif settings.moe.exchange == "flat":
+    again -= {"spread rows"}  # spread before they crossed
   return [_up_to_exchange(settings, at, step) for step in forward if step.name in again]
 
 
@@ -126,10 +134,13 @@ def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
   elif step.name == "experts" and not is_alone:
     arrived, hidden = saving.row_bytes(settings, at)
     weights = model.experts // settings.mesh.expert * model.d_model * width
-    num_bytes = 3 * arrived + hidden + weights * (model.expert_hidden // tensor)
+    moved = 1 if step.follows else 3
+    num_bytes = moved * arrived + hidden + weights * (model.expert_hidden // tensor)
     less = Step(
       "", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=step.kernels // 3
     )
+  elif step.name == "place rows" and not is_alone:  # of what comes back, likewise
+    less = Step("", "", num_bytes=step.num_bytes / 2, kernels=step.kernels // 2)
   elif step.name == "route" and settings.mesh.expert > 1:
     x = activation_bytes(settings, at)
     less = Step("", "", num_bytes=max(0.0, step.num_bytes - 2 * x), kernels=step.kernels // 2)

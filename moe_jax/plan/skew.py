@@ -66,7 +66,8 @@ def _further(settings: Config) -> dict[str, Step]:
   """
   if phases.RUN_AGAIN[settings.pipeline.save] is None:
     return {}
-  return {f"{s.name}, back": s for s in units.unit(settings, "forward") if s.follows}
+  forward = phases.run_again(settings, units.unit(settings, "forward"))
+  return {f"{s.name}, back": s for s in forward if s.follows}
 
 
 def _times(settings: Config, step: Step, load: Load, layer_Z: np.ndarray):

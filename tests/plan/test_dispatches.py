@@ -130,6 +130,41 @@ def test_a_small_capacity_factor_takes_further_rounds(dispatch, save):
   assert uneven > even
 
 
+def test_what_no_gradient_asks_for_is_not_run_again():
+  backward = lambda of: {step.name: step for step in units.unit(of, "backward")}
+  two_level, gathered = backward(TWO_LEVEL), backward(settings("gathered"))
+  assert not {"to tokens, again", "sum at hosts, again"} & set(two_level)
+  assert not {"sum between, again", "sum inside, again"} & set(gathered)
+  assert {"from ranks, again", "to tokens, back"} < set(two_level)
+  assert {"send tokens between, again", "sum between, back"} < set(gathered)
+  assert not [name for name in two_level if name.startswith("agree on rounds") and "back" in name]
+
+
+@pytest.mark.parametrize(
+  "dispatch,exchange",
+  [
+    *((each, "hierarchical") for each in config.DISPATCH),
+    ("capacity", "flat"),
+    ("dropless", "flat"),
+  ],
+)
+def test_what_exchanges_run_again_ends_before_a_collective(dispatch, exchange):
+  of = runs.settings(
+    mesh={"expert": 4, "tensor": 2, "stage": 1}, pipeline={"save": "exchanges"},
+    moe={"dispatch": dispatch, "exchange": exchange,
+         "expert_ranks_per_host": 2 if dispatch == "two_level" else 1},
+  )  # fmt: skip
+  ahead, again = forward(of), {}
+  for step in units.unit(of, "backward"):
+    again |= {step.name.removesuffix(", again"): step} if step.part == steps.AGAIN else {}
+  for name, step in again.items():
+    assert 0 <= step.num_bytes <= ahead[name].num_bytes, name
+    assert 0 <= step.flops <= ahead[name].flops and 0 <= step.kernels <= ahead[name].kernels, name
+  # Rows that were spread inside a host before they crossed are kept as they arrived.
+  has_spread = dispatch != "gathered" and exchange != "flat"
+  assert ("spread rows" in again) == has_spread
+
+
 def test_members_of_a_host_and_of_its_place_on_others():
   mesh = Mesh(expert=8, tensor=2, stage=2)
   of = lambda among, ranks: links.group(mesh, ("expert",), 8, among, ranks)

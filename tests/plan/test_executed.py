@@ -66,6 +66,17 @@ DISPATCHED = {
   "dropless, two rounds": {
     "moe": {"dispatch": "dropless", "capacity_factor": 0.5}, "pipeline": {"save": "residuals"},
   },
+  "flat, exchanges": {"moe": {"exchange": "flat"}, "pipeline": {"save": "exchanges"}},
+  "gathered, inputs": {"moe": {"dispatch": "gathered"}},
+  "two_level, two rounds, inputs": {
+    "mesh": {"expert": 4, "tensor": 2, "stage": 1},
+    "moe": {"dispatch": "two_level", "expert_ranks_per_host": 2, "capacity_factor": 0.5},
+  },
+  "two_level, two rounds, exchanges": {
+    "mesh": {"expert": 4, "tensor": 2, "stage": 1},
+    "moe": {"dispatch": "two_level", "expert_ranks_per_host": 2, "capacity_factor": 0.5},
+    "pipeline": {"save": "exchanges"},
+  },
 }  # fmt: skip
 
 
