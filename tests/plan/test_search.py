@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.plan import compare, machine, memory, search, serve, simulate
+from moe_jax.plan import calibration, compare, machine, memory, search, serve, simulate, steps
 from moe_jax.plan.hardware import CHIPS, Cluster, cluster
 from tests import runs
 
@@ -145,6 +145,24 @@ def test_few_tokens_are_gathered_whatever_the_way_of_many(moe):
     for each in (moe, {"dispatch": "gathered"})
   )
   assert found.token_s == expected.token_s
+
+
+@pytest.mark.parametrize("stages,micro_batches,ticks", [(1, 1, 1), (2, 1, 2), (2, 4, 5)])
+def test_the_first_token_waits_for_layers_and_heads_by_hand(stages, micro_batches, ticks):
+  """Each micro-batch passes every stage, one tick behind the one before; a head is no tick."""
+  of = runs.settings(
+    mesh={"expert": 2, "tensor": 1, "stage": stages}, pipeline={"micro_batches": micro_batches}
+  )
+  on = machine.Machine(EIGHT, calibration.NONE._replace(launch_s=0.0))
+  served = WORKLOAD._replace(sequences=16)
+  found = serve.run(of, on, served)
+  train = dataclasses.replace(of.train, batch=16, sequence=served.prompt_tokens)
+  of = serve._as_served(dataclasses.replace(of, train=train))
+  at = steps.sizes(of)
+  head_s = serve._head_seconds(of, on, at.sequences)
+  tick_s = serve._unit_seconds(of, on, at) + serve._transfer_seconds(of, on, at)
+  assert found.ttft_s == pytest.approx(ticks * tick_s + micro_batches * head_s)
+  assert found.first_ttft_s == pytest.approx(stages * tick_s + head_s)
 
 
 def test_longer_prompts_take_longer_and_hold_more():
