@@ -21,6 +21,7 @@ from moe_jax.plan.steps import (
   Sizes,
   Step,
   activation_bytes,
+  cached_bytes,
   even_rounds,
   group_size,
 )
@@ -193,7 +194,7 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
   activation, gathered = activation_bytes(settings, at), whole * D * width
   projected = whole * (n + 2 * g) * H * width
   weights = D * (2 * n + 2 * g) * H * width
-  core = whole * 2 * n * H * width + at.sequences * (at.positions + at.context) * 2 * g * H * width
+  core = whole * 2 * (n + g) * H * width + at.sequences * at.context * g * cached_bytes(settings)
   pairs = at.sequences * _pairs(at.positions, at.context)
   normed = ()
   if model.qk_norm == "projection":

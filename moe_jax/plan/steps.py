@@ -17,6 +17,8 @@ COMPUTE = "compute"
 FORWARD, AGAIN, BACKWARD = "forward", "again", "backward"
 # What a step grows with under an uneven load.
 ROWS, ROUNDS = "rows", "rounds"
+# Of the key-value cache, by serve.kv_dtype: bytes of a number, and of each token and head's scale.
+_CACHED_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "int8": (1, 4), "float8": (1, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,14 @@ def crossing_row_bytes(settings: Config) -> int:
   if settings.moe.exchange == "hierarchical_float8":
     return model.d_model + FLOAT32_BYTES
   return model.d_model * DTYPE_BYTES[model.dtype]
+
+
+def cached_bytes(settings: Config) -> int:
+  """Returns the bytes of the key and the value of one token and head in the cache, and of their
+  scales; a test holds them to the server's.
+  """
+  number, scale = _CACHED_BYTES[settings.serve.kv_dtype]
+  return 2 * (settings.model.head_dim * number + scale)
 
 
 def group_size(settings: Config, step: Step) -> int:
