@@ -140,15 +140,26 @@ def test_a_layer_reports_as_many_numbers_as_are_planned():
   assert counts + losses == units.REPORTED
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "stealing"])
+@pytest.mark.parametrize(
+  "dispatch,exchange",
+  [
+    ("capacity", "hierarchical"),
+    ("capacity", "flat"),
+    ("capacity", "hierarchical_float8"),
+    ("dropless", "hierarchical"),
+    ("dropless", "flat"),
+    ("dropless", "hierarchical_float8"),
+    ("stealing", "hierarchical"),
+  ],
+)
 @pytest.mark.parametrize("save", ["inputs", "exchanges", "residuals", "everything"])
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2)], ids=str)
-def test_a_layer_saves_what_was_planned(mesh, save, dispatch):
+def test_a_layer_saves_what_was_planned(mesh, save, dispatch, exchange):
   settings = runs.settings(
     mesh=dict(zip(("expert", "tensor", "stage"), mesh, strict=True)),
     model={"kv_heads": 4, "expert_hidden": 64},
     pipeline={"save": save},
-    moe={"dispatch": dispatch, "capacity_factor": 1.5},
+    moe={"dispatch": dispatch, "exchange": exchange, "capacity_factor": 1.5},
   )
   found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved_by(settings)))
   planned = saving.saved_bytes(settings, steps.sizes(settings))
