@@ -66,6 +66,10 @@ DISPATCHED = {
   "dropless, two rounds": {
     "moe": {"dispatch": "dropless", "capacity_factor": 0.5}, "pipeline": {"save": "residuals"},
   },
+  # A round of even shares is full, so that XLA:CPU, which sends all of it, sends no more than GPUs.
+  "ragged, exchanges": {
+    "moe": {"dispatch": "ragged", "capacity_factor": 1.0}, "pipeline": {"save": "exchanges"},
+  },
   "flat, exchanges": {"moe": {"exchange": "flat"}, "pipeline": {"save": "exchanges"}},
   "gathered, inputs": {"moe": {"dispatch": "gathered"}},
   "two_level, two rounds, inputs": {
@@ -150,6 +154,7 @@ def test_a_layer_reports_as_many_numbers_as_are_planned():
     ("dropless", "flat"),
     ("dropless", "hierarchical_float8"),
     ("stealing", "hierarchical"),
+    ("ragged", "hierarchical"),
   ],
 )
 @pytest.mark.parametrize("save", ["inputs", "exchanges", "residuals", "everything"])
