@@ -43,7 +43,10 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """
   del ranking_tE
   num_rows = setting.num_experts * setting.num_tokens
-  nothing_TK = jnp.zeros(routing.experts_TK.shape, bool)
+  # A step of the layer may end at the gather: what crosses it is typed as different on all devices.
+  nothing_TK = collectives.varying_like(
+    jnp.zeros(routing.experts_TK.shape, bool), routing.experts_TK
+  )
   experts_MK = _gather(routing.experts_TK)
   return plans.make(setting, routing.experts_TK, nothing_TK, num_rows, 1, experts_MK)
 

@@ -172,15 +172,20 @@ def _bytes_of(eqns) -> float:
 
 
 def _collectives(eqn) -> list:
-  """Returns the collectives of an equation: itself, or those of the function that it calls.
+  """Returns the collectives of an equation: itself, or those of the function that it calls; of a
+  choice by platform those of its default.
 
-  A loop is no call: how often it turns is not known, as of a dispatch's further rounds.
+  A loop is no call: how often it turns is not known, as of a dispatch's further rounds. Nor is a
+  choice that data makes, as of whether anything is stolen.
   """
   if eqn.primitive.name in _COLLECTIVES:
     return [eqn]
-  if eqn.primitive.name not in _CALLS:
+  if eqn.params.get("branches_platforms"):
+    inner = eqn.params["branches"][-1].eqns  # the default stands last
+  elif eqn.primitive.name in _CALLS:
+    inner = [e for jaxpr in jex.jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+  else:
     return []
-  inner = [e for jaxpr in jex.jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
   return [collective for e in inner for collective in _collectives(e)]
 
 

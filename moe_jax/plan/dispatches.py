@@ -2,8 +2,8 @@
 dispatch table.
 
 Operations are exact; bytes to and from memory are those of the kernels that XLA makes, as sums of
-large arrays. Loads are even: stealing sends no shadow, a dropless dispatch takes one round. Knows
-sizes; must not know time, links or schedules.
+large arrays. Loads are even, so stealing sends no shadow; of a dispatch in rounds the steps are
+those of the first. Knows sizes; must not know time, links or schedules.
 
 Letters as in the README: e, f are this device's shares.
 """
@@ -29,7 +29,8 @@ NOT_DIFFERENTIATED = COUNTS | frozenset(
     "announce inside",
     "announce between",
     "announce to hosts",
-    "agree on rounds",
+    "agree on rounds over expert",
+    "agree on rounds over tensor",
     "count before stealing",
     "decide",
     "choices to hosts",
@@ -37,6 +38,12 @@ NOT_DIFFERENTIATED = COUNTS | frozenset(
     "spread sizes",
   }
 )
+# What the backward pass does not ask for, by dispatch: sums, where other dispatches bring home the
+# rows themselves, of which the router's weights take their gradient.
+NOT_READ_AGAIN = {
+  "two_level": frozenset({"sum at hosts", "to tokens"}),
+  "gathered": frozenset({"sum between", "sum inside"}),
+}
 
 
 def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
@@ -84,7 +91,7 @@ def _experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   )  # fmt: skip
   if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
     return (products,)
-  computed = at.tokens * model.experts_per_token
+  computed = at.tokens * model.experts_per_token / steps.even_rounds(settings)
   return (
     Step("place rows", "experts", num_bytes=4 * arrived, kernels=15, follows=ROUNDS),
     dataclasses.replace(

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.plan import saving
-from moe_jax.plan.steps import sizes
+from moe_jax.plan.steps import even_rounds, sizes
 
 # Bounds and number of the times at which `drawn` looks, the first over the sum of weights, the last
 # over the least: nobody has arrived, and all have.
@@ -27,7 +27,7 @@ class Load(NamedTuple):
     rows_LX: rows that reach each rank of `expert`, over the even share.
     computed_LX: rows that a dropless rank multiplies, experts' last blocks filled up, over those
       under an even load.
-    first_LX: of them those of the first round.
+    first_LX: the same of the first round.
     rounds_L: exchanges that a dropless layer takes there and back.
     dropped_fraction: of assignments, that a capacity dispatch has no room for.
   """
@@ -125,10 +125,10 @@ def of(settings: Config, counts_LE: np.ndarray) -> Load:
   rows_LX = share_LXe.sum(2) * ranks
   # Each source sends its own share; B rows go to a rank in a round.
   rounds_L = np.maximum(1, np.ceil(rows_LX.max(1) / moe.capacity_factor - 1e-9))
-  even = _computed(settings, np.full(share_LXe.shape, 1 / settings.model.experts), 1)[0]
-  computed_LX, first_LX = (
-    found / even for found in _computed(settings, share_LXe, int(rounds_L.max()))
-  )
+  even_LXe = np.full(share_LXe.shape, 1 / settings.model.experts)
+  even = _computed(settings, even_LXe, even_rounds(settings))
+  found = _computed(settings, share_LXe, int(rounds_L.max()))
+  computed_LX, first_LX = (each / each_even for each, each_even in zip(found, even, strict=True))
   room = moe.capacity_factor / settings.model.experts
   dropped = np.maximum(share_LE - room, 0).sum(1).mean() if moe.dispatch == "capacity" else 0.0
   return Load(share_LE, rows_LX, computed_LX, first_LX, rounds_L, float(dropped))

@@ -108,7 +108,7 @@ def serve(settings: Config, sequences: int, cache_tokens: int, prompt_tokens: in
   model, mesh = settings.model, settings.mesh
   at = steps.sizes(settings, positions=prompt_tokens)
   heads = model.kv_heads // mesh.tensor
-  per_token = 2 * model.layers // mesh.stage * heads * model.head_dim * at.dtype_bytes
+  per_token = model.layers // mesh.stage * heads * steps.cached_bytes(settings)
   held = -(-sequences // mesh.expert)
   activation = at.tokens * model.d_model * at.dtype_bytes
   arrived, hidden = saving.row_bytes(settings, at)

@@ -10,12 +10,21 @@ Letters as in the README: b, s, n, g, e, f, v are this device's shares.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe_jax.config import Config
 from moe_jax.plan import cost, dispatches, saving
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
-from moe_jax.plan.steps import AGAIN, BACKWARD, Sizes, Step, activation_bytes, group_size
+from moe_jax.plan.steps import (
+  AGAIN,
+  BACKWARD,
+  Sizes,
+  Step,
+  activation_bytes,
+  cached_bytes,
+  even_rounds,
+  group_size,
+)
 
 # Positions of an attention block: of the one kernel that a GPU runs.
 KERNEL_BLOCK = 128
@@ -32,11 +41,26 @@ def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   Communication: as the docstrings of model/attention.py and of `dispatches.forward` say; and of
   streamed weights, of a layer to come, an all-gather over `expert`.
   """
+  *layer, keep = _first_round(settings, at)
+  return (*stream(settings), *layer, *_further_rounds(settings, layer), keep)
+
+
+def _first_round(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Returns the forward steps of one layer without further rounds of its dispatch."""
   kept = saving.saved_bytes(settings, at)
   # Written where it was made, then into the stash, which is a loop's and not the layer's.
   keep = Step("keep", "other", num_bytes=4 * kept, kernels=_STASH_KERNELS[settings.pipeline.save])
-  layer = (*_attention(settings, at), *dispatches.forward(settings, at), keep)
-  return (*stream(settings), *layer)
+  return (*_attention(settings, at), *dispatches.forward(settings, at), keep)
+
+
+def _further_rounds(settings: Config, steps: Sequence[Step]) -> list[Step]:
+  """Returns those of a layer's steps that a round repeats, for each further one of an even load."""
+  return [
+    dataclasses.replace(step, name=f"{step.name}, round {number}")
+    for number in range(2, even_rounds(settings) + 1)
+    for step in steps
+    if step.follows
+  ]
 
 
 def stream(settings: Config) -> tuple[Step, ...]:
@@ -60,31 +84,38 @@ def stream(settings: Config) -> tuple[Step, ...]:
 
 def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the backward steps of one layer: what is run again by the saving policy, then the
-  transposes.
+  transposes; further rounds before the first, and those are run again whatever is saved.
   """
-  ahead = stream(settings)
-  forward = layer_forward(settings, at)[len(ahead) :]
-  repeated = [
-    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN)
-    for step in _run_again(settings, at, forward)
+  forward = _first_round(settings, at)
+  again = lambda steps: [
+    dataclasses.replace(step, name=f"{step.name}, again", part=AGAIN) for step in steps
   ]
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
-  return (*ahead, take, *repeated, *back)
+  further = _further_rounds(settings, [*again(run_again(settings, forward)), *back])
+  return (*stream(settings), take, *again(_run_again(settings, at, forward)), *further, *back)
+
+
+def run_again(settings: Config, forward: Sequence[Step]) -> list[Step]:
+  """Returns those of a layer's forward steps that are run once more where nothing is saved."""
+  not_again = {"keep", *dispatches.NOT_READ_AGAIN.get(settings.moe.dispatch, ())}
+  return [step for step in forward if step.name not in not_again]
 
 
 def _run_again(settings: Config, at: Sizes, forward: tuple[Step, ...]) -> list[Step]:
   """Returns those of a layer's forward steps that its backward unit runs once more."""
   again = RUN_AGAIN[settings.pipeline.save]
   if again is None:
-    return [step for step in forward if step.name != "keep"]
+    return run_again(settings, forward)
   if settings.pipeline.save != "exchanges":
     return [step for step in forward if step.name in again]
   if settings.mesh.expert == 1:
     again |= {"fill rows"}  # no collective brings them
+  elif settings.moe.exchange == "flat":
+    again -= {"spread rows"}  # spread before they crossed
   return [_up_to_exchange(settings, at, step) for step in forward if step.name in again]
 
 
@@ -104,10 +135,13 @@ def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
   elif step.name == "experts" and not is_alone:
     arrived, hidden = saving.row_bytes(settings, at)
     weights = model.experts // settings.mesh.expert * model.d_model * width
-    num_bytes = 3 * arrived + hidden + weights * (model.expert_hidden // tensor)
+    moved = 1 if step.follows else 3
+    num_bytes = moved * arrived + hidden + weights * (model.expert_hidden // tensor)
     less = Step(
       "", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=step.kernels // 3
     )
+  elif step.name == "place rows" and not is_alone:  # of what comes back, likewise
+    less = Step("", "", num_bytes=step.num_bytes / 2, kernels=step.kernels // 2)
   elif step.name == "route" and settings.mesh.expert > 1:
     x = activation_bytes(settings, at)
     less = Step("", "", num_bytes=max(0.0, step.num_bytes - 2 * x), kernels=step.kernels // 2)
@@ -160,7 +194,7 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
   activation, gathered = activation_bytes(settings, at), whole * D * width
   projected = whole * (n + 2 * g) * H * width
   weights = D * (2 * n + 2 * g) * H * width
-  core = whole * 2 * n * H * width + at.sequences * (at.positions + at.context) * 2 * g * H * width
+  core = whole * 2 * (n + g) * H * width + at.sequences * at.context * g * cached_bytes(settings)
   pairs = at.sequences * _pairs(at.positions, at.context)
   normed = ()
   if model.qk_norm == "projection":

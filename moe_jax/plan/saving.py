@@ -6,7 +6,7 @@ Held to the shapes that the executor keeps by a test. Knows sizes; must not know
 from moe_jax.config import Config
 from moe_jax.plan import cost
 from moe_jax.plan.leaves import FLOAT32_BYTES
-from moe_jax.plan.steps import Sizes, crossing_row_bytes, two_level_rows
+from moe_jax.plan.steps import Sizes, two_level_rows
 
 _INT_BYTES = 4
 ROWS_PER_BLOCK = 64  # of a dropless dispatch, all one expert's; as in moe.grouped: a test holds it
@@ -57,8 +57,6 @@ def _brought_bytes(settings: Config, at: Sizes) -> int:
   there, back = (arrived if moe.exchange == "flat" else sent), sent
   if mesh.expert == 1:
     there, back = 0, sent * (mesh.tensor > 1)
-  elif moe.exchange == "hierarchical_float8":
-    there = back = at.rows * crossing_row_bytes(settings)
   if moe.dispatch == "stealing":
     return there + back + _INT_BYTES * (moe.shadows + model.experts)
   if moe.dispatch != "two_level":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe_jax.config import Config
 from moe_jax.moe import few_tokens
+from moe_jax.pipeline import segments
 from moe_jax.pipeline.schedules import forward_only
 from moe_jax.plan import memory, program, steps, units
 from moe_jax.plan.machine import Machine, seconds
@@ -84,9 +85,11 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
   unit_s, transfer_s = _unit_seconds(prefill, machine, at), _transfer_seconds(prefill, machine, at)
   head_s = _head_seconds(prefill, machine, at.sequences)
   # The last stage's output goes back to stage 0, beside the head of the one before.
-  tick_s = max(unit_s + transfer_s, _launch_seconds(prefill, machine, at))
-  ttft_s = table.num_ticks * tick_s + settings.pipeline.micro_batches * head_s
-  first_tick = int(table.forward_tick_UW[0, -1]) + 1
+  tick_s = unit_s + transfer_s
+  # Heads alone, as in the last tick, make no tick.
+  num_ticks = int(segments.units(table)["forward"].sum())
+  ttft_s = num_ticks * tick_s + settings.pipeline.micro_batches * head_s
+  first_ticks = int(table.forward_tick_UW[0, -1]) + 1
   prompt_tokens = workload.sequences * workload.prompt_tokens
   token_s = _token_seconds(settings, machine, workload)
   whole_s = ttft_s + (workload.output_tokens - 1) * token_s
@@ -94,7 +97,7 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
   held = workload.prompt_tokens + workload.output_tokens
   return Served(
     ttft_s=ttft_s,
-    first_ttft_s=(first_tick + 1) * tick_s + head_s,
+    first_ttft_s=first_ticks * tick_s + head_s,
     prefill_tokens_per_ms_per_gpu=per_ms_per_gpu(prompt_tokens, ttft_s),
     token_s=token_s,
     decode_tokens_per_ms_per_gpu=per_ms_per_gpu(workload.sequences, token_s),
@@ -119,7 +122,7 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   decode = _as_served(dataclasses.replace(settings, train=train, pipeline=pipeline), positions=1)
   context = workload.prompt_tokens + workload.output_tokens // 2
   at = steps.sizes(decode, positions=1, context=context)
-  stage_s = max(_unit_seconds(decode, machine, at), _launch_seconds(decode, machine, at))
+  stage_s = _unit_seconds(decode, machine, at)
   head_s = _head_seconds(decode, machine, at.sequences)
   return mesh.stage * (stage_s + _transfer_seconds(decode, machine, at)) + groups * head_s
 
@@ -140,11 +143,6 @@ def _unit_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
   """Returns the seconds of a forward unit, one step after the other."""
   each = sum(seconds(step, settings, machine) for step in _layer(settings, at))
   return each * units.layers_per_unit(settings)
-
-
-def _launch_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
-  kernels = sum(step.kernels for step in _layer(settings, at))
-  return kernels * units.layers_per_unit(settings) * machine.calibration.launch_s
 
 
 def _layer(settings: Config, at: Sizes) -> tuple[steps.Step, ...]:

@@ -10,7 +10,7 @@ from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
 from moe_jax.plan.program import ARRIVE, RETURN
-from moe_jax.plan.steps import AGAIN, ROWS, Step
+from moe_jax.plan.steps import AGAIN, ROWS, Step, even_rounds
 
 _AXIS_OF = {"stage": 0, "expert": 1}
 _OF_LAYERS = ("forward", "backward")
@@ -42,12 +42,11 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
         if op.step.follows and op.unit in _OF_LAYERS:
           chunks = getattr(table, f"{op.unit}_chunk_QZ")[tick]
           layer_Z = (np.maximum(chunks, 0) * mesh.stage + stages) * num_layers + op.layer
-          times = _times(op.step, load, layer_Z)
-          if op.step.part == AGAIN and further:
-            times = times - _times_again(op.step, load, layer_Z)
-          took = took * times
+          times, first = _times(settings, op.step, load, layer_Z)
+          took = took * (first if op.step.part == AGAIN and further else times)
           if again := further.get(op.step.name):
-            took = took + seconds(again, settings, machine) * _times_again(again, load, layer_Z)
+            more = even_rounds(settings) * (times - first)
+            took = took + seconds(again, settings, machine) * more
         start = np.maximum(now, free.get(occupies[place], now))
         for waited in op.after:
           start = np.maximum(start, ends[waited])
@@ -62,23 +61,22 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
 
 def _further(settings: Config) -> dict[str, Step]:
   """Returns by each backward step the forward one that it runs again in every further round, which
-  is computed again whatever is saved. Where all is, the steps run again are those of all rounds;
-  where a part is, of the first.
+  is computed again whatever is saved. Where nothing is, the steps run again are those of all
+  rounds; where a part is, of as many as an even load takes.
   """
   if phases.RUN_AGAIN[settings.pipeline.save] is None:
     return {}
-  return {f"{s.name}, back": s for s in units.unit(settings, "forward") if s.follows}
+  forward = phases.run_again(settings, units.unit(settings, "forward"))
+  return {f"{s.name}, back": s for s in forward if s.follows}
 
 
-def _times(step: Step, load: Load, layer_Z: np.ndarray) -> np.ndarray:
-  """Returns over an even load what a step takes on the layers of each stage, [stages, ranks]."""
-  return load.computed_LX[layer_Z] if step.follows == ROWS else load.rounds_L[layer_Z][:, None]
-
-
-def _times_again(step: Step, load: Load, layer_Z: np.ndarray) -> np.ndarray:
-  """Returns the same of the further rounds alone."""
-  first = load.first_LX[layer_Z] if step.follows == ROWS else 1.0
-  return _times(step, load, layer_Z) - first
+def _times(settings: Config, step: Step, load: Load, layer_Z: np.ndarray):
+  """Returns over an even load what a step takes on the layers of each stage, [stages, ranks]: in
+  all rounds, and in the first.
+  """
+  if step.follows == ROWS:
+    return load.computed_LX[layer_Z], load.first_LX[layer_Z]
+  return load.rounds_L[layer_Z][:, None] / even_rounds(settings), 1.0
 
 
 def _meet(start_ZX: np.ndarray, op: program.Op, ranks_per_host: int) -> np.ndarray:

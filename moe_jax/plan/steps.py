@@ -10,12 +10,15 @@ import functools
 import math
 
 from moe_jax.config import Config
+from moe_jax.plan import cost
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES
 
 COMPUTE = "compute"
 FORWARD, AGAIN, BACKWARD = "forward", "again", "backward"
 # What a step grows with under an uneven load.
 ROWS, ROUNDS = "rows", "rounds"
+# Of the key-value cache, by serve.kv_dtype: bytes of a number, and of each token and head's scale.
+_CACHED_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "int8": (1, 4), "float8": (1, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +122,29 @@ def two_level_rows(settings: Config, tokens: int) -> tuple[int, int]:
   return to_host, min(hosts * to_host * choices, to_rank)
 
 
+def even_rounds(settings: Config) -> int:
+  """Returns the rounds that an even load takes: of a dispatch that serves every assignment, one
+  unless its capacity factor is below 1.
+  """
+  if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
+    return 1
+  return max(1, math.ceil(1 / settings.moe.capacity_factor - 1e-9))
+
+
 def crossing_row_bytes(settings: Config) -> int:
   """Returns the bytes of a row on its way between hosts: of float8 its elements and one scale."""
   model = settings.model
   if settings.moe.exchange == "hierarchical_float8":
     return model.d_model + FLOAT32_BYTES
   return model.d_model * DTYPE_BYTES[model.dtype]
+
+
+def cached_bytes(settings: Config) -> int:
+  """Returns the bytes of the key and the value of one token and head in the cache, and of their
+  scales; a test holds them to the server's.
+  """
+  number, scale = _CACHED_BYTES[settings.serve.kv_dtype]
+  return 2 * (settings.model.head_dim * number + scale)
 
 
 def group_size(settings: Config, step: Step) -> int:

@@ -9,16 +9,23 @@ import collections
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from moe_jax.config import Config
 from moe_jax.moe import rounds, stolen
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.table import Table
+from moe_jax.plan.steps import even_rounds
 from moe_jax.rehearse.program import Block, Branch, Done, Loop, Program, phase_of
 from moe_jax.serve import sampling
 
 # How often loops turn whose data decides that, for `program.read`. The load is even: nothing is
 # left for further rounds of a dispatch, and nothing is stolen.
 TURNS = {executor.SCOPE: None, rounds.SCOPE: 0, stolen.LOOP_SCOPE: 0}
+
+
+def turns(settings: Config) -> dict[str, int | None]:
+  """Returns `TURNS` of a deployment: a capacity factor below 1 leaves rows for further rounds."""
+  return {**TURNS, rounds.SCOPE: even_rounds(settings) - 1}
 
 
 class Taken(NamedTuple):

@@ -123,6 +123,26 @@ def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
   assert (exchange.inside_bytes, exchange.between_bytes) == (0, b * d * 2 / 2)
 
 
+def test_a_collective_in_a_choice_by_platform_cuts_and_one_in_a_choice_by_data_does_not():
+  found = []
+
+  def calling(weights, shared, x_bd, inputs):
+    h_bf = collectives.gather(x_bd, TENSOR, 1) @ weights["left"]
+    y_bd = collectives.reduce_scatter(h_bf @ weights["back"], TENSOR, 1)
+    exchange = lambda y_bd: collectives.exchange(y_bd, EXPERT)
+    y_bd = jax.lax.platform_dependent(y_bd, cuda=lambda y_bd: 2 * y_bd, default=exchange)
+    y_bd = jax.lax.cond(jnp.sum(y_bd) > 0, exchange, lambda y_bd: y_bd, y_bd)
+    return y_bd, jnp.sum(y_bd), {}
+
+  def keep(*arguments):
+    found.extend(steps.cut(calling, arguments))
+    return collectives.varying(jnp.zeros(()))
+
+  run(config.Mesh(expert=2, tensor=2), keep)
+  b, d = ROWS // 2, WIDTH // 2
+  assert [step.between_bytes for step in found] == [0, 0, 0, 0, b * d * 4 / 2]
+
+
 def test_a_kernel_counts_what_it_says_of_itself():
   found = []
 

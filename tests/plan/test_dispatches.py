@@ -1,10 +1,13 @@
 """What each dispatch sends and computes: two_level, ragged and stealing beside dropless."""
 
+import collections
+import dataclasses
+
 import pytest
 
 from moe_jax import config
 from moe_jax.config import Mesh
-from moe_jax.plan import graph, links, load, machine, search, simulate, skew, steps, units
+from moe_jax.plan import cost, graph, links, load, machine, search, simulate, skew, steps, units
 from moe_jax.plan.calibration import NONE
 from moe_jax.plan.hardware import cluster
 from tests import runs
@@ -98,6 +101,68 @@ def test_every_dispatch_is_planned_as_a_graph_and_under_a_load(dispatch):
   )
   assert even == pytest.approx(simulate.train(of, ON).step_s)
   assert uneven >= even
+
+
+@pytest.mark.parametrize("dispatch", cost.EVERY_ASSIGNMENT)
+@pytest.mark.parametrize("save", ["inputs", "exchanges", "residuals"])
+def test_a_small_capacity_factor_takes_further_rounds(dispatch, save):
+  """A round of 0.4 times the even share: three of them."""
+  ranks = 4 if dispatch == "two_level" else 1
+  of = dataclasses.replace(
+    settings(dispatch, capacity_factor=0.4, expert_ranks_per_host=ranks),
+    pipeline=config.Pipeline(micro_batches=4, save=save),
+  )
+  ran = collections.Counter()
+  for step in (s for kind in ("forward", "backward") for s in units.unit(of, kind)):
+    if step.follows:
+      ran[step.name.split(", round")[0]] += 1
+  again = {name: times for name, times in ran.items() if name.endswith(", again")}
+  assert {times for name, times in ran.items() if name not in again} == {3}
+  # Of the first round what is not saved, of the others everything.
+  assert set(again.values()) <= {2, 3} and set(again.values()) >= {3 if save == "inputs" else 2}
+  whole = settings(dispatch, expert_ranks_per_host=ranks)
+  flops = lambda of: sum(step.flops for step in units.unit(of, "forward"))
+  assert flops(of) == pytest.approx(flops(whole))
+  even, uneven = (
+    skew.end_seconds(of, ON, load.zipf(of, exponent)).max() for exponent in (0.0, 1.0)
+  )
+  assert even == pytest.approx(simulate.train(of, ON).step_s)
+  assert uneven > even
+
+
+def test_what_no_gradient_asks_for_is_not_run_again():
+  backward = lambda of: {step.name: step for step in units.unit(of, "backward")}
+  two_level, gathered = backward(TWO_LEVEL), backward(settings("gathered"))
+  assert not {"to tokens, again", "sum at hosts, again"} & set(two_level)
+  assert not {"sum between, again", "sum inside, again"} & set(gathered)
+  assert {"from ranks, again", "to tokens, back"} < set(two_level)
+  assert {"send tokens between, again", "sum between, back"} < set(gathered)
+  assert not [name for name in two_level if name.startswith("agree on rounds") and "back" in name]
+
+
+@pytest.mark.parametrize(
+  "dispatch,exchange",
+  [
+    *((each, "hierarchical") for each in config.DISPATCH),
+    ("capacity", "flat"),
+    ("dropless", "flat"),
+  ],
+)
+def test_what_exchanges_run_again_ends_before_a_collective(dispatch, exchange):
+  of = runs.settings(
+    mesh={"expert": 4, "tensor": 2, "stage": 1}, pipeline={"save": "exchanges"},
+    moe={"dispatch": dispatch, "exchange": exchange,
+         "expert_ranks_per_host": 2 if dispatch == "two_level" else 1},
+  )  # fmt: skip
+  ahead, again = forward(of), {}
+  for step in units.unit(of, "backward"):
+    again |= {step.name.removesuffix(", again"): step} if step.part == steps.AGAIN else {}
+  for name, step in again.items():
+    assert 0 <= step.num_bytes <= ahead[name].num_bytes, name
+    assert 0 <= step.flops <= ahead[name].flops and 0 <= step.kernels <= ahead[name].kernels, name
+  # Rows that were spread inside a host before they crossed are kept as they arrived.
+  has_spread = dispatch != "gathered" and exchange != "flat"
+  assert ("spread rows" in again) == has_spread
 
 
 def test_members_of_a_host_and_of_its_place_on_others():

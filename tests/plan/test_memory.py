@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from moe_jax import config
-from moe_jax.model import flash
+from moe_jax.model import flash, kv_cache
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.pipeline.saving import SAVE
-from moe_jax.plan import layer_arrays, memory, steps, workspace
+from moe_jax.plan import layer_arrays, memory, steps, units, workspace
 from moe_jax.plan.leaves import DTYPE_BYTES
 from moe_jax.rehearse import lowering
 from moe_jax.train import optimizer as optimizer_lib
@@ -93,6 +93,27 @@ def test_the_cache_by_hand():
   assert found.kv_cache == 4 * 2 * 8 * 4 * 4 * 600 // 8 == 76_800
   assert found.parameters == found.optimizer == found.gradients == found.stash == 0
   assert found.total > found.kv_cache + found.compute_copies
+
+
+@pytest.mark.parametrize("kv_dtype", config.KV_DTYPES)
+def test_the_cache_is_the_servers(kv_dtype):
+  """In bfloat16, so that no dtype of the cache is the computation's by chance."""
+  settings = runs.settings(model={"dtype": "bfloat16", "kv_heads": 4})
+  settings = dataclasses.replace(settings, serve=config.Serve(kv_dtype=kv_dtype, max_tokens=64))
+  held = kv_cache.abstract(settings)
+  tokens = held.key_lAgJH.shape[1] * settings.serve.page
+  found = memory.serve(settings, sequences=tokens // 64, cache_tokens=64, prompt_tokens=16)
+  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+  assert found.kv_cache * settings.mesh.num_devices == whole
+  # A decode step reads what of it is in its context: the step over a context without one.
+  read = lambda context: sum(
+    step.num_bytes
+    for step in units.unit(settings, "forward", steps.sizes(settings, 1, context))
+    if step.name == "attention"
+  )
+  layers, sequences = settings.model.layers, steps.sizes(settings, 1).sequences
+  share = settings.mesh.tensor * layers * tokens
+  assert read(32) - read(0) == sequences * 32 * whole / share
 
 
 def test_parts_make_the_total():

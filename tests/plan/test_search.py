@@ -11,8 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.plan import compare, machine, memory, search, serve, simulate
-from moe_jax.plan.calibration import Calibration
+from moe_jax.plan import calibration, compare, machine, memory, search, serve, simulate, steps
 from moe_jax.plan.hardware import CHIPS, Cluster, cluster
 from tests import runs
 
@@ -93,7 +92,7 @@ def test_more_memory_never_has_fewer_plans_nor_a_slower_one(have, factor):
 def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
   # Work enough that a second GPU pays; without launches, which more GPUs make no faster.
   wide = dataclasses.replace(TINY.model, d_model=2048, expert_hidden=8192)
-  settings, at_once = dataclasses.replace(TINY, model=wide), Calibration(launch_s=0.0)
+  settings, at_once = dataclasses.replace(TINY, model=wide), calibration.Calibration(launch_s=0.0)
   search_for = functools.partial(search.smallest, settings, EIGHT, calibration=at_once)
   found = search.search(settings, cluster("h100:1x2"), with_replicas=True, calibration=at_once)
   wanted = found.best[0].tokens_per_ms_per_gpu * 2 * 0.999
@@ -151,6 +150,24 @@ def test_few_tokens_are_gathered_whatever_the_way_of_many(moe):
     for each in (moe, {"dispatch": "gathered"})
   )
   assert found.token_s == expected.token_s
+
+
+@pytest.mark.parametrize("stages,micro_batches,ticks", [(1, 1, 1), (2, 1, 2), (2, 4, 5)])
+def test_the_first_token_waits_for_layers_and_heads_by_hand(stages, micro_batches, ticks):
+  """Each micro-batch passes every stage, one tick behind the one before; a head is no tick."""
+  of = runs.settings(
+    mesh={"expert": 2, "tensor": 1, "stage": stages}, pipeline={"micro_batches": micro_batches}
+  )
+  on = machine.Machine(EIGHT, calibration.NONE._replace(launch_s=0.0))
+  served = WORKLOAD._replace(sequences=16)
+  found = serve.run(of, on, served)
+  train = dataclasses.replace(of.train, batch=16, sequence=served.prompt_tokens)
+  of = serve._as_served(dataclasses.replace(of, train=train))
+  at = steps.sizes(of)
+  head_s = serve._head_seconds(of, on, at.sequences)
+  tick_s = serve._unit_seconds(of, on, at) + serve._transfer_seconds(of, on, at)
+  assert found.ttft_s == pytest.approx(ticks * tick_s + micro_batches * head_s)
+  assert found.first_ttft_s == pytest.approx(stages * tick_s + head_s)
 
 
 def test_longer_prompts_take_longer_and_hold_more():

@@ -2,10 +2,12 @@
 
 import pytest
 
+from moe_jax.moe import rounds
 from moe_jax.rehearse import program, ticks
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Compute, Loop, Program
 from moe_jax.rehearse.work import Work
+from tests import runs
 from tests.rehearse import golden
 
 
@@ -39,3 +41,12 @@ def test_executions_of_the_golden_program_are_the_simulators(text):
   simulated = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s=0.0).run(found)
   assert ticks.executions(found.entry, {}) == simulated.times
   assert set(simulated.times.values()) == {golden.TURNS}
+
+
+@pytest.mark.parametrize("dispatch,further", [("dropless", 2), ("two_level", 2), ("capacity", 0)])
+def test_a_small_capacity_factor_leaves_rows_for_further_rounds(dispatch, further):
+  of = lambda factor: ticks.turns(
+    runs.settings(moe={"dispatch": dispatch, "capacity_factor": factor})
+  )
+  assert of(0.4) == {**ticks.TURNS, rounds.SCOPE: further}
+  assert of(1.0) == of(1.25) == ticks.TURNS

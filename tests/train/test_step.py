@@ -97,6 +97,14 @@ CASES = {
   "2x2x2-ragged-exchanges": (
     (2, 2, 2), {"moe": {"dispatch": "ragged"}, "pipeline": {"save": "exchanges"}},
   ),
+  "2x2x2-gathered-exchanges": (
+    (2, 2, 2),
+    {
+      "model": {"layers": 4},
+      "moe": {"dispatch": "gathered"},
+      "pipeline": {"save": "exchanges"},
+    },
+  ),
   "2x1x4-interleaved": (
     (2, 1, 4), {"pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 5}},
   ),
