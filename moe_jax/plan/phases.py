@@ -95,11 +95,11 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
   take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
-  further = _further_rounds(settings, [*again(run_again(settings, forward)), *back])
+  further = _further_rounds(settings, [*again(again_unsaved(settings, forward)), *back])
   return (*stream(settings), take, *again(_run_again(settings, at, forward)), *further, *back)
 
 
-def run_again(settings: Config, forward: Sequence[Step]) -> list[Step]:
+def again_unsaved(settings: Config, forward: Sequence[Step]) -> list[Step]:
   """Returns those of a layer's forward steps that are run once more where nothing is saved."""
   not_again = {"keep", *dispatches.NOT_READ_AGAIN.get(settings.moe.dispatch, ())}
   return [step for step in forward if step.name not in not_again]
@@ -109,7 +109,7 @@ def _run_again(settings: Config, at: Sizes, forward: tuple[Step, ...]) -> list[S
   """Returns those of a layer's forward steps that its backward unit runs once more."""
   again = RUN_AGAIN[settings.pipeline.save]
   if again is None:
-    return run_again(settings, forward)
+    return again_unsaved(settings, forward)
   if settings.pipeline.save != "exchanges":
     return [step for step in forward if step.name in again]
   if settings.mesh.expert == 1:

@@ -66,7 +66,7 @@ def _further(settings: Config) -> dict[str, Step]:
   """
   if phases.RUN_AGAIN[settings.pipeline.save] is None:
     return {}
-  forward = phases.run_again(settings, units.unit(settings, "forward"))
+  forward = phases.again_unsaved(settings, units.unit(settings, "forward"))
   return {f"{s.name}, back": s for s in forward if s.follows}
 
 
