@@ -16,9 +16,10 @@ from moe_jax.plan.steps import Sizes, activation_bytes
 # As model.flash: positions of a block, and the narrowest head that it multiplies.
 FLASH_BLOCK, FLASH_NARROWEST = 64, 16
 _QUERY_KEY_VALUE = 3
-# Arrays of rows and of hidden units, in blocks, that the loop over further rounds of a dropless
-# dispatch holds; where it computes the rows' blocks, gate and up again, those too.
-_FURTHER_ROUND = {False: (4, 3), True: (5, 5)}
+# Arrays of rows as they arrived, and of hidden units in blocks, that the loop over further rounds
+# of a dropless dispatch holds; and of rows, where shadows of a stealing one are multiplied. Fitted
+# to compiled programs since the kernels lay no rows in blocks.
+_FURTHER_ROUND, _OF_SHADOWS = (7, 5), 4
 # Activations that wait in a layer's backward: norms, sums, cotangents.
 _ACTIVATIONS = 6
 _WEIGHTS = 3  # gate, up, down
@@ -87,9 +88,9 @@ class LayerArrays:
     if self._settings.model.layers > 1:
       found += _WEIGHTS * self._weight_elements * FLOAT32_BYTES
     if self._has_rounds:
-      blocks = saving.placed_bytes(self._settings, self._at)
-      numbers = _FURTHER_ROUND[self._is_remade]
-      found += sum(each * number for each, number in zip(blocks, numbers, strict=True))
+      hidden = saving.placed_hidden_bytes(self._settings, self._at)
+      num_rows, num_hidden = _FURTHER_ROUND
+      found += num_rows * self._arrived + num_hidden * hidden
     kernel = self._padded(is_beside=False)
     return [Array(found, Moment.HIDDEN, Moment.ATTENTION), *kernel]
 
@@ -169,29 +170,28 @@ class LayerArrays:
     return [self._arrived if number == 1 else self._parts_bytes(self._arrived, number)]
 
   def _rounds(self) -> list[Array]:
-    """Of a dispatch in rounds: rows and hidden units in blocks, and sums of weights' gradients."""
-    rows, hidden = saving.placed_bytes(self._settings, self._at)
-    num_rows, num_hidden = _FURTHER_ROUND[self._is_remade]
+    """Of a dispatch in rounds: rows, hidden units in blocks, and sums of weights' gradients."""
+    hidden = saving.placed_hidden_bytes(self._settings, self._at)
+    num_rows, num_hidden = _FURTHER_ROUND
     sums = self._weight_elements * FLOAT32_BYTES
     return [
-      *[Array(rows, Moment.HIDDEN, Moment.DOWN)] * num_rows,
+      *[Array(self._arrived, Moment.HIDDEN, Moment.DOWN)] * num_rows,
       *[Array(hidden, Moment.HIDDEN, Moment.DOWN)] * num_hidden,
-      *[Array(self._arrived, Moment.HIDDEN, Moment.DOWN)] * 2,
       *[Array(self._sent, Moment.HIDDEN, Moment.ATTENTION)] * 3,
       *[Array(sums, Moment.HIDDEN, Moment.ATTENTION)] * _WEIGHTS,
-      *self._shadows(rows),
+      *self._shadows(),
     ]
 
-  def _shadows(self, rows: int) -> list[Array]:
-    """What the branch of a stealing dispatch with shadows holds: cotangents of rows, and those of
-    the other branch; gradients of the shadows; of one shadow what is sent, and its sum.
+  def _shadows(self) -> list[Array]:
+    """What the branch of a stealing dispatch with shadows holds: rows and their cotangents, and
+    those of the other branch; gradients of the shadows; of one shadow what is sent, and its sum.
     """
     if self._settings.moe.dispatch != "stealing":
       return []
     one = _WEIGHTS * self._weight_elements // self._experts
     gradients = self._settings.moe.shadows * one * FLOAT32_BYTES
     return [
-      *[Array(rows, Moment.HIDDEN, Moment.DOWN)] * 2,
+      *[Array(self._arrived, Moment.HIDDEN, Moment.DOWN)] * _OF_SHADOWS,
       *[Array(one * self._at.dtype_bytes, Moment.HIDDEN, Moment.DOWN)] * 2,
       Array(gradients, Moment.GATE_AND_UP, Moment.ATTENTION),
     ]

@@ -86,13 +86,12 @@ def row_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
   return rows * model.d_model, rows * (model.expert_hidden // tensor)
 
 
-def placed_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
-  """Returns bytes of the rows of a dropless dispatch in blocks of one expert each, as moe.grouped
-  cuts them, and of their hidden units.
+def placed_hidden_bytes(settings: Config, at: Sizes) -> int:
+  """Returns bytes of an array of hidden units of a dropless dispatch in blocks of one expert each,
+  as moe.grouped cuts them.
   """
-  model, mesh = settings.model, settings.mesh
-  places = _num_places(settings, at) * at.dtype_bytes
-  return places * model.d_model, places * (model.expert_hidden // mesh.tensor)
+  width = settings.model.expert_hidden // settings.mesh.tensor
+  return _num_places(settings, at) * at.dtype_bytes * width
 
 
 def _num_places(settings: Config, at: Sizes) -> int:
@@ -141,4 +140,4 @@ def _kept_rows(settings: Config, at: Sizes) -> tuple[int, int, int]:
   rows, experts = _rows_and_experts(settings, at)
   sources = mesh.expert * mesh.tensor * experts
   integers = 4 * choices + _num_places(settings, at) + rows + model.experts + sources
-  return arrived, placed_bytes(settings, at)[1], _INT_BYTES * integers
+  return arrived, placed_hidden_bytes(settings, at), _INT_BYTES * integers
