@@ -127,11 +127,12 @@ class _Scheduled(NamedTuple):
 def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress) -> _Scheduled:
   first = lowering.COMPILED[step](settings, mesh, progress)
   progress("reading the compiled schedule")
-  by_guess = _simulated(first, table, pod, mesh)
+  turns = ticks.turns(step, settings)
+  by_guess = _simulated(first, table, turns, pod, mesh)
   by = profile.of(by_guess.simulator, by_guess.program)
   second = lowering.schedule_again(first, by, progress)
   progress("reading the compiled schedule")
-  by_profile = _simulated(second, table, pod, mesh)
+  by_profile = _simulated(second, table, turns, pod, mesh)
   schedule_s = {"by_guess": by_guess.run.total_s, "by_profile": by_profile.run.total_s}
   if by_guess.run.total_s <= by_profile.run.total_s:
     compiled, best, by = second._replace(text=first.text, memory=first.memory), by_guess, ""
@@ -140,8 +141,8 @@ def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress) -> _Sched
   return _Scheduled(compiled, best.program, best.taken, best.run, by, schedule_s)
 
 
-def _simulated(compiled: lowering.Compiled, table: Table, pod: Pod, mesh) -> _Simulated:
-  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
+def _simulated(compiled: lowering.Compiled, table: Table, turns, pod: Pod, mesh) -> _Simulated:
+  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, turns)
   taken = ticks.branches_taken(found, table)
   simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
   return _Simulated(found, taken, simulator, simulator.run(found))

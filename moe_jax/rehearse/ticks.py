@@ -23,9 +23,11 @@ from moe_jax.serve import sampling
 TURNS = {executor.SCOPE: None, rounds.SCOPE: 0, stolen.LOOP_SCOPE: 0}
 
 
-def turns(settings: Config) -> dict[str, int | None]:
-  """Returns `TURNS` of a deployment: a capacity factor below 1 leaves rows for further rounds."""
-  return {**TURNS, rounds.SCOPE: even_rounds(settings) - 1}
+def turns(step: str, settings: Config) -> Mapping[str, int | None]:
+  """Returns `TURNS` of a deployment's step: in training a capacity factor below 1 leaves rows for
+  further rounds; a server has a factor of its own, which leaves none.
+  """
+  return TURNS if step != "train" else {**TURNS, rounds.SCOPE: even_rounds(settings) - 1}
 
 
 class Taken(NamedTuple):

@@ -102,7 +102,7 @@ def compiled_bytes(settings):
   mesh = mesh_lib.make(settings.mesh, jax.devices()[: settings.mesh.num_devices])
   with jax.numpy_dtype_promotion("standard"):
     compiled = lowering.train(settings, mesh)
-  read = rehearsed.read(compiled.text, dict(mesh.shape), turns=ticks.turns(settings))
+  read = rehearsed.read(compiled.text, dict(mesh.shape), turns=ticks.turns("train", settings))
   taken = ticks.branches_taken(read, step_lib.table(settings))
   run = Simulator(CHIPS["h100"], 4, taken.branch_of_turn).run(read)
   sent = collections.Counter()

@@ -45,8 +45,8 @@ def test_executions_of_the_golden_program_are_the_simulators(text):
 
 @pytest.mark.parametrize("dispatch,further", [("dropless", 2), ("two_level", 2), ("capacity", 0)])
 def test_a_small_capacity_factor_leaves_rows_for_further_rounds(dispatch, further):
-  of = lambda factor: ticks.turns(
-    runs.settings(moe={"dispatch": dispatch, "capacity_factor": factor})
+  of = lambda factor, step="train": ticks.turns(
+    step, runs.settings(moe={"dispatch": dispatch, "capacity_factor": factor})
   )
   assert of(0.4) == {**ticks.TURNS, rounds.SCOPE: further}
-  assert of(1.0) == of(1.25) == ticks.TURNS
+  assert of(1.0) == of(1.25) == of(0.4, "prefill") == ticks.TURNS
