@@ -186,7 +186,7 @@ def test_a_pictures_title_counts_what_long_loops_wait_for(turns):
   at_once = collective("at_once", 3, is_async=False)
   layers = Loop("layers", turns, block(kernel(1), at_once, name="layer"))
   ticks = Loop("ticks", 20, block(layers, name="tick"))
-  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {})
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s=0.0)
   tick = picture.steady_tick(Program(block(ticks), {}), simulator)
   assert len(tick.events) == {8: 8 * 3, 9: 1}[turns]
   words = f"{4000 * turns} us, {1000 * turns} of computation, {3000 * turns} of exposed"
@@ -197,7 +197,7 @@ def test_the_picture_and_its_title_are_of_the_usual_turn():
   """Which the first is not: it leaves the branch out."""
   branch = Branch("branch", (block(), block(kernel(10))))
   ticks = Loop("ticks", 4, block(kernel(1), branch))
-  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {"branch": (0, 1, 1, 1)})
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {"branch": (0, 1, 1, 1)}, launch_s=0.0)
   tick = picture.steady_tick(Program(block(ticks), {}), simulator)
   assert tick.run.total_s == pytest.approx(11e-3) == tick.events[-1].end_s
 
