@@ -91,35 +91,13 @@ class _Call:
     """Returns an array [P, *output, width] for each output; a program of the kernel writes a tile
     of each of its matrices.
     """
-    rows = [_padded(x, -1) for x in rows]
-    weights = self._weights(weights)
-    columns = math.ceil(width / TILE)
-    found = pl.pallas_call(
-      kernel,
-      name=name,
-      grid=(self.num_places // TILE, columns),
-      out_specs=[_tile_of(output) for output in outputs],
-      out_shape=[self._out((self.num_places, *output, columns * TILE)) for output in outputs],
-      compiler_params=_WARPS,
-      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
-      interpret=self.interpret,
-    )(self.expert_V, self.used_2, self.row_P, *rows, weights)
-    return [x[..., :width] for x in found]
+    shapes = [(self.num_places, *output) for output in outputs]
+    specs = [_tile_of(output) for output in outputs]
+    return self._call(name, kernel, rows, weights, width, shapes, out_specs=specs)
 
   def arrived(self, name, kernel, places, weights, width):
     """Returns an array [R, width]; a program of the kernel writes its tile where the rows lie."""
-    weights = self._weights(weights)
-    columns = math.ceil(width / TILE)
-    found = pl.pallas_call(
-      kernel,
-      name=name,
-      grid=(self.num_places // TILE, columns),
-      out_shape=self._out((self.num_rows, columns * TILE)),
-      compiler_params=_WARPS,
-      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
-      interpret=self.interpret,
-    )(self.expert_V, self.used_2, self.row_P, _padded(places, -1), weights)
-    return found[:, :width]
+    return self._call(name, kernel, (places,), weights, width, [(self.num_rows,)])[0]
 
   def outer(self, name, kernel, left, right):
     """Returns the sum over each expert's rows of left x right, [e, i, *o] float32."""
@@ -145,8 +123,23 @@ class _Call:
     )(first_e, length_e, self.row_P, left, right)
     return found[:, :width, : math.prod(shape)].reshape(num_experts, width, *shape)
 
-  def _weights(self, weights):
-    return _padded(_padded(varying_like(weights, self.like), 1), -1)
+  def _call(self, name, kernel, rows, weights, width, shapes, **options):
+    """Returns arrays of these shapes, `width` more in the last dimension, of which the kernel's
+    programs, one for each tile of places and columns, write theirs.
+    """
+    weights = _padded(_padded(varying_like(weights, self.like), 1), -1)
+    columns = math.ceil(width / TILE)
+    found = pl.pallas_call(
+      kernel,
+      name=name,
+      grid=(self.num_places // TILE, columns),
+      out_shape=[self._out((*shape, columns * TILE)) for shape in shapes],
+      compiler_params=_WARPS,
+      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
+      interpret=self.interpret,
+      **options,
+    )(self.expert_V, self.used_2, self.row_P, *(_padded(x, -1) for x in rows), weights)
+    return [x[..., :width] for x in found]
 
   def _out(self, shape, dtype=None):
     varies = jax.typeof(self.like).manual_axis_type

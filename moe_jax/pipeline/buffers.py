@@ -3,6 +3,7 @@
 Must not know what the arrays hold.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,6 +72,15 @@ def packed(tree: Tree) -> list[jax.Array]:
   for leaf in jax.tree.leaves(tree):
     by_dtype.setdefault(leaf.dtype.name, []).append(leaf.reshape(-1))
   return [jnp.concatenate(leaves) for leaves in by_dtype.values()]
+
+
+def add_packed(
+  totals: list[jax.Array], place: Place, tree: Tree, keep: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
+  """Returns `totals`, stacked as `packed` makes them, with `keep` of a packed tree added at
+  `place`.
+  """
+  return [add(total, place, keep(more)) for total, more in zip(totals, packed(tree), strict=True)]
 
 
 def unpacked(arrays: list[jax.Array], like: Tree) -> Tree:

@@ -294,10 +294,7 @@ class _ForwardLayer:
     number = self.unit.first + self.l
     stash = self.write(totals.stash)
     or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
-    reports = [
-      buffers.add(total, number, or_nothing(new))
-      for total, new in zip(totals.reports, buffers.packed(report), strict=True)
-    ]
+    reports = buffers.add_packed(totals.reports, number, report, or_nothing)
     total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
     return totals._replace(stash=stash, auxiliary_loss=total_loss, reports=reports), y
 

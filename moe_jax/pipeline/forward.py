@@ -199,10 +199,8 @@ class Units:
 
   def count(self, reports: list, index, report: Tree, runs) -> list:
     """Returns the reports with that of a layer of a cell that runs added."""
-    return [
-      buffers.add(total, index, jnp.where(runs, new, jnp.zeros_like(new)))
-      for total, new in zip(reports, buffers.packed(report), strict=True)
-    ]
+    or_nothing = lambda new: jnp.where(runs, new, jnp.zeros_like(new))
+    return buffers.add_packed(reports, index, report, or_nothing)
 
   def told(self, result: Result) -> Result:
     """Returns the result of all ticks, of which all but the state waits for all of it."""

@@ -5,13 +5,13 @@ found, whether it holds, how it was found, and why where it does not hold. Knows
 and predictions; must not know how a prediction is made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.config import Config
-from moe_jax.plan import cost, links, program, steps, units
+from moe_jax.plan import claim_rows, cost, links, program, units
+from moe_jax.plan.claim_rows import Claim, Exchange, equal, fraction
 from moe_jax.plan.hardware import CHIPS
-from moe_jax.plan.leaves import DTYPE_BYTES
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, seconds, wires
 from moe_jax.plan.memory import Memory, weight_bytes
@@ -21,51 +21,6 @@ from moe_jax.plan.simulate import Run
 _MEGA, _GIGA, _TERA = 1e6, 1e9, 1e12
 _XLA = "XLA's and the kernels' to choose"
 _RUNNING = "a property of a running system: the balancer's and the monitor's to measure"
-PREFETCH = (
-  "experts' weights are resident, and routing is not known ahead; attention's are gathered ahead"
-  " with pipeline.prefetch_layers"
-)
-
-# The plan's figures of exchanges by link, and which messages are of rows: those that hold this
-# share of the largest one's bytes.
-ALL_TO_ALL: Mapping[str, str] = {links.INSIDE: "1-2 ms", links.BETWEEN: "2-4 ms"}
-_PHASES, _OF_LARGEST = frozenset(("dispatch", "combine")), 0.05
-
-
-class Claim(NamedTuple):
-  """One row.
-
-  Attributes:
-    claim: what it is about.
-    asked: the reference plan's figure.
-    found: ours.
-    holds: None where planning cannot answer, or nothing was asked.
-    how: where the figure comes from, and why where it does not hold.
-  """
-
-  claim: str
-  asked: str
-  found: str
-  holds: bool | None
-  how: str
-
-
-class Exchange(NamedTuple):
-  """A collective of a layer, or the largest of several that are alike.
-
-  Attributes:
-    kind: of links.KINDS.
-    phase: of the model, or several joined by +.
-    link: the slowest that it crosses.
-    operand_bytes: what a device puts in.
-    seconds: by itself.
-  """
-
-  kind: str
-  phase: str
-  link: str
-  operand_bytes: float
-  seconds: float
 
 
 class Figures(NamedTuple):
@@ -135,23 +90,23 @@ def _sizes(found: Figures) -> Iterator[Claim]:
   shown = (
     model.layers, model.heads, model.head_dim, model.experts, model.expert_hidden, model.d_model,
   )  # fmt: skip
-  yield _equal(
+  yield equal(
     "model: layers, heads, head width, experts, expert hidden, token dimension",
     (16, 16, 32, 16, 1024, 512), shown, config,
   )  # fmt: skip
-  yield _equal("batch", 128, train.batch, config)
+  yield equal("batch", 128, train.batch, config)
   yield Claim(
     "sequence", "128 to 10,240 tokens", f"{train.sequence:,} tokens",
     128 <= train.sequence <= 10_240, config,
   )  # fmt: skip
-  yield _equal(
+  yield equal(
     "experts: ranks, experts each", (8, 2), (mesh.expert, model.experts // mesh.expert), config
   )
-  yield _equal(
+  yield equal(
     "tensor: ranks, hidden units each", (4, 256),
     (mesh.tensor, model.expert_hidden // mesh.tensor), config,
   )  # fmt: skip
-  yield _equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, "expert x tensor x stage")
+  yield equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, "expert x tensor x stage")
   forward = cost.forward_flops(model, [train.sequence]).total / train.sequence
   need = 6_400 * 1e3 * forward / rate
   yield Claim(
@@ -164,7 +119,7 @@ def _sizes(found: Figures) -> Iterator[Claim]:
 
 def _schedule(found: Figures) -> Iterator[Claim]:
   pipeline, mesh = found.settings.pipeline, found.settings.mesh
-  yield _equal(
+  yield equal(
     "pipeline: stages, layers each, micro-batches", (2, 8, 16),
     (mesh.stage, found.settings.model.layers // mesh.stage, pipeline.micro_batches), "the config",
   )  # fmt: skip
@@ -172,7 +127,7 @@ def _schedule(found: Figures) -> Iterator[Claim]:
     "pipeline: schedule", "1F1B, activations recomputed",
     f"{pipeline.schedule} with {pipeline.chunks} chunks, saves {pipeline.save}",
     pipeline.save == "inputs" and pipeline.schedule != "gpipe",
-    f"the config; {bubbles(found.settings)}",
+    f"the config; {claim_rows.bubbles(found.settings)}",
   )  # fmt: skip
   for name, run in found.runs.items():
     yield Claim(
@@ -215,15 +170,15 @@ def _communication(found: Figures) -> Iterator[Claim]:
       f" computation has {run.compute_s * 1e3:.1f}"
     )  # fmt: skip
     how = f"simulated step, {name}{why}"
-    yield _fraction(f"communication hidden ({name})", 0.92, run.hidden_fraction, how)
+    yield fraction(f"communication hidden ({name})", 0.92, run.hidden_fraction, how)
     of = run.hidden_fraction / can if can else None
-    yield _fraction(f"communication hidden of what can be ({name})", 0.92, of, how)
+    yield fraction(f"communication hidden of what can be ({name})", 0.92, of, how)
     took_s = run.seconds_by_stream.get("tensor link", 0.0)
     hidden = run.hidden_s_by_stream.get("tensor link", 0.0)
     tensor = hidden / took_s if took_s else None
-    yield _fraction(f"tensor reductions hidden ({name})", 0.95, tensor, f"simulated step, {name}")
+    yield fraction(f"tensor reductions hidden ({name})", 0.95, tensor, f"simulated step, {name}")
     most = min(took_s, run.compute_s)
-    yield _fraction(
+    yield fraction(
       f"tensor reductions hidden of what can be ({name})", 0.95, hidden / most if most else None,
       f"simulated step, {name}",
     )  # fmt: skip
@@ -234,15 +189,15 @@ def _communication(found: Figures) -> Iterator[Claim]:
       link = wires(step, settings, machine).link
       took_s = seconds(step, settings, machine)
       exchanges.append(Exchange(step.kind, step.phase, link, step.operand_bytes, took_s))
-  for link, asked in ALL_TO_ALL.items():
+  for link, asked in claim_rows.ALL_TO_ALL.items():
     yield Claim(
-      f"all-to-all, {link} hosts", asked, *all_to_all(exchanges, link),
+      f"all-to-all, {link} hosts", asked, *claim_rows.all_to_all(exchanges, link),
       "the longest exchange of rows, by NCCL's cost model on the vendor's links; the plan's figures"
       " are latencies of milliseconds, those of NVLink and InfiniBand are microseconds",
     )  # fmt: skip
   yield Claim(
     "all-to-all traffic between hosts, hierarchical against flat", "-60%",
-    *saved_between_hosts(settings, exchanges),
+    *claim_rows.saved_between_hosts(settings, exchanges),
     "each tensor rank sends its own rows only, in float8 a byte an element",
   )  # fmt: skip
   yield Claim(
@@ -352,7 +307,7 @@ def _rest(found: Figures) -> Iterator[Claim]:
     ("latency of exchanges measured: 4 GPUs per node, 16 nodes", "2 and 4 ms", _RUNNING),
     ("double buffering", "95%", _XLA),
     ("expert prefetch", "3 layers ahead, 90% accuracy",
-     PREFETCH),
+     claim_rows.PREFETCH),
     ("memory layout: effective bandwidth", "95%, 8-way banks, L2 blocking", _XLA),
     ("monitoring", "every 100 us, P99 per expert, queue lengths, variance triggers", _RUNNING),
     ("work stealing", "< 5 ms", _RUNNING),
@@ -362,59 +317,6 @@ def _rest(found: Figures) -> Iterator[Claim]:
     ("tensor reductions", "ring, chunked; pipeline bidirectional, double buffered", _XLA),
   ):  # fmt: skip
     yield Claim(claim, asked, "not for a plan to say", None, how)
-
-
-def bubbles(settings: Config) -> str:
-  """Returns what plain 1F1B's bubble is, and that of the interleaved form that was chosen, if any.
-
-  Source: Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using
-  Megatron-LM, 2021, section 2.2.
-  """
-  waits, chunks = settings.mesh.stage - 1, settings.pipeline.chunks
-  of = lambda busy: f"{waits / (busy + waits):.1%}"
-  micro_batches = settings.pipeline.micro_batches
-  interleaved = f", with {chunks} chunks one of {of(chunks * micro_batches)}" * (chunks > 1)
-  return f"plain 1F1B has a bubble of {of(micro_batches)} here{interleaved}"
-
-
-def all_to_all(exchanges: Sequence[Exchange], link: str) -> tuple[str, bool | None]:
-  """Returns how long the longest all-to-all of rows over a link takes, and whether that is as
-  claimed; inside hosts, where rows travel otherwise, how long they take that way.
-  """
-  rows = _of_rows(exchanges, link)
-  longest = lambda kinds: max((each.seconds for each in rows if each.kind in kinds), default=0.0)
-  if took_s := longest({"all-to-all"}):
-    return f"{took_s * 1e3:.3f} ms each", took_s <= float(ALL_TO_ALL[link][2]) * 1e-3
-  gathered_s = longest({"all-gather", "reduce-scatter"})
-  if link == links.BETWEEN or not gathered_s:
-    return "there is none", None
-  way = "there is none: rows travel there by all-gather and reduce-scatter"
-  return f"{way}, {gathered_s * 1e3:.3f} ms each", None
-
-
-def saved_between_hosts(settings: Config, exchanges: Sequence[Exchange]) -> tuple[str, bool | None]:
-  """Returns the share of a flat exchange's bytes between hosts that this exchange does not send,
-  and whether it is as large as claimed.
-  """
-  if not any(each.kind == "all-to-all" for each in _of_rows(exchanges, links.BETWEEN)):
-    return "there is none", None
-  if settings.moe.exchange == "flat":
-    return "-0%", False
-  flat = settings.mesh.tensor * settings.model.d_model * DTYPE_BYTES[settings.model.dtype]
-  saved = 1 - steps.crossing_row_bytes(settings) / flat
-  return f"-{saved:.0%}", saved >= 0.6
-
-
-def _of_rows(exchanges: Sequence[Exchange], link: str) -> list[Exchange]:
-  """Returns the exchanges over a link that carry rows of tokens, and not counts or choices.
-
-  What is put into a reduce-scatter is as often as large as ranks take part, so that it is no
-  measure.
-  """
-  of_layer = [each for each in exchanges if not _PHASES.isdisjoint(each.phase.split("+"))]
-  sizes = (each.operand_bytes for each in of_layer if each.kind in ("all-to-all", "all-gather"))
-  least = _OF_LARGEST * max(sizes, default=0.0)
-  return [each for each in of_layer if each.link == link and each.operand_bytes >= least]
 
 
 def binding(run: Run) -> str:
@@ -441,18 +343,3 @@ def _step_counts(settings: Config):
 
 def _first(mapping) -> str:
   return next(iter(mapping))
-
-
-def _equal(claim, asked, found, how) -> Claim:
-  return Claim(claim, _shown(asked), _shown(found), asked == found, how)
-
-
-def _fraction(claim: str, asked: float, found: float | None, how: str) -> Claim:
-  return Claim(
-    claim, f"{asked:.0%}", "there is none" if found is None else f"{found:.1%}",
-    None if found is None else found >= asked, how,
-  )  # fmt: skip
-
-
-def _shown(value) -> str:
-  return ", ".join(f"{v:,}" for v in value) if isinstance(value, tuple) else f"{value:,}"

@@ -5,36 +5,16 @@ Knows the plan's figures and the report; must not know how the report was made.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from moe_jax import config
-from moe_jax.plan import claims as planned_claims
-from moe_jax.plan import cost
+from moe_jax.plan import claim_rows, cost
+from moe_jax.plan.claim_rows import Claim, equal, fraction
 from moe_jax.plan.hardware import CHIPS
 
 ELSEWHERE = "not in this report"
 UNKNOWN = "the program does not show it"
 _LONGEST = 10_240  # tokens of the plan's longest sequence
 _MEGA, _GIGA = 1e6, 1e9
-
-
-class Claim(NamedTuple):
-  """One row.
-
-  Attributes:
-    claim: what it is about.
-    asked: the plan's figure.
-    found: ours, or why there is none: "not in this report" where another command answers it, "the
-      program does not show it".
-    holds: None where nothing measures it, or nothing was asked.
-    how: where the figure comes from.
-  """
-
-  claim: str
-  asked: str
-  found: str
-  holds: bool | None
-  how: str
 
 
 def rows(settings: config.Config, report: Mapping) -> list[Claim]:
@@ -80,21 +60,21 @@ def _sizes(settings, report):
     model.layers, model.heads, model.head_dim, model.experts, model.expert_hidden, model.d_model,
   )  # fmt: skip
   names = "layers, heads, head width, experts, expert hidden, token dimension"
-  yield _equal(f"model: {names}", asked, found, by_config)
-  yield _equal("batch", 128, work["sequences"], by_config)
+  yield equal(f"model: {names}", asked, found, by_config)
+  yield equal("batch", 128, work["sequences"], by_config)
   # What training takes is one of the plan's lengths; what serving holds, the longest of them.
   is_length = 128 <= sequence <= _LONGEST if work["step"] == "train" else sequence >= _LONGEST
   yield Claim(
     "sequence", "128 to 10,240 tokens", f"{sequence:,} tokens", is_length, by_config
   )  # fmt: skip
-  yield _equal(
+  yield equal(
     "experts: ranks, experts each", (8, 2), (mesh.expert, model.experts // mesh.expert), by_config
   )
-  yield _equal(
+  yield equal(
     "tensor: ranks, hidden units each", (4, 256), (mesh.tensor, model.expert_hidden // mesh.tensor),
     by_config,
   )  # fmt: skip
-  yield _equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, by_config)
+  yield equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, by_config)
   chip = CHIPS["h100"]
   need = 6_400 * 1e3 * cost.forward_flops(model, [sequence]).total / sequence
   yield Claim(
@@ -111,9 +91,9 @@ def _schedule(settings, report):
   layers = settings.model.layers // mesh.stage
   work = report["workload"]
   if work["step"] == "decode":
-    yield _equal("pipeline: stages, layers each", (2, 8), (mesh.stage, layers), "the config")
+    yield equal("pipeline: stages, layers each", (2, 8), (mesh.stage, layers), "the config")
   else:
-    yield _equal(
+    yield equal(
       "pipeline: stages, layers each, micro-batches",
       (2, 8, 16),
       (mesh.stage, layers, work["micro_batches"]),
@@ -124,7 +104,7 @@ def _schedule(settings, report):
       "pipeline: schedule", "1F1B, activations recomputed",
       f"{pipeline.schedule} with {pipeline.chunks} chunks, saves {pipeline.save}",
       pipeline.save == "inputs" and pipeline.schedule != "gpipe",
-      f"the config; {planned_claims.bubbles(settings)}",
+      f"the config; {claim_rows.bubbles(settings)}",
     )  # fmt: skip
   bubble = report["prediction"]["bubble_fraction"]
   yield Claim(
@@ -171,27 +151,27 @@ def _communication(settings, report):
   exposures = {"on the chip": report["exposure"], "planned": report["planned"]["exposure"]}
   for name, found in exposures.items():
     of = "hidden of what can be"
-    yield _fraction("communication hidden", 0.92, found["hidden_fraction"], name)
-    yield _fraction(f"communication {of}", 0.92, found["hidden_of_hideable"], name)
+    yield _simulated("communication hidden", 0.92, found["hidden_fraction"], name)
+    yield _simulated(f"communication {of}", 0.92, found["hidden_of_hideable"], name)
     tensor = found["hidden_fraction_by_axis"].get("tensor")
-    yield _fraction("tensor reductions hidden", 0.95, tensor, name)
-    yield _fraction(
+    yield _simulated("tensor reductions hidden", 0.95, tensor, name)
+    yield _simulated(
       f"tensor reductions {of}", 0.95, found["hidden_of_hideable_by_axis"].get("tensor"), name
     )
   exchanges = [
-    planned_claims.Exchange(
+    claim_rows.Exchange(
       row["kind"], row["phase"], row["link"], row["largest_operand_bytes"], row["longest_seconds"]
     )
     for row in report["collectives"]
   ]
-  for link, asked in planned_claims.ALL_TO_ALL.items():
+  for link, asked in claim_rows.ALL_TO_ALL.items():
     yield Claim(
-      f"all-to-all, {link} hosts", asked, *planned_claims.all_to_all(exchanges, link),
+      f"all-to-all, {link} hosts", asked, *claim_rows.all_to_all(exchanges, link),
       "the longest exchange of rows, by the link model",
     )  # fmt: skip
   yield Claim(
     "all-to-all traffic between hosts, hierarchical against flat", "-60%",
-    *planned_claims.saved_between_hosts(settings, exchanges),
+    *claim_rows.saved_between_hosts(settings, exchanges),
     "docstrings of moe/exchange.py: each tensor rank sends its own rows only, in"
     " float8 a byte an element",
   )  # fmt: skip
@@ -271,7 +251,7 @@ def _not_here(settings, report):
   yield Claim(
     "expert prefetch", "3 layers ahead, 90% accuracy",
     f"attention's weights {ahead} layers ahead" if ahead else "all weights are there", None,
-    planned_claims.PREFETCH,
+    claim_rows.PREFETCH,
   )  # fmt: skip
   balance = (
     "moe_jax/balance, which depends on the load while it runs: python -m launch.bench_balance"
@@ -298,17 +278,6 @@ def _not_here(settings, report):
     yield Claim(claim, asked, found, None, how)
 
 
-def _equal(claim, asked, found, how) -> Claim:
-  return Claim(claim, _shown(asked), _shown(found), asked == found, how)
-
-
-def _fraction(claim: str, asked: float, found: float | None, name: str) -> Claim:
-  return Claim(
-    f"{claim} ({name})", f"{asked:.0%}", "there is none" if found is None else f"{found:.1%}",
-    None if found is None else found >= asked,
-    "simulated time of the compiled schedule",
-  )  # fmt: skip
-
-
-def _shown(value) -> str:
-  return ", ".join(f"{v:,}" for v in value) if isinstance(value, tuple) else f"{value:,}"
+def _simulated(claim: str, asked: float, found: float | None, name: str) -> Claim:
+  how = "simulated time of the compiled schedule"
+  return fraction(f"{claim} ({name})", asked, found, how)

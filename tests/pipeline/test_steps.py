@@ -100,9 +100,19 @@ def rounded(x_bd):
 rounded.defvjp(lambda x_bd: (rounded(x_bd), None), lambda _, g_bd: (g_bd,))
 
 
-def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
+def steps_of(layer):
+  """Returns the steps of a layer on 2 x 2 devices."""
   found = []
 
+  def keep(*arguments):
+    found.extend(steps.cut(layer, arguments))
+    return collectives.varying(jnp.zeros(()))
+
+  run(config.Mesh(expert=2, tensor=2), keep)
+  return found
+
+
+def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
   def calling(weights, shared, x_bd, inputs):
     h_bf = jax.jit(lambda x_bd: collectives.gather(x_bd, TENSOR, 1))(x_bd) @ weights["left"]
     y_bd = collectives.reduce_scatter(h_bf @ weights["back"], TENSOR, 1)
@@ -111,11 +121,7 @@ def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
     y_bd, _ = jax.lax.scan(again, y_bd, None, length=3)
     return y_bd, jnp.sum(y_bd), {}
 
-  def keep(*arguments):
-    found.extend(steps.cut(calling, arguments))
-    return collectives.varying(jnp.zeros(()))
-
-  run(config.Mesh(expert=2, tensor=2), keep)
+  found = steps_of(calling)
   b, d = ROWS // 2, WIDTH // 2
   gather, _, _, scatter, exchange = found
   assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
@@ -124,8 +130,6 @@ def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
 
 
 def test_a_collective_in_a_choice_by_platform_cuts_and_one_in_a_choice_by_data_does_not():
-  found = []
-
   def calling(weights, shared, x_bd, inputs):
     h_bf = collectives.gather(x_bd, TENSOR, 1) @ weights["left"]
     y_bd = collectives.reduce_scatter(h_bf @ weights["back"], TENSOR, 1)
@@ -134,11 +138,7 @@ def test_a_collective_in_a_choice_by_platform_cuts_and_one_in_a_choice_by_data_d
     y_bd = jax.lax.cond(jnp.sum(y_bd) > 0, exchange, lambda y_bd: y_bd, y_bd)
     return y_bd, jnp.sum(y_bd), {}
 
-  def keep(*arguments):
-    found.extend(steps.cut(calling, arguments))
-    return collectives.varying(jnp.zeros(()))
-
-  run(config.Mesh(expert=2, tensor=2), keep)
+  found = steps_of(calling)
   b, d = ROWS // 2, WIDTH // 2
   assert [step.between_bytes for step in found] == [0, 0, 0, 0, b * d * 4 / 2]
 
@@ -159,9 +159,5 @@ def test_a_kernel_counts_what_it_says_of_itself():
     )(x_bD)
     return collectives.reduce_scatter(y_bD, TENSOR, 1), jnp.sum(y_bD), {}
 
-  def keep(*arguments):
-    found.extend(steps.cut(calling, arguments))
-    return collectives.varying(jnp.zeros(()))
-
-  run(config.Mesh(expert=2, tensor=2), keep)
+  found = steps_of(calling)
   assert sum(step.flops for step in found) == 1_000_000
