@@ -47,7 +47,10 @@ def take_path(words: Sequence[str], default: str | None) -> tuple[str, list[str]
     if not path or path.startswith("-"):
       raise ValueError(f"--config has no file, got {path!r}; give one, as in {_example()}")
   if path is None and default is None:
-    raise ValueError(f"--config is missing; give a file, as in {_example()}")
+    names = [word.partition("=")[0] for word in rest if not word.startswith("--config.")]
+    near = difflib.get_close_matches("--config", names, n=1)
+    got = f", got {near[0]}" if near else ""
+    raise ValueError(f"--config is missing{got}; give a file, as in {_example()}")
   return default if path is None else path, rest
 
 

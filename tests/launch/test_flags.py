@@ -148,6 +148,7 @@ def test_a_mistyped_command_line(launch, arguments, parts):
 def test_a_required_flag_that_is_missing(launch):
   assert_one_line(launch(f"--config={TINY}"), "--workdir is missing", "folder of the run")
   assert_one_line(launch(WORKDIR), "--config is missing", "configs/laptop.py")
+  assert_one_line(launch(WORKDIR, "--confg=x.py"), "--config is missing, got --confg; give a file")
   assert_one_line(launch(WORKDIR, "--config"), "--config has no file")
   assert_one_line(launch(WORKDIR, "--config="), "--config has no file")
   assert_one_line(launch("--config", WORKDIR), "--config has no file", WORKDIR)

@@ -15,6 +15,8 @@ from moe_jax.pipeline import steps
 
 ROWS, WIDTH, HIDDEN = 16, 8, 32
 
+FOUR = config.Mesh(expert=2, tensor=2)
+
 
 def layer(weights, shared, x_bd, inputs):
   h_bD = collectives.gather(x_bd, TENSOR, 1)
@@ -60,14 +62,20 @@ def test_the_steps_one_after_another_are_the_layer():
     np.testing.assert_array_equal(leaf, same)
 
 
-def test_each_collective_and_each_group_of_products_is_a_step():
-  cut = []
+def steps_of(layer, sizes=FOUR):
+  """Returns the steps of a layer on a mesh."""
+  found = []
 
   def keep(*arguments):
-    cut.extend(steps.cut(layer, arguments))
-    return jnp.zeros(())
+    found.extend(steps.cut(layer, arguments))
+    return collectives.varying(jnp.zeros(()))
 
-  run(config.Mesh(expert=2, tensor=2), lambda *arguments: collectives.varying(keep(*arguments)))
+  run(sizes, keep)
+  return found
+
+
+def test_each_collective_and_each_group_of_products_is_a_step():
+  cut = steps_of(layer)
   b, d, f = ROWS // 2, WIDTH // 2, HIDDEN // 2
   gather, products, back, scatter, exchange = cut
   assert (gather.inside_bytes, gather.between_bytes) == (b * d * 4, 0)
@@ -82,13 +90,7 @@ def test_each_collective_and_each_group_of_products_is_a_step():
 
 @pytest.mark.parametrize("sizes", [config.Mesh(), config.Mesh(stage=2)])
 def test_a_layer_that_sends_nothing_is_one_step(sizes):
-  found = []
-
-  def keep(*arguments):
-    found.extend(steps.cut(layer, arguments))
-    return collectives.varying(jnp.zeros(()))
-
-  run(sizes, keep)
+  found = steps_of(layer, sizes)
   assert len(found) == 1 and found[0].uses == (0, 1, 2, 3)
 
 
@@ -98,18 +100,6 @@ def rounded(x_bd):
 
 
 rounded.defvjp(lambda x_bd: (rounded(x_bd), None), lambda _, g_bd: (g_bd,))
-
-
-def steps_of(layer):
-  """Returns the steps of a layer on 2 x 2 devices."""
-  found = []
-
-  def keep(*arguments):
-    found.extend(steps.cut(layer, arguments))
-    return collectives.varying(jnp.zeros(()))
-
-  run(config.Mesh(expert=2, tensor=2), keep)
-  return found
 
 
 def test_a_collective_in_a_called_function_cuts_and_one_in_a_loop_does_not():
@@ -144,8 +134,6 @@ def test_a_collective_in_a_choice_by_platform_cuts_and_one_in_a_choice_by_data_d
 
 
 def test_a_kernel_counts_what_it_says_of_itself():
-  found = []
-
   def kernel(x_ref, y_ref):  # its product is that of one program of a grid
     y_ref[...] = x_ref[...] @ x_ref[...].T @ x_ref[...]
 
