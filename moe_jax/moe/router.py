@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.pipeline.saving import residual
 
 
 class Routing(NamedTuple):
@@ -65,8 +66,10 @@ def route(
   the softmax over the chosen logits that it states. The bias: DeepSeek-V3 (arXiv:2412.19437),
   section 2.1.2, there on sigmoid scores; on logits it reaches rare experts as well as popular ones.
   """
-  logits_tE = jnp.einsum(
-    "td,de->te", x_tD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
+  logits_tE = residual(
+    jnp.einsum(
+      "td,de->te", x_tD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
+    )
   )
   ranking_tE = ranking(logits_tE, num_choices, limit, bias_E)
   chosen_tK, experts_tK = jax.lax.top_k(ranking_tE, num_choices)

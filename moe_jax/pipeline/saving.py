@@ -6,6 +6,7 @@ handed those again; what two steps ask for is kept once. Knows a layer as steps;
 schedules or models.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -125,8 +126,14 @@ def _keep_all(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
 
 def _keep_named(steps: tuple[Step, ...], example: tuple) -> SavedLayer:
   """Keeps the values marked `residual` and what enters a step; computes the cheap rest again."""
-  policy = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
-  remade = tuple(step._replace(run=jax.checkpoint(step.run, policy=policy)) for step in steps)
+  # What is kept comes out of the stash, which XLA cannot see through: barriers against finding in
+  # the forward unit what the backward one makes again would only turn arrays to their layout.
+  again = functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(_RESIDUAL),
+    prevent_cse=False,
+  )
+  remade = tuple(step._replace(run=again(step.run)) for step in steps)
   return _keep_all(remade, example)
 
 
