@@ -9,7 +9,10 @@ that has room left by the choices; among those that ask an expert at the same ra
 come first. It keeps the weight of the choice that it replaces: a token's weights still sum to 1,
 and the router learns from what the choice brought, not from an expert that it did not choose.
 
-Local letter: A assignments, T x K.
+The rows of a rank's experts lie beside each other, those of equal rank together: so they stay as
+they lie when the rows of several devices are joined, and nothing is turned round an exchange.
+
+Local letters: A assignments, T x K; B rows that a device sends to each rank, e * C.
 """
 
 import math
@@ -18,11 +21,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe import order, rows
 from moe_jax.moe import plan as plans
-from moe_jax.moe import rows
 from moe_jax.moe.experts import Weights, swiglu
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
+from moe_jax.parallel.axes import EXPERT
 from moe_jax.pipeline.saving import residual
 
 
@@ -69,7 +73,7 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
     (served.expert_TK < setting.num_experts) & (served.expert_TK != routing.experts_TK),
     setting.num_experts * num_rows,
     1,
-    _layout(served, num_rows),
+    _layout(served, num_rows, _experts_per_rank(setting)),
   )
 
 
@@ -82,13 +86,14 @@ def most_rounds(setting: Setting) -> int:
 def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int) -> jax.Array:
   """Returns `rows_eRD`, all devices' rows for each expert of this device.
 
-  Communication: the exchange's.
+  Communication: the exchange's, with E = X and C = B.
   """
   del round_id
   rows_RD = rows.tokens_to_rows(x_tD, plan.places)
-  return setting.exchange.to_experts(
-    rows_RD.reshape(setting.num_experts, _rows_per_expert(setting), -1)
-  )
+  num_here, width = _experts_per_rank(setting), x_tD.shape[-1]
+  rows_XBD = rows_RD.reshape(setting.num_experts // num_here, -1, width)
+  rows_1RD = setting.exchange.to_experts(rows_XBD)
+  return rows_1RD.reshape(-1, num_here, width).swapaxes(0, 1)
 
 
 def compute(weights: Weights, plan: Plan, rows_eRD: jax.Array) -> jax.Array:
@@ -106,11 +111,16 @@ def back(
 ) -> jax.Array:
   """Returns `y_tD`, the weighted sum of the rows of each token.
 
-  Communication: the exchange's.
+  Communication: the exchange's, with E = X and C = B.
   """
   del round_id
-  rows_ECD = residual(setting.exchange.to_tokens(rows_eRD))
-  return rows.rows_to_tokens(rows_ECD.reshape(-1, rows_ECD.shape[-1]), weights_TK, plan.places)
+  width = rows_eRD.shape[-1]
+  rows_XBD = residual(setting.exchange.to_tokens(rows_eRD.swapaxes(0, 1).reshape(1, -1, width)))
+  return rows.rows_to_tokens(rows_XBD.reshape(-1, width), weights_TK, plan.places)
+
+
+def _experts_per_rank(setting):
+  return setting.num_experts // jax.lax.axis_size(EXPERT)
 
 
 def _rows_per_expert(setting):
@@ -123,20 +133,10 @@ def _choices(routing: Routing, num_experts: int, num_rows: int) -> _Served:
   """Returns the heaviest assignments of each expert, ranked by falling weight."""
   expert_A = routing.experts_TK.reshape(-1)
   assigned_E = assignments_per_expert(routing.experts_TK, num_experts)
-  rank_A = _rank_among_equals(expert_A, routing.weights_TK.reshape(-1), assigned_E)
+  rank_A = order.ranks(expert_A, routing.weights_TK.reshape(-1), assigned_E)
   rank_TK = rank_A.reshape(routing.experts_TK.shape)
   expert_TK = jnp.where(rank_TK < num_rows, routing.experts_TK, num_experts)
   return _Served(expert_TK, rank_TK, jnp.minimum(assigned_E, num_rows))
-
-
-def _rank_among_equals(expert_A, weight_A, assigned_E):
-  """Returns each entry's place, from the heaviest, among those of its expert; E is no expert."""
-  number_A = jnp.arange(expert_A.size, dtype=jnp.int32)
-  sorted_expert_A, _, order_A = jax.lax.sort((expert_A, -weight_A, number_A), num_keys=2)
-  first_E = jnp.cumsum(assigned_E, dtype=jnp.int32) - assigned_E
-  rank_A = number_A - first_E[jnp.minimum(sorted_expert_A, first_E.size - 1)]
-  # Sorting by the entry's number undoes the first sort; a scatter would run row by row on CPU.
-  return jax.lax.sort((order_A, rank_A), num_keys=1)[1]
 
 
 def _drop(chosen: _Served, routing, ranking_tE, num_rows) -> _Served:
@@ -163,7 +163,7 @@ def _spill(chosen: _Served, routing: Routing, ranking_tE: jax.Array, num_rows: i
     choice_T = weight_TK.argmax(1).astype(jnp.int32)
     expert_T = jnp.where(waits_TK.any(1), expert_T, num_experts)
     asked_E = assignments_per_expert(expert_T[:, None], num_experts)
-    rank_T = _rank_among_equals(expert_T, weight_TK[token_T, choice_T], asked_E)
+    rank_T = order.ranks(expert_T, weight_TK[token_T, choice_T], asked_E)
     rank_T += served.rows_E[jnp.minimum(expert_T, num_experts - 1)]
     is_served_TK = ((expert_T < num_experts) & (rank_T < num_rows))[:, None] & (
       choice_T[:, None] == jnp.arange(num_choices, dtype=jnp.int32)[None, :]
@@ -181,17 +181,18 @@ def _spill(chosen: _Served, routing: Routing, ranking_tE: jax.Array, num_rows: i
 _OVERFLOW = {False: _drop, True: _spill}
 
 
-def _layout(served: _Served, num_rows: int) -> rows.Layout:
-  """Returns the layout in which expert's rows follow each other, each expert's by rank."""
-  num_experts, num_assignments = served.rows_E.size, served.expert_TK.size
-  # An assignment that nobody serves has expert E, so whatever its rank it lies past the last row.
-  row_TK = jnp.minimum(served.expert_TK * num_rows + served.rank_TK, num_experts * num_rows)
-  _, order_A = jax.lax.sort(
-    (row_TK.reshape(-1), jnp.arange(num_assignments, dtype=jnp.int32)), num_keys=1
+def _layout(served: _Served, num_rows: int, num_here: int) -> rows.Layout:
+  """Returns the layout in which a rank's rows follow each other, by their rank at the expert.
+
+  Args:
+    num_rows: C.
+    num_here: e.
+  """
+  num_experts = served.rows_E.size
+  place_TK = (served.expert_TK // num_here) * num_rows + served.rank_TK
+  row_TK = place_TK * num_here + served.expert_TK % num_here
+  row_TK = jnp.where(served.expert_TK < num_experts, row_TK, num_experts * num_rows)
+  assignment_XCe = order.fillers(
+    served.expert_TK.reshape(-1), served.rank_TK.reshape(-1), served.rows_E, num_rows, num_here
   )
-  first_E = jnp.cumsum(served.rows_E, dtype=jnp.int32) - served.rows_E
-  rank_C = jnp.arange(num_rows, dtype=jnp.int32)
-  place_EC = jnp.minimum(first_E[:, None] + rank_C[None, :], num_assignments - 1)
-  filled_EC = rank_C[None, :] < served.rows_E[:, None]
-  assignment_EC = jnp.where(filled_EC, order_A[place_EC], num_assignments)
-  return rows.Layout(row_TK, assignment_EC.reshape(-1))
+  return rows.Layout(row_TK, assignment_XCe.reshape(-1))

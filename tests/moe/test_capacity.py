@@ -14,6 +14,7 @@ from moe_jax.moe import capacity, router
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.plan import Setting
 from moe_jax.moe.router import Routing
+from moe_jax.parallel.axes import EXPERT
 from tests.moe import dense
 
 
@@ -36,7 +37,15 @@ def planner(sizes, spill=False):
   T, K, E, C = sizes
   factor = (C - 0.5) * E / (T * K)
   setting = Setting(T, K, E, factor, spill, EXCHANGE["hierarchical"])
-  return jax.jit(lambda routing, logits_TE: capacity.plan(setting, routing, logits_TE))
+  plan = lambda routing, logits_TE, _: capacity.plan(setting, routing, logits_TE)
+  # A plan asks how many ranks there are, and nothing of them.
+  of_ranks = jax.vmap(plan, (None, None, 0), axis_name=EXPERT)
+  ranks = jnp.arange(num_ranks(E))
+  return jax.jit(lambda *given: jax.tree.map(lambda x: x[0], of_ranks(*given, ranks)))
+
+
+def num_ranks(E):
+  return 2 if E % 2 == 0 else 1
 
 
 def plan_of(sizes, routing, logits_TE, spill=False):
@@ -48,13 +57,16 @@ def check_layout(plan, sizes):
   T, K, E, C = sizes
   counts, (row_TK, assignment_R) = plan.counts, map(np.asarray, plan.places)
   expert_TK = np.asarray(plan.expert_TK)
+  expert_Xe = np.arange(E).reshape(num_ranks(E), -1)
+  expert_R = np.repeat(expert_Xe[:, None], C, axis=1).reshape(-1)
   assert counts.sent == T * K == counts.kept + counts.spilled + counts.dropped
   assert counts.padded == E * C - counts.kept - counts.spilled
   np.testing.assert_array_equal(row_TK < E * C, expert_TK < E)
   for t, k in np.argwhere(expert_TK < E):
     assert assignment_R[row_TK[t, k]] == t * K + k
-    assert row_TK[t, k] // C == expert_TK[t, k]
-  filled_EC = (assignment_R < T * K).reshape(E, C)
+    assert expert_R[row_TK[t, k]] == expert_TK[t, k]
+  filled_XCe = (assignment_R < T * K).reshape(num_ranks(E), C, -1)
+  filled_EC = filled_XCe.swapaxes(1, 2).reshape(E, C)
   assert filled_EC.sum() == (expert_TK < E).sum()
   assert (np.diff(filled_EC.astype(int), axis=1) <= 0).all()  # filled rows come first
 

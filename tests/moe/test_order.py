@@ -1,0 +1,48 @@
+"""Sorting and comparing each with each find the same order, and it is numpy's."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.moe import order
+
+E, GROUP_SIZE = 6, 2
+EXPERTS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, E))
+# Few different ones, so that many are equal.
+WEIGHTS = st.sampled_from([-1.0, 0.0, 0.25, 0.5])
+WAYS = {
+  "sorted": (order._sorted_ranks, order._sorted_fillers),
+  "compared": (order._compared_ranks, order._compared_fillers),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@hypothesis.given(EXPERTS, st.integers(1, 5), st.data())
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_the_order_is_by_falling_weight_and_equal_ones_stay_in_order(way, expert_A, C, data):
+  size = expert_A.size
+  weight_A = np.array(data.draw(st.lists(WEIGHTS, min_size=size, max_size=size)), np.float32)
+  assigned_E = np.bincount(expert_A, minlength=E + 1)[:E].astype(np.int32)
+  ranks, fillers = WAYS[way]
+  rank_A = np.asarray(ranks(*map(jnp.asarray, (expert_A, weight_A, assigned_E))))
+  expected_EC = np.full((E, C), size)
+  for expert in range(E):
+    (mine,) = np.nonzero(expert_A == expert)
+    mine = mine[np.argsort(-weight_A[mine], kind="stable")]
+    np.testing.assert_array_equal(rank_A[mine], np.arange(mine.size))
+    expected_EC[expert, : mine.size] = mine[:C]
+  served_A = np.where(rank_A < C, expert_A, E).astype(np.int32)
+  rows_E = np.minimum(assigned_E, C).astype(np.int32)
+  given = map(jnp.asarray, (served_A, rank_A, rows_E))
+  found_GCg = fillers(*given, num_rows=C, group_size=GROUP_SIZE)
+  expected_GCg = expected_EC.reshape(-1, GROUP_SIZE, C).swapaxes(1, 2)
+  np.testing.assert_array_equal(found_GCg, expected_GCg)
+
+
+@pytest.mark.parametrize("size, compared", [(order._MOST_COMPARED, True), (10_000, False)])
+def test_only_few_are_compared_each_with_each(size, compared):
+  ways = order._on_platform(size, "compared", "by sorting")
+  assert (ways != "by sorting") == compared
