@@ -105,7 +105,7 @@ def moe(
   if rule.uses_loss:
     auxiliary_loss += moe_config.load_balance_weight * losses.load_balance
   is_first = jax.lax.axis_index((EXPERT, TENSOR)) == 0
-  counts = plan.counts._replace(rounds=jnp.where(is_first, plan.counts.rounds, 0))
+  counts = plan.counts._replace(rounds=jnp.where(is_first, plan.num_rounds, 0))
   report = Report(assigned_E, counts, jax.lax.stop_gradient(losses), measured)
   return y_tD, auxiliary_loss.astype(jnp.float32), report
 

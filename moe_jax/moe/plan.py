@@ -66,12 +66,30 @@ class Counts(NamedTuple):
   stolen: jax.Array
 
 
+class Tally(NamedTuple):
+  """What a plan's counts follow from, int32 scalars of this device.
+
+  Attributes:
+    served: assignments that some expert serves.
+    spilled: of those, by another expert than the router chose.
+    stolen: of those, by a rank that is not the expert's own.
+    rows: sent in each round, empty ones included.
+    filled: rows of all rounds that hold something.
+  """
+
+  served: jax.Array
+  spilled: jax.Array
+  stolen: jax.Array
+  rows: jax.Array
+  filled: jax.Array
+
+
 class Plan(NamedTuple):
   """The way of each of this device's T x K assignments, integers all.
 
   Attributes:
     expert_TK: the expert that serves the assignment; E, the number of experts, where none does.
-    counts: of this device.
+    tally: of this device.
     num_rounds: how often rows are exchanged, the same on every device of `expert` and `tensor`.
     places: where the rows lie; read by the dispatch that made the plan and by nobody else.
     assigned_E: how many assignments the routers of all devices made to each expert, where the plan
@@ -79,14 +97,28 @@ class Plan(NamedTuple):
   """
 
   expert_TK: jax.Array
-  counts: Counts
+  tally: Tally
   num_rounds: jax.Array
   places: Any
   assigned_E: jax.Array | None = None
 
+  @property
+  def counts(self) -> Counts:
+    """The counts: to be asked for when tokens have travelled, for none waits for them."""
+    sent = jnp.asarray(self.expert_TK.size, jnp.int32)
+    return Counts(
+      sent=sent,
+      kept=self.tally.served - self.tally.spilled,
+      spilled=self.tally.spilled,
+      dropped=sent - self.tally.served,
+      padded=self.num_rounds * self.tally.rows - self.tally.filled,
+      rounds=self.num_rounds,
+      stolen=self.tally.stolen,
+    )
+
 
 def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, places) -> Plan:
-  """Returns the plan with its counts.
+  """Returns the plan; each served assignment fills a row, and none is stolen.
 
   Args:
     expert_TK: the expert that serves each assignment, E where none does.
@@ -96,16 +128,11 @@ def make(setting: Setting, expert_TK, is_spilled_TK, num_rows: int, num_rounds, 
     places: the dispatch's own.
   """
   served = jnp.sum(expert_TK < setting.num_experts, dtype=jnp.int32)
-  spilled = jnp.sum(is_spilled_TK, dtype=jnp.int32)
-  sent = jnp.asarray(setting.num_assignments, jnp.int32)
-  num_rounds = jnp.asarray(num_rounds, jnp.int32)
-  counts = Counts(
-    sent=sent,
-    kept=served - spilled,
-    spilled=spilled,
-    dropped=sent - served,
-    padded=num_rounds * num_rows - served,
-    rounds=num_rounds,
+  tally = Tally(
+    served=served,
+    spilled=jnp.sum(is_spilled_TK, dtype=jnp.int32),
     stolen=jnp.zeros((), jnp.int32),
+    rows=jnp.asarray(num_rows, jnp.int32),
+    filled=served,
   )
-  return Plan(expert_TK, counts, num_rounds, places)
+  return Plan(expert_TK, tally, jnp.asarray(num_rounds, jnp.int32), places)

@@ -90,7 +90,7 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   inner = dropless.plan(of_places, routing._replace(experts_TK=place_TK), ranking_tE)
   return inner._replace(
     expert_TK=routing.experts_TK,
-    counts=inner.counts._replace(stolen=stolen),
+    tally=inner.tally._replace(stolen=stolen),
     places=Places(inner.places, shadow_H),
     assigned_E=everywhere_E,
   )

@@ -104,11 +104,15 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   num_inside = jnp.maximum(-(-longest[1] // per_round.to_rank), 1)
   nothing_TK = jnp.zeros(host_TK.shape, bool)
   made = plans.make(
-    setting, routing.experts_TK, nothing_TK, 0, num_between * num_inside, _Places(pairs, num_inside)
+    setting,
+    routing.experts_TK,
+    nothing_TK,
+    num_hosts * per_round.to_host,
+    num_between * num_inside,
+    _Places(pairs, num_inside),
   )
-  sent = made.num_rounds * num_hosts * per_round.to_host
   unique = num_inside * pairs.length_Q.sum(dtype=jnp.int32)
-  return made._replace(counts=made.counts._replace(padded=sent - unique))
+  return made._replace(tally=made.tally._replace(filled=unique))
 
 
 def most_rounds(setting: Setting) -> int:
