@@ -106,6 +106,8 @@ class Chunk(NamedTuple):
       each slot.
     due_alone: likewise of a backward unit without a forward one, each of whose steps is a slot.
     quiet: first and last of the slots beside which weights to come are gathered.
+    reads: the slot beside which is read what the backward unit's next layer saved; of a backward
+      unit alone it is the first.
     is_inside: of each step of a layer, whether it sends inside the host.
     weights: of this stage's layers.
     shared: parameters outside the layers.
@@ -118,6 +120,7 @@ class Chunk(NamedTuple):
   due: tuple[int, ...]
   due_alone: tuple[int, ...]
   quiet: tuple[int, int]
+  reads: int
   is_inside: tuple[bool, ...]
   weights: Whole | Streamed
   shared: Tree
@@ -134,37 +137,36 @@ class Chunk(NamedTuple):
     """
     layer = functools.partial(self._layer, forward, backward)
     last = self.num_layers - 1
-    sums_pending = last == 1  # no loop between the two layers: XLA unrolls one turn
-
-    def body(carry, l):
-      totals, x, gy, saved = carry
-      # Read now, so that the next layer does not wait for what this one writes.
-      coming, totals = self._read(backward, last - 1 - l, totals)
-      totals, x, gy = layer(l, False, totals, x, gy, saved)
-      return (totals, x, gy, coming), None
-
+    body = lambda carry, l: (layer(l, False, *carry), None)
     saved, totals = self._read(backward, last, totals)
     carry = (totals, forward and forward.x, backward and backward.gy, saved)
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    return layer(last, sums_pending, *carry)
+    return layer(last, True, *carry)[:3]
 
-  def _layer(self, forward, backward, l, sums_pending, totals: Totals, x, gy, saved):
-    """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied.
+  def _layer(self, forward, backward, l, is_last, totals: Totals, x, gy, saved):
+    """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied; and what
+    the backward unit's next layer saved, None behind the last.
 
     Args:
-      sums_pending: whether sums of gradients of the layer before may be missing yet.
+      saved: by the backward unit's layer.
     """
+    # Of two layers no loop stands between, for XLA unrolls one turn: the first one's sums of
+    # gradients may be missing yet.
+    sums_pending = is_last and self.num_layers == 2
     rings = totals.rings
     ahead = forward and _ForwardLayer(self, forward, l, x, rings[0])
     back = backward and _BackwardLayer(self, backward, l, gy, saved, rings[1])
     coming = [each.coming for each in (ahead, back) if each]
-    slots, due, quiet = self.slots, self.due, self.quiet
+    slots, due, quiet, reads = self.slots, self.due, self.quiet, self.reads
     alone = ahead is None
     if alone:
-      slots, due, quiet = ((0, 1),) * len(self.due_alone), self.due_alone, (0, 0)
+      slots, due, quiet, reads = ((0, 1),) * len(self.due_alone), self.due_alone, (0, 0), 0
+    saved = None
     for number, (num_ahead, num_back) in enumerate(slots):
+      if number == reads and not is_last:
+        saved, totals = self._read(backward, self.num_layers - 2 - l, totals)
       if number == quiet[0]:
         coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
@@ -198,7 +200,7 @@ class Chunk(NamedTuple):
       totals, gy = back.finish(totals)
     if ahead:
       totals, x = ahead.finish(totals)
-    return totals, x, gy
+    return totals, x, gy, saved
 
   def _run_ahead(self, ahead, num_steps: int, totals: Totals, *, fills: bool) -> Totals:
     """Runs the next forward steps; beside the layer's first, where it sends inside the host and

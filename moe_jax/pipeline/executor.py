@@ -138,12 +138,16 @@ class _Executor:
     costs = [[tie.cost(step, is_backward) for step in steps] for is_backward in (False, True)]
     given = costs[0], costs[1][::-1]
     slots = tie.side_by_side(*given)
+    saved = SAVE[save](steps, whole)
+    bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in saved.saved]
     self.chunk = Chunk(
-      SAVE[save](steps, whole),
+      saved,
       slots,
       tie.due(slots, *given),
       tie.due_alone(given[1]),
       tie.quiet(slots, *given),
+      tie.reads(slots, *given, copying_s),
       tuple(step.inside_bytes > 0 for step in steps),
       weights,
       shared,

@@ -6,7 +6,7 @@ by slot: a slot ends when both streams are through. In a slot one exchange betwe
 and beside it what the other stream computes and sends inside the host; two streams never share a
 link. Which steps share a slot is found by dynamic programming over the time that slots take, so a
 long exchange gets several products and a short gather a part of one. Weights' gradients, which no
-stream waits for, go where a slot has room.
+stream waits for, go where a slot has room; so does reading what the next layer saved.
 
 Knows what steps cost; must not know what they do.
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.pipeline.steps import Step
+from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
 
 # Ratios matter, and these are right to a factor of 1.5 for both configs of the rehearsal: products
@@ -103,7 +104,8 @@ def due(
   slots: Sequence[tuple[int, int]], forward: Sequence[Cost], backward: Sequence[Cost]
 ) -> tuple[int, ...]:
   """Returns of how many backward steps, from the first on, the weights' gradients must be there at
-  the end of each slot: those of a step one slot after it, or later where more of them is hidden.
+  the end of each slot: those of a step one slot after it, in its own slot where its stream sends
+  inside the host after it, or later where more of them is hidden.
 
   XLA would put them as late as it may. They are wanted beside communication, in the first slot that
   has room for half of them beside what its streams compute themselves, else in the emptiest.
@@ -112,24 +114,72 @@ def due(
     slots: as `side_by_side` returns them.
     forward, backward: as it takes them.
   """
-  room_s, made = [], []  # of each slot; (slot, seconds) of each backward step
-  f = b = 0
-  for number, (more_f, more_b) in enumerate(slots):
-    ahead, back = forward[f : f + more_f], backward[b : b + more_b]
-    f, b = f + more_f, b + more_b
-    made += [(number, each.free_s) for each in back]
-    back = [each._replace(compute_s=each.compute_s - each.free_s) for each in back]
-    both = (*ahead, *back)
+  return _filled(slots, forward, backward)[0]
+
+
+def reads(
+  slots: Sequence[tuple[int, int]],
+  forward: Sequence[Cost],
+  backward: Sequence[Cost],
+  copying_s: Sequence[float],
+) -> int:
+  """Returns the slot beside which is read what the backward unit's next layer saved: the first, if
+  its exchange between hosts lasts so much longer than what is computed beside it that half of the
+  reading fits, else the one with the most room.
+
+  Args:
+    slots: as `side_by_side` returns them.
+    forward, backward: as it takes them.
+    copying_s: seconds of writing what each forward step keeps, which is done a slot later; reading
+      all of it takes as long as writing it.
+  """
+  ahead, back = next(_of_slots(slots, forward, backward))
+  both = (*ahead, *map(_without_free, back))
+  if sum(each.between_s - each.compute_s for each in both) >= sum(copying_s) / 2:
+    return 0
+  _, room_s = _filled(slots, forward, backward)
+  f = 0
+  for number, (more_f, _) in enumerate(slots[:-1]):
+    room_s[number + 1] -= sum(copying_s[f : f + more_f])
+    f += more_f
+  return max(range(len(slots)), key=lambda slot: (room_s[slot], -slot))
+
+
+def copy_s(bytes_of: Sequence[int]) -> float:
+  """Returns about what copying arrays of so many bytes takes on an H100, a kernel for each."""
+  return len(bytes_of) * LAUNCH_S + 2 * sum(bytes_of) / _CHIP.memory_bytes_per_s
+
+
+def _filled(slots, forward, backward) -> tuple[tuple[int, ...], list[float]]:
+  """Returns `due`, and the room that weights' gradients leave in each slot."""
+  room_s, made = [], []  # of each slot; (first slot, seconds) of each backward step
+  for number, (ahead, back) in enumerate(_of_slots(slots, forward, backward)):
+    for place, each in enumerate(back):
+      waits = any(later.inside_s for later in back[place + 1 :])
+      made.append((number if waits else number + 1, each.free_s))
+    back = [_without_free(each) for each in back]
     # A slot that must not be, as none of `side_by_side` is, has no room.
-    room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in both))
+    room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in (*ahead, *back)))
   last, due_in = len(slots) - 1, []
-  for number, seconds in made:
-    later = range(min(max([number + 1, *due_in[-1:]]), last), last + 1)
+  for first, seconds in made:
+    later = range(min(max([first, *due_in[-1:]]), last), last + 1)
     fits = (slot for slot in later if room_s[slot] >= seconds / 2)
     slot = next(fits, max(later, key=lambda slot: (room_s[slot], -slot)))
     room_s[slot] -= seconds
     due_in.append(slot)
-  return tuple(sum(slot <= number for slot in due_in) for number in range(len(slots)))
+  return tuple(sum(slot <= number for slot in due_in) for number in range(len(slots))), room_s
+
+
+def _of_slots(slots, forward, backward):
+  """Yields the forward and the backward steps of each slot."""
+  f = b = 0
+  for more_f, more_b in slots:
+    yield forward[f : f + more_f], backward[b : b + more_b]
+    f, b = f + more_f, b + more_b
+
+
+def _without_free(step: Cost) -> Cost:
+  return step._replace(compute_s=step.compute_s - step.free_s)
 
 
 def due_alone(backward: Sequence[Cost]) -> tuple[int, ...]:
@@ -151,10 +201,8 @@ def quiet(
     forward, backward: as it takes them.
   """
   best, most_s, first, seconds = (0, len(slots) - 1), 0.0, 0, 0.0
-  f = b = 0
-  for number, (more_f, more_b) in enumerate(slots):
-    both = (*forward[f : f + more_f], *backward[b : b + more_b])
-    f, b = f + more_f, b + more_b
+  for number, (ahead, back) in enumerate(_of_slots(slots, forward, backward)):
+    both = (*ahead, *back)
     if any(each.between_s for each in both):
       first, seconds = number + 1, 0.0
       continue

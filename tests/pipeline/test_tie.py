@@ -75,6 +75,22 @@ def test_gradients_of_weights_wait_for_a_slot_that_has_room():
   assert tie.due([(1, 1), (1, 0), (1, 0)], forward, backward) == (0, 0, 1)
 
 
+def test_gradients_of_weights_are_due_in_their_slot_where_its_stream_sends_inside_the_host_later():
+  product = Cost(20e-6, 0.0, 0.0, free_s=10e-6)
+  assert tie.due([(1, 2), (0, 1)], [EXCHANGE], [product, INSIDE, INSIDE]) == (1, 3)
+  assert tie.due([(1, 2), (0, 1)], [EXCHANGE], [INSIDE, product, INSIDE]) == (0, 3)
+
+
+def test_what_was_saved_is_read_beside_the_first_exchange_that_has_room_else_in_the_emptiest_slot():
+  slots, forward = [(1, 1), (1, 1), (1, 1)], [COMPUTE, EXCHANGE, INSIDE]
+  backward = [EXCHANGE, COMPUTE, EXCHANGE]
+  # Of 40 us each: the first two compute for 30 of them, the last does not compute.
+  assert tie.reads(slots, forward, backward, [20e-6, 0.0, 0.0]) == 0
+  assert tie.reads(slots, forward, backward, [30e-6, 0.0, 0.0]) == 2
+  # What the step before keeps is written there.
+  assert tie.reads(slots, forward, backward, [0.0, 35e-6, 0.0]) == 0
+
+
 def test_alone_gradients_of_weights_go_beside_the_next_exchange_and_the_last_ones_are_not_due():
   product = Cost(60e-6, 0.0, 0.0, free_s=30e-6)
   assert tie.due_alone([product, INSIDE, EXCHANGE, product, COMPUTE]) == (0, 0, 2, 3, 3)
