@@ -39,9 +39,9 @@ def project(
   Communication: `qk_norm.over_projection`'s, for queries and for keys, where `model.qk_norm` is
   projection, else none.
   """
-  q_bSnH = jnp.einsum("bsd,dnh->bsnh", x_bSD, weights.query[...])
-  k_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.key[...])
-  v_bSgH = jnp.einsum("bsd,dgh->bsgh", x_bSD, weights.value[...])
+  q_bSnH, k_bSgH, v_bSgH = _products(
+    x_bSD, (weights.query[...], weights.key[...], weights.value[...])
+  )
   q_bSnH = qk_norm.apply(weights.query_norm, model, q_bSnH)
   k_bSgH = qk_norm.apply(weights.key_norm, model, k_bSgH)
   if model.clip_qkv:
@@ -50,6 +50,30 @@ def project(
   q_bSnH = rotary(q_bSnH, positions_bS, model.rope_theta)
   k_bSgH = rotary(k_bSgH, positions_bS, model.rope_theta)
   return q_bSnH, k_bSgH, v_bSgH
+
+
+@jax.custom_vjp
+def _products(x_bSD: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """Returns the products of x with each of the weights [D, heads, H].
+
+  XLA makes one product of them. Not so of x's gradient, a sum of products, so it is written as one.
+  """
+  return tuple(jnp.einsum("bsd,dnh->bsnh", x_bSD, weight) for weight in weights)
+
+
+def _products_backward(saved, gradients):
+  x_bSD, weights = saved
+  d_bSj = jnp.concatenate([each.reshape(*each.shape[:2], -1) for each in gradients], -1)
+  weights_Dj = jnp.concatenate([each.reshape(len(each), -1) for each in weights], -1)
+  d_Dj = jnp.einsum("bsd,bsj->dj", x_bSD, d_bSj)
+  ends, parts = 0, []
+  for weight in weights:
+    begin, ends = ends, ends + weight[0].size
+    parts.append(d_Dj[:, begin:ends].reshape(weight.shape))
+  return jnp.einsum("bsj,dj->bsd", d_bSj, weights_Dj), tuple(parts)
+
+
+_products.defvjp(lambda *given: (_products(*given), given), _products_backward)
 
 
 def attend(
