@@ -57,7 +57,7 @@ def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   sent, x = at.rows * model.d_model * at.dtype_bytes, activation_bytes(settings, at)
   follows = ROUNDS if settings.moe.dispatch in cost.EVERY_ASSIGNMENT else ""
   route = Step("route", "dispatch", flops=2.0 * at.tokens * model.d_model * model.experts,
-               num_bytes=3 * sent + 4 * x, kernels=19, is_float32=True)  # fmt: skip
+               num_bytes=sent + 3 * x, kernels=18, is_float32=True)  # fmt: skip
   fill = ()
   if follows:
     route = dataclasses.replace(route, num_bytes=4 * x, kernels=16)
@@ -73,30 +73,33 @@ def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
     *there,
     *_experts(settings, at),
     *back,
-    Step("combine", "combine", num_bytes=2 * sent + 2 * x, kernels=2, follows=follows),
+    Step("combine", "combine", num_bytes=sent + 2 * x, kernels=1, follows=follows),
   )
 
 
 def _experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
-  """The experts' products. Without loss only blocks with rows are multiplied, and before and after
-  them rows move from the order in which they arrived to the experts', and back.
+  """The experts' products, and cutting their weights out of the stack. Without loss only blocks
+  with rows are multiplied, and it is placed which rows those are: the kernels read rows and write
+  results where they lie, and make activations on the way.
   """
   model, mesh = settings.model, settings.mesh
   width, D, f = at.dtype_bytes, model.d_model, model.expert_hidden // mesh.tensor
   arrived, hidden = (mesh.tensor * at.rows * wide * width for wide in (D, f))
-  weights = model.experts // mesh.expert * D * f * width
+  weights = 3 * model.experts // mesh.expert * D * f * width
+  cut = Step("cut weights", "experts", num_bytes=2 * weights, kernels=2)
   products = Step(
     "experts", "experts", flops=6.0 * mesh.tensor * at.rows * D * f,
-    num_bytes=5 * arrived + 4 * hidden + 3 * weights, kernels=25,
+    num_bytes=2 * arrived + 3 * hidden + weights, kernels=2,
   )  # fmt: skip
   if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
-    return (products,)
+    return (cut, products, Step("activate", "experts", num_bytes=3 * hidden, kernels=1))
   computed = at.tokens * model.experts_per_token / steps.even_rounds(settings)
   return (
-    Step("place rows", "experts", num_bytes=4 * arrived, kernels=15, follows=ROUNDS),
+    cut,
+    Step("place rows", "experts", kernels=15, follows=ROUNDS),
     dataclasses.replace(
       products, flops=6.0 * mesh.tensor * computed * D * f,
-      num_bytes=products.num_bytes - 4 * arrived, kernels=10, follows=ROWS,
+      num_bytes=2 * arrived + 4 * hidden + weights, follows=ROWS,
     ),
   )  # fmt: skip
 

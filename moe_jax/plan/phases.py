@@ -28,8 +28,8 @@ from moe_jax.plan.steps import (
 
 # Positions of an attention block: of the one kernel that a GPU runs.
 KERNEL_BLOCK = 128
-_PLACED_BACK_KERNELS = 6
-_STASH_KERNELS = {"inputs": 1, "exchanges": 7, "residuals": 20, "everything": 40}
+# Of what a layer keeps; and ten more a layer and unit for sums, loops and what a tick begins with.
+_STASH_KERNELS = {"inputs": 11, "exchanges": 17, "residuals": 30, "everything": 50}
 _FLOAT32 = FLOAT32_BYTES
 # Of a layer that runs later: what stands beside it does not wait.
 AHEAD = frozenset({"gather ahead", "put and take"})
@@ -48,8 +48,8 @@ def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
 def _first_round(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the forward steps of one layer without further rounds of its dispatch."""
   kept = saving.saved_bytes(settings, at)
-  # Written where it was made, then into the stash, which is a loop's and not the layer's.
-  keep = Step("keep", "other", num_bytes=4 * kept, kernels=_STASH_KERNELS[settings.pipeline.save])
+  # Copied into the stash, which is a loop's and not the layer's.
+  keep = Step("keep", "other", num_bytes=2 * kept, kernels=_STASH_KERNELS[settings.pipeline.save])
   return (*_attention(settings, at), *dispatches.forward(settings, at), keep)
 
 
@@ -93,7 +93,7 @@ def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   kept = saving.saved_bytes(settings, at)
   kernels = _STASH_KERNELS[settings.pipeline.save]
   not_made = _elementwise_bytes(settings, at) if settings.pipeline.save == "everything" else 0
-  take = Step("take", "other", part=BACKWARD, num_bytes=3 * kept - not_made, kernels=kernels)
+  take = Step("take", "other", part=BACKWARD, num_bytes=2 * kept - not_made, kernels=kernels)
   back = [transposed for step in reversed(forward) for transposed in transpose(settings, at, step)]
   further = _further_rounds(settings, [*again(again_unsaved(settings, forward)), *back])
   return (*stream(settings), take, *again(_run_again(settings, at, forward)), *further, *back)
@@ -135,13 +135,8 @@ def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
   elif step.name == "experts" and not is_alone:
     arrived, hidden = saving.row_bytes(settings, at)
     weights = model.experts // settings.mesh.expert * model.d_model * width
-    moved = 1 if step.follows else 3
-    num_bytes = moved * arrived + hidden + weights * (model.expert_hidden // tensor)
-    less = Step(
-      "", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=step.kernels // 3
-    )
-  elif step.name == "place rows" and not is_alone:  # of what comes back, likewise
-    less = Step("", "", num_bytes=step.num_bytes / 2, kernels=step.kernels // 2)
+    num_bytes = arrived + hidden + weights * (model.expert_hidden // tensor)
+    less = Step("", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=1)
   elif step.name == "route" and settings.mesh.expert > 1:
     x = activation_bytes(settings, at)
     less = Step("", "", num_bytes=max(0.0, step.num_bytes - 2 * x), kernels=step.kernels // 2)
@@ -174,8 +169,9 @@ _UP_TO_EXCHANGES = frozenset(
     "attention",
     "route",
     "spread rows",
-    "place rows",
+    "cut weights",
     "experts",
+    "activate",
   }
 )
 RUN_AGAIN: Mapping[str, frozenset[str] | None] = {
@@ -209,7 +205,7 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
     Step(
       "attention", "attention",
       flops=2.0 * whole * D * (2 * n + 2 * g) * H + 4.0 * pairs * n * H,
-      num_bytes=4 * gathered + 4 * projected + weights + core, kernels=11,
+      num_bytes=4 * gathered + 4 * projected + weights + core, kernels=9,
     ),
     Step(
       "scatter positions", "attention", "reduce-scatter", axes=("tensor",), operand_bytes=gathered
@@ -261,41 +257,52 @@ def _attention_back(settings: Config, at: Sizes, step: Step) -> tuple[float, flo
   core = whole * (6 * n + 4 * g) * H * width
   # Gradients of weights are added to float32 sums, read and written.
   sums = 4 * weights / width * _FLOAT32 / 2
-  return scores, 12 * gathered + 18 * projected + 2 * weights + core + sums, 8
+  return scores, 12 * gathered + 18 * projected + 2 * weights + core + sums, 17
 
 
 def _experts_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  arrived, hidden = saving.row_bytes(settings, at)
+  return 0.0, 4 * arrived + (11 if step.follows else 6) * hidden + 2 * _weights(settings, at), 6
+
+
+def _activate_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  """Made again, for the gradient of what it is multiplied by, and its own gradient."""
+  _, hidden = saving.row_bytes(settings, at)
+  return 0.0, 8 * hidden, 2
+
+
+def _cut_weights_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  """Cut once more; and gradients are added to float32 sums, read and written."""
+  weights = _weights(settings, at)
+  return 0.0, 3 * weights + 2 * weights / at.dtype_bytes * _FLOAT32, 4
+
+
+def _nothing_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
+  """Integers; but where a round runs again, so do they."""
+  return 0.0, 0.0, 0
+
+
+def _weights(settings: Config, at: Sizes) -> int:
+  """Returns the bytes of one layer's experts on this device."""
   model, mesh = settings.model, settings.mesh
-  width, f = at.dtype_bytes, model.expert_hidden // mesh.tensor
-  arrived, hidden = (mesh.tensor * at.rows * wide * width for wide in (model.d_model, f))
-  weights = model.experts // mesh.expert * model.d_model * f * width
-  sums = 3 * 2 * weights / width * _FLOAT32
-  whole, kernels = 19 * arrived + 17 * hidden + 6 * weights + sums, 16
-  if step.follows:
-    return 0.0, whole - _place_rows_back(settings, at, step)[1], kernels - _PLACED_BACK_KERNELS
-  return 0.0, whole, kernels
-
-
-def _place_rows_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
-  """Rows and gradients to the experts' order, gradients back."""
-  arrived = settings.mesh.tensor * at.rows * settings.model.d_model * at.dtype_bytes
-  return 0.0, 6 * arrived, _PLACED_BACK_KERNELS
+  one = model.d_model * model.expert_hidden // mesh.tensor * at.dtype_bytes
+  return 3 * model.experts // mesh.expert * one
 
 
 def _route_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
   x, filled = activation_bytes(settings, at), _fill_rows_back(settings, at, step)
   if settings.moe.dispatch in cost.EVERY_ASSIGNMENT:
-    return 0.0, 14 * x, 8 - filled[2]
-  return 0.0, filled[1] + 14 * x, 8
+    return 0.0, 12 * x, 12 - filled[2]
+  return 0.0, filled[1] + 12 * x, 12
 
 
 def _fill_rows_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
-  return 0.0, 4 * at.rows * settings.model.d_model * at.dtype_bytes, 2
+  return 0.0, 2 * at.rows * settings.model.d_model * at.dtype_bytes, 2
 
 
 def _combine_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
   sent, x = at.rows * settings.model.d_model * at.dtype_bytes, activation_bytes(settings, at)
-  return 0.0, 2 * sent + 3 * x, 2
+  return 0.0, sent + 4 * x, 3
 
 
 def _as_forward(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
@@ -307,8 +314,10 @@ _BACKWARD = {
   "pass on": _as_forward,
   "sum at hosts": _as_forward,
   "attention": _attention_back,
+  "cut weights": _cut_weights_back,
   "experts": _experts_back,
-  "place rows": _place_rows_back,
+  "activate": _activate_back,
+  "place rows": _nothing_back,
   "route": _route_back,
   "fill rows": _fill_rows_back,
   "combine": _combine_back,

@@ -26,7 +26,10 @@ WORKLOAD = serve.Workload(sequences=32, prompt_tokens=64, output_tokens=8)
 
 
 def every_legal_step():
-  """Step times of every configuration of 8 GPUs that config.Config itself accepts."""
+  """Step times of every configuration of 8 GPUs that config.Config itself accepts, but for float8,
+  of which a search does not know whether it is precise enough.
+  """
+  exchanges = [each for each in config.EXCHANGE if "float8" not in each]
   found = []
   sizes = (1, 2, 4, 8)
   for expert, tensor, stage in itertools.product(sizes, repeat=3):
@@ -34,7 +37,7 @@ def every_legal_step():
       continue
     ranks = search.ranks_per_host(config.Mesh(expert, tensor, stage), EIGHT)
     for micro_batches, chunks, save, dispatch, exchange in itertools.product(
-      (1, 2, 4, 8), (1, 2), config.SAVE, search.CONSIDERED, config.EXCHANGE
+      (1, 2, 4, 8), (1, 2), config.SAVE, search.CONSIDERED, exchanges
     ):
       schedules = ("interleaved",) if chunks > 1 else ("1f1b", "gpipe")
       for schedule in schedules:
