@@ -25,6 +25,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     # saves a third of their time.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # The newer emitters go through MLIR, whatever the level, and take half of what compiling still
+    # takes; the older ones write LLVM at once. Dividing small modules among threads costs more.
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
     # A deadlocked collective ends the process after their sum, and the report names the rendezvous
     # that was missed. On two busy cores a healthy one may wait for seconds.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=10",
