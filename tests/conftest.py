@@ -5,6 +5,7 @@ are errors through `filterwarnings` in setup.cfg. This file knows jax and pytest
 moe_jax.
 """
 
+import gc
 import os
 import sys
 
@@ -52,6 +53,14 @@ def pytest_sessionstart(session):
       f"jax has {jax.device_count()} devices; the tests need {NUM_DEVICES} virtual CPU devices:"
       f" unset JAX_NUM_CPU_DEVICES, and see XLA_FLAGS={os.environ['XLA_FLAGS']!r}"
     )
+
+
+def pytest_collection_finish(session):
+  """Leaves what is loaded by now out of garbage collection, which is made rarer: tracing allocates
+  so many objects that Python would walk through all of them hundreds of times a test."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
