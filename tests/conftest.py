@@ -8,6 +8,7 @@ moe_jax.
 import gc
 import os
 import sys
+from importlib.metadata import version
 
 NUM_DEVICES = 8
 
@@ -16,7 +17,7 @@ if "jax" in sys.modules:
     "jax was imported before tests/conftest.py, which sets its devices; load it later"
   )
 
-# jax 0.10 and 0.12 both take these, and abort on names that they do not know. The last setting of a
+# jax 0.10 and 0.12 take these, and abort on names that they do not know. The last setting of a
 # flag holds, so what the user has in XLA_FLAGS stays, except for these.
 os.environ["XLA_FLAGS"] = " ".join(
   [
@@ -27,8 +28,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     # The newer emitters go through MLIR, whatever the level, and take half of what compiling still
-    # takes; the older ones write LLVM at once. Dividing small modules among threads costs more.
-    "--xla_cpu_use_fusion_emitters=false",
+    # takes; the older ones write LLVM at once. Later versions have none to go back to.
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+    # Dividing small modules among threads costs more than it saves.
     "--xla_cpu_parallel_codegen_split_count=1",
     # A deadlocked collective ends the process after their sum, and the report names the rendezvous
     # that was missed. On two busy cores a healthy one may wait for seconds.
