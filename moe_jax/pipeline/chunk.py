@@ -165,15 +165,22 @@ class Chunk(NamedTuple):
       slots, due, quiet, reads = ((0, 1),) * len(self.due_alone), self.due_alone, (0, 0), 0
     saved = None
     for number, (num_ahead, num_back) in enumerate(slots):
+      num_done = due[number - 1] if number else 0
       if number == reads and not is_last:
         saved, totals = self._read(backward, self.num_layers - 2 - l, totals)
       if number == quiet[0]:
         coming = [self.weights.gather(shares) for shares in coming]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
-        totals = self._run_ahead(ahead, num_ahead, totals, fills=back is not None and sums_pending)
+        totals = self._run_ahead(
+          ahead,
+          back,
+          num_ahead,
+          totals,
+          sums_pending=sums_pending,
+          due=slice(num_done, due[number]),
+        )
       if back:
-        num_done = due[number - 1] if number else 0
         totals = self._run_back(
           back, num_back, totals, alone=alone, sums_pending=sums_pending, num_done=num_done
         )
@@ -202,16 +209,31 @@ class Chunk(NamedTuple):
       totals, x = ahead.finish(totals)
     return totals, x, gy, saved
 
-  def _run_ahead(self, ahead, num_steps: int, totals: Totals, *, fills: bool) -> Totals:
-    """Runs the next forward steps; beside the layer's first, where it sends inside the host and
-    `fills` says so, come the sums of gradients.
+  def _run_ahead(
+    self, ahead, back, num_steps: int, totals: Totals, *, sums_pending: bool, due: slice
+  ) -> Totals:
+    """Runs the next forward steps, and lays beside those that send inside the host what nothing
+    waits for, where a backward unit has some.
+
+    Beside the layer's first: the sums of gradients, if they may be missing. Beside the first of
+    several steps in a slot: the weights' gradients that are due in it; then beside a later one what
+    forward steps saved, but for the last one's, which may come in the next slot.
     """
-    for _ in range(num_steps):
-      is_first = not ahead.kept
+    has_begun = False  # with gradients beside the first
+    for number in range(num_steps):
+      place = len(ahead.kept)
       ahead.run()
-      if fills and is_first and self.is_inside[0]:
+      if back is None or not self.is_inside[place]:
+        continue
+      if sums_pending and place == 0:
         ahead.carry, g_layers = _both(ahead.carry, totals.g_layers)
         totals = totals._replace(g_layers=g_layers)
+      if number == 0 and num_steps > 1 and due.start < due.stop:
+        ahead.carry, back.of_parameters[due] = _both(ahead.carry, back.of_parameters[due])
+        has_begun = True
+      elif has_begun and not self.steps.runs_again:
+        ahead.carry, stash = _both(ahead.carry, ahead.write(totals.stash, place - 1))
+        totals = totals._replace(stash=stash)
     return totals
 
   def _run_back(
@@ -280,15 +302,16 @@ class _ForwardLayer:
     """Whether all steps ran, so that the carry is (y, auxiliary_loss, report)."""
     return len(self.kept) == len(self.chunk.steps.forward)
 
-  def write(self, stash: Tree) -> Tree:
-    """Returns the stash with what the steps that ran since the last call keep."""
+  def write(self, stash: Tree, end: int | None = None) -> Tree:
+    """Returns the stash with what the steps keep that ran since the last call, up to step `end`."""
+    end = len(self.kept) if end is None else max(end, self.num_written)
     place = (self.unit.slot, _place(self.l, self.unit.is_reversed, self.chunk.num_layers))
     keep = self._keep if self.unit.is_masked else lambda new, old: new
     put = lambda leaf, new: buffers.put(leaf, place, keep(new, lambda: leaf[place]))
     stash = list(stash)
-    for i in range(self.num_written, len(self.kept)):
+    for i in range(self.num_written, end):
       stash[i] = jax.tree.map(put, stash[i], self.kept[i])
-    self.num_written = len(self.kept)
+    self.num_written = end
     return tuple(stash)
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:

@@ -31,6 +31,9 @@ _SLOT_S = 2e-6  # of a barrier: what cannot move across it
 _MOST_STEPS = 6  # of one stream in a slot
 # Gradients of a product are two products.
 _OF_FORWARD = 2.0
+# What sends in a slot after weights' gradients are made hides them there while it takes so many
+# times as long as their products: they are summed in parts, and their operands made again.
+_OF_GRADIENTS = 2.0
 
 
 class Cost(NamedTuple):
@@ -154,9 +157,12 @@ def _filled(slots, forward, backward) -> tuple[tuple[int, ...], list[float]]:
   """Returns `due`, and the room that weights' gradients leave in each slot."""
   room_s, made = [], []  # of each slot; (first slot, seconds) of each backward step
   for number, (ahead, back) in enumerate(_of_slots(slots, forward, backward)):
+    own_s = 0.0
     for place, each in enumerate(back):
-      waits = any(later.inside_s for later in back[place + 1 :])
-      made.append((number if waits else number + 1, each.free_s))
+      own_s += each.free_s
+      sends_s = sum(later.inside_s for later in back[place + 1 :])
+      is_hidden = 0.0 < sends_s >= _OF_GRADIENTS * own_s
+      made.append((number if is_hidden else number + 1, each.free_s))
     back = [_without_free(each) for each in back]
     # A slot that must not be, as none of `side_by_side` is, has no room.
     room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in (*ahead, *back)))

@@ -77,8 +77,11 @@ def test_gradients_of_weights_wait_for_a_slot_that_has_room():
 
 def test_gradients_of_weights_are_due_in_their_slot_where_its_stream_sends_inside_the_host_later():
   product = Cost(20e-6, 0.0, 0.0, free_s=10e-6)
-  assert tie.due([(1, 2), (0, 1)], [EXCHANGE], [product, INSIDE, INSIDE]) == (1, 3)
-  assert tie.due([(1, 2), (0, 1)], [EXCHANGE], [INSIDE, product, INSIDE]) == (0, 3)
+  due = lambda *backward: tie.due([(1, 2), (0, 1)], [EXCHANGE], [*backward, COMPUTE])
+  assert due(product, Cost(0.0, 20e-6, 0.0)) == (1, 3)
+  # Not where that is before, or no longer than a gradient's kernels take.
+  assert due(Cost(0.0, 20e-6, 0.0), product) == (0, 3)
+  assert due(product, Cost(0.0, 15e-6, 0.0)) == (0, 3)
 
 
 def test_what_was_saved_is_read_beside_the_first_exchange_that_has_room_else_in_the_emptiest_slot():
