@@ -87,8 +87,10 @@ def rank_counts(counts_LE, num_ranks: int):
   return counts_LE.reshape(*counts_LE.shape[:-1], num_ranks, -1).sum(-1)
 
 
-def queue(counts_LE, capacity_tokens: int):
-  """Returns queue_LE, the tokens of each expert beyond what it has room for."""
+def queue(counts_LE, capacity_tokens):
+  """Returns queue_LE, the tokens of each expert beyond what it has room for: a number, or one for
+  each layer [L, 1].
+  """
   xp = counts_LE.__array_namespace__()
   return xp.maximum(counts_LE - capacity_tokens, xp.zeros_like(counts_LE))
 

@@ -23,15 +23,17 @@ def row(
 
   Returns:
     `loss` (cross-entropy in nats per token), `grad_norm`, `load_max_over_mean` (one number for each
-    layer in logical order; so `load_variation`, the coefficient of variation, and `load_p99`, the
-    99th percentile over the mean; `rank_load_max_over_mean` is of ranks of `expert`, as routed),
-    `dropped_fraction`, `stolen_fraction` (of assignments, served
-    by another rank than the expert's own), `skipped_steps`, `load_balance_loss` and `router_z_loss`
-    (unweighted means over layers and micro-batches).
+    layer in logical order; so `load_variation`, the coefficient of variation, `load_p99`, the 99th
+    percentile over the mean, and `load_queue`, the tokens that the most asked expert has beyond
+    `moe.capacity_factor` times an even share; `rank_load_max_over_mean` is of ranks of `expert`, as
+    routed), `dropped_fraction`, `stolen_fraction` (of assignments, served by another rank than the
+    expert's own), `skipped_steps`, `load_balance_loss` and `router_z_loss` (unweighted means over
+    layers and micro-batches).
   """
   report, counts_LE = metrics.losses.report, expert_tokens(metrics, order, expert_LP)
   mean = lambda loss_L: float(loss_L.mean()) / settings.pipeline.micro_batches
   counts_LP = np.take_along_axis(counts_LE, expert_LP, 1)
+  room_L1 = np.ceil(settings.moe.capacity_factor * counts_LE.mean(1, keepdims=True)).astype(int)
   return {
     "loss": float(metrics.losses.cross_entropy),
     "grad_norm": float(metrics.gradient_norm),
@@ -41,6 +43,7 @@ def row(
     ),
     "load_variation": monitor.coefficient_of_variation(counts_LE),
     "load_p99": monitor.percentiles(counts_LE, (99,))[:, 0],
+    "load_queue": monitor.queue(counts_LE, room_L1).max(1),
     "dropped_fraction": float(monitor.dropped_fraction(report.counts._asdict())),
     "stolen_fraction": float(report.counts.stolen.sum() / max(report.counts.sent.sum(), 1)),
     "skipped_steps": int(metrics.skipped_steps),

@@ -49,6 +49,9 @@ def test_a_run_leaves_its_load_and_it_is_drawn(tmp_path):
   variation_WL = counts_WLE.std(-1) / counts_WLE.mean(-1)
   np.testing.assert_allclose([row["load_variation"] for row in rows], variation_WL, rtol=1e-6)
   assert all(len(row["load_p99"]) == model.layers for row in rows)
+  room_WL = np.ceil(settings.moe.capacity_factor * counts_WLE.mean(-1))
+  queue_WL = np.maximum(counts_WLE.max(-1) - room_WL, 0)
+  np.testing.assert_array_equal([row["load_queue"] for row in rows], queue_WL)
 
   done = launch(f"--workdir={tmp_path}")
   assert done.returncode == 0, done.stderr
