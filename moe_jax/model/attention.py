@@ -4,6 +4,8 @@ Local letters: n query heads and g key heads of this tensor rank, s positions of
 Knows attention's parameters; must not know the layer around it.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -66,11 +68,9 @@ def _products_backward(saved, gradients):
   d_bSj = jnp.concatenate([each.reshape(*each.shape[:2], -1) for each in gradients], -1)
   weights_Dj = jnp.concatenate([each.reshape(len(each), -1) for each in weights], -1)
   d_Dj = jnp.einsum("bsd,bsj->dj", x_bSD, d_bSj)
-  ends, parts = 0, []
-  for weight in weights:
-    begin, ends = ends, ends + weight[0].size
-    parts.append(d_Dj[:, begin:ends].reshape(weight.shape))
-  return jnp.einsum("bsj,dj->bsd", d_bSj, weights_Dj), tuple(parts)
+  ends = list(itertools.accumulate(weight[0].size for weight in weights))
+  parts = zip(jnp.split(d_Dj, ends[:-1], 1), weights, strict=True)
+  return jnp.einsum("bsj,dj->bsd", d_bSj, weights_Dj), tuple(d.reshape(w.shape) for d, w in parts)
 
 
 _products.defvjp(lambda *given: (_products(*given), given), _products_backward)

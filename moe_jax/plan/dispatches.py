@@ -12,7 +12,7 @@ import dataclasses
 import math
 
 from moe_jax.config import Config
-from moe_jax.plan import cost, steps
+from moe_jax.plan import cost, saving, steps
 from moe_jax.plan.leaves import FLOAT32_BYTES
 from moe_jax.plan.steps import ROUNDS, ROWS, Sizes, Step, activation_bytes
 
@@ -83,9 +83,8 @@ def _experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   results where they lie, and make activations on the way.
   """
   model, mesh = settings.model, settings.mesh
-  width, D, f = at.dtype_bytes, model.d_model, model.expert_hidden // mesh.tensor
-  arrived, hidden = (mesh.tensor * at.rows * wide * width for wide in (D, f))
-  weights = 3 * model.experts // mesh.expert * D * f * width
+  D, f = model.d_model, model.expert_hidden // mesh.tensor
+  (arrived, hidden), weights = saving.row_bytes(settings, at), saving.expert_bytes(settings, at)
   cut = Step("cut weights", "experts", num_bytes=2 * weights, kernels=2)
   products = Step(
     "experts", "experts", flops=6.0 * mesh.tensor * at.rows * D * f,

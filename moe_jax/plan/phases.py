@@ -134,8 +134,7 @@ def _up_to_exchange(settings: Config, at: Sizes, step: Step) -> Step:
     )
   elif step.name == "experts" and not is_alone:
     arrived, hidden = saving.row_bytes(settings, at)
-    weights = model.experts // settings.mesh.expert * model.d_model * width
-    num_bytes = arrived + hidden + weights * (model.expert_hidden // tensor)
+    num_bytes = arrived + hidden + saving.expert_bytes(settings, at) // 3
     less = Step("", "", flops=cost.DOWN_SHARE * step.flops, num_bytes=num_bytes, kernels=1)
   elif step.name == "route" and settings.mesh.expert > 1:
     x = activation_bytes(settings, at)
@@ -262,7 +261,11 @@ def _attention_back(settings: Config, at: Sizes, step: Step) -> tuple[float, flo
 
 def _experts_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
   arrived, hidden = saving.row_bytes(settings, at)
-  return 0.0, 4 * arrived + (11 if step.follows else 6) * hidden + 2 * _weights(settings, at), 6
+  return (
+    0.0,
+    4 * arrived + (11 if step.follows else 6) * hidden + 2 * saving.expert_bytes(settings, at),
+    6,
+  )
 
 
 def _activate_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
@@ -273,20 +276,13 @@ def _activate_back(settings: Config, at: Sizes, step: Step) -> tuple[float, floa
 
 def _cut_weights_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
   """Cut once more; and gradients are added to float32 sums, read and written."""
-  weights = _weights(settings, at)
+  weights = saving.expert_bytes(settings, at)
   return 0.0, 3 * weights + 2 * weights / at.dtype_bytes * _FLOAT32, 4
 
 
 def _nothing_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
   """Integers; but where a round runs again, so do they."""
   return 0.0, 0.0, 0
-
-
-def _weights(settings: Config, at: Sizes) -> int:
-  """Returns the bytes of one layer's experts on this device."""
-  model, mesh = settings.model, settings.mesh
-  one = model.d_model * model.expert_hidden // mesh.tensor * at.dtype_bytes
-  return 3 * model.experts // mesh.expert * one
 
 
 def _route_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:

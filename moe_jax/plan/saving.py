@@ -86,6 +86,13 @@ def row_bytes(settings: Config, at: Sizes) -> tuple[int, int]:
   return rows * model.d_model, rows * (model.expert_hidden // tensor)
 
 
+def expert_bytes(settings: Config, at: Sizes) -> int:
+  """Returns bytes of one layer's experts on this device, their three matrices."""
+  model, mesh = settings.model, settings.mesh
+  matrix = model.d_model * (model.expert_hidden // mesh.tensor)
+  return model.experts // mesh.expert * 3 * matrix * at.dtype_bytes
+
+
 def placed_hidden_bytes(settings: Config, at: Sizes) -> int:
   """Returns bytes of an array of hidden units of a dropless dispatch in blocks of one expert each,
   as moe.grouped cuts them.
