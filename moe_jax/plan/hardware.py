@@ -4,15 +4,17 @@ Peaks are without sparsity; link rates are in one direction, half of what NVLink
 What a program reaches of them is somebody else's to say, but for the hardware that the reference
 plan assumes, which comes with its own fractions. Knows numbers; must not know jax, models, meshes.
 
-NCCL's latencies stand in its src/graph/tuning.cc as of its Blackwell table, where they were read.
 Chips' figures are those of the vendors' tables as other pages quote them; for A100's ConnectX-6
 adapters, B200's network and the time of a kernel's launch no page was found.
 """
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
+
+from moe_jax.plan.protocols import NCCL, Protocols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Chip:
     inside_bytes_per_s: to the other chips of a host together, one direction.
     between_bytes_per_s: to chips of other hosts together, one direction; the chip's own adapter.
     source: where the figures stand.
-    inside_latency_s, between_latency_s: of one step of a collective algorithm.
+    low_latency_bytes_per_s: what NCCL's protocol LL reaches at most inside a host.
+    protocols: of its collectives.
     compute_fraction, memory_fraction: how much of the two peaks may be counted on; 1 unless stated.
   """
 
@@ -38,10 +41,8 @@ class Chip:
   inside_bytes_per_s: float
   between_bytes_per_s: float
   source: str
-  # NCCL's own model, src/graph/tuning.cc, hwLat: a ring's step, protocol Simple, over NVLink (3.4)
-  # and over the network (14.0).
-  inside_latency_s: float = 3.4e-6
-  between_latency_s: float = 14e-6
+  low_latency_bytes_per_s: float = math.inf  # NCCL, src/graph/tuning.cc, llMaxBws
+  protocols: Protocols = NCCL
   compute_fraction: float = 1.0
   memory_fraction: float = 1.0
 
@@ -67,6 +68,7 @@ _A100 = Chip(
   memory_bytes_per_s=2.039e12,
   inside_bytes_per_s=300e9,  # third-generation NVLink, 600 GB/s both ways
   between_bytes_per_s=25e9,  # DGX A100: a 200 Gb/s ConnectX-6 for each GPU
+  low_latency_bytes_per_s=87.7e9,
   source="NVIDIA A100 Tensor Core GPU datasheet (A100 80GB SXM); NVIDIA DGX A100 datasheet",
 )
 
@@ -77,6 +79,7 @@ _H100 = Chip(
   memory_bytes_per_s=3.35e12,
   inside_bytes_per_s=450e9,  # fourth-generation NVLink, 900 GB/s both ways
   between_bytes_per_s=50e9,  # DGX H100: a 400 Gb/s ConnectX-7 for each GPU
+  low_latency_bytes_per_s=141e9,
   source=(
     "NVIDIA H100 Tensor Core GPU architecture whitepaper, table 2 (H100 SXM5); NVIDIA H100"
     " datasheet (memory); NVIDIA DGX H100 datasheet (network)"
@@ -100,6 +103,7 @@ _B200 = Chip(
   memory_bytes_per_s=8e12,
   inside_bytes_per_s=900e9,  # fifth-generation NVLink, 1.8 TB/s both ways
   between_bytes_per_s=50e9,  # DGX B200: a 400 Gb/s ConnectX-7 for each GPU
+  low_latency_bytes_per_s=282e9,
   source="NVIDIA Blackwell architecture technical brief (HGX B200); NVIDIA DGX B200 datasheet",
 )
 

@@ -1,25 +1,27 @@
 """How long one collective takes over the links of a cluster, by algorithm.
 
-NCCL's own way to choose: the fastest of the algorithms and protocols that can do it, by latency of
-steps and bytes over the slowest link. Knows groups of GPUs and bytes; must not know models, or when
-a collective runs.
+NCCL's own way to choose: the fastest of the algorithms and protocols that can do it, by what a
+collective and its steps take at least, and bytes over the slowest link. Knows groups of GPUs and
+bytes; must not know models, or when a collective runs.
+
+Source: NCCL 2.30, src/graph/tuning.cc, ncclTopoTuneModel and ncclTopoGetAlgoTime, but for links'
+bandwidth, which is the vendor's here.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Mesh
+from moe_jax.plan import protocols
 from moe_jax.plan.hardware import Chip
+from moe_jax.plan.protocols import Protocol
 
 INSIDE, BETWEEN = "inside", "between"  # hosts
 AXES = ("stage", "expert", "tensor")  # outermost first, as parallel.axes.ALL; a test holds it
-# NCCL sends small messages by protocol LL, half of whose bytes are flags, with less latency.
-# Source: NCCL, src/graph/tuning.cc: hwLat of LL for NVLink; for the network, as a ring and a tree.
-_LL_FRACTION, _LL_INSIDE_S, _LL_RING_S, _LL_TREE_S = 0.5, 0.6e-6, 2.7e-6, 5e-6
 _SENT: Mapping[str, Callable[[int], float]] = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-gather": lambda n: n - 1,
@@ -28,6 +30,7 @@ _SENT: Mapping[str, Callable[[int], float]] = {
   "collective-permute": lambda n: 1 if n > 1 else 0,
 }
 KINDS = tuple(_SENT)
+_BY_RING = ("all-reduce", "all-gather", "reduce-scatter")
 
 
 class Group(NamedTuple):
@@ -97,37 +100,29 @@ def bytes_sent(kind: str, operand_bytes: float, size: int) -> float:
   return operand_bytes * _SENT[kind](size)
 
 
-def seconds(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:
-  """Returns the seconds of a collective by the fastest of NCCL's algorithms and protocols.
+def seconds(
+  kind: str, operand_bytes: float, to: Group, chip: Chip, is_symmetric: bool = False
+) -> float:
+  """Returns the seconds of a collective by the fastest algorithm and protocol.
 
-  Source: NCCL, src/graph/tuning.cc, ncclTopoTuneModel.
+  Args:
+    kind: one of KINDS.
+    operand_bytes: what this device puts in.
+    to: who takes part.
+    chip: of each.
+    is_symmetric: whether what is sent lies in memory that they registered with each other.
   """
   if to.size == 1:
     return 0.0
-  return min(ALGORITHMS[name](kind, operand_bytes, to, chip) for name in _CHOICES[kind])
+  names = (*_CHOICES[kind], *(("symmetric",) if is_symmetric else ()))
+  return min(
+    found_s for name in names for found_s in ALGORITHMS[name](kind, operand_bytes, to, chip)
+  )
 
 
-def _ring(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:
-  """All-gather, reduce-scatter or all-reduce in steps from neighbour to neighbour."""
-  rounds = 2 if kind == "all-reduce" else 1
-  steps = (rounds * (to.size - to.num_hosts), rounds * (to.num_hosts - 1))
-  return _by_protocol(steps, _LL_RING_S, _wire_seconds(kind, operand_bytes, to, chip), chip)
-
-
-def _tree(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:
-  """All-reduce up a tree of hosts and down again."""
-  steps = (2 * (to.per_host - 1), 2 * math.ceil(math.log2(to.num_hosts)))
-  return _by_protocol(steps, _LL_TREE_S, _wire_seconds(kind, operand_bytes, to, chip), chip)
-
-
-def _direct(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:
-  """All-to-all or permutation: each sends to each at once."""
-  steps = (0, 1) if to.num_hosts > 1 else (1, 0)
-  return _by_protocol(steps, _LL_RING_S, _wire_seconds(kind, operand_bytes, to, chip), chip)
-
-
-def _hierarchical(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:
-  """All-reduce as reduce-scatter inside, all-reduce of the shares between hosts, all-gather inside.
+def hierarchical_all_reduce(operand_bytes: float, to: Group, chip: Chip) -> float:
+  """Returns the seconds of an all-reduce as reduce-scatter inside, all-reduce of the shares between
+  hosts, all-gather inside.
 
   Each GPU of a host brings its own share over its own adapter.
   """
@@ -140,31 +135,106 @@ def _hierarchical(kind: str, operand_bytes: float, to: Group, chip: Chip) -> flo
   )
 
 
-ALGORITHMS: Mapping[str, Callable[[str, float, Group, Chip], float]] = {
+def _ring(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
+  """All-gather, reduce-scatter or all-reduce in steps from neighbour to neighbour."""
+  rounds = 2 if kind == "all-reduce" else 1
+  sent = bytes_sent(kind, operand_bytes, to.size)
+  wire_s = _wire_seconds(kind, operand_bytes, to, chip)
+  for protocol in chip.protocols.ring:
+    inside_s = protocol.inside_s
+    if to.num_hosts > 1:
+      inside_s = max(inside_s, protocol.posting_s)
+    between_s = protocol.alone_s if to.per_host == 1 else protocol.between_s
+    latency_s = protocol.base_s + rounds * (
+      (to.size - to.num_hosts) * inside_s + (to.num_hosts - 1) * between_s
+    )
+    if rounds == 2 and to.num_hosts > 1 and protocol is chip.protocols.ring[-1]:
+      latency_s *= chip.protocols.plateau
+    yield latency_s + _at_rate(protocol, sent, wire_s, to, chip)
+
+
+def _tree(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
+  """All-reduce up a tree of hosts and down again: all bytes go both ways."""
+  sent = 2 * operand_bytes
+  rate = chip.inside_bytes_per_s if to.per_host > 1 else math.inf
+  if to.num_hosts > 1:
+    rate = min(rate, to.per_host * chip.between_bytes_per_s)
+  size = max(int(operand_bytes) // 64, 1).bit_length() - 1
+  for protocol in chip.protocols.tree:
+    of_size = protocol.by_size[size] if size < len(protocol.by_size) else 1.0
+    between_s = protocol.alone_s if to.per_host == 1 else protocol.between_s
+    latency_s = protocol.base_s + 2 * (
+      (to.per_host - 1) * protocol.inside_s + _log2(to.num_hosts) * between_s
+    )
+    yield latency_s + _at_rate(protocol, sent, sent / rate, to, chip) / of_size
+
+
+def _pat(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
+  """All-gather or reduce-scatter in as many steps as a tree is high, one GPU on each host."""
+  protocol = chip.protocols.pat
+  if protocol is None or to.per_host > 1:
+    return
+  steps_s = _log2(to.num_hosts) * protocol.alone_s / protocols.PAT_STEPS_AT_ONCE
+  latency_s = protocol.base_s + steps_s + to.size * protocols.PAT_PER_RANK_S
+  yield latency_s + _wire_seconds(kind, operand_bytes, to, chip) / protocol.fraction
+
+
+def _direct(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
+  """All-to-all or permutation: each sends to each at once."""
+  message = operand_bytes / (1 if kind == "collective-permute" else to.size)
+  is_small = message <= chip.protocols.small_bytes
+  protocol = chip.protocols.small_direct if is_small else chip.protocols.direct
+  latency_s = protocol.base_s + (protocol.between_s if to.num_hosts > 1 else protocol.inside_s)
+  sent = bytes_sent(kind, operand_bytes, to.size)
+  wire_s = _wire_seconds(kind, operand_bytes, to, chip)
+  yield latency_s + _at_rate(protocol, sent, wire_s, to, chip)
+
+
+def _symmetric(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
+  """All-gather, reduce-scatter or all-reduce inside a host, by kernels that read and write the
+  memory of the others.
+  """
+  if to.num_hosts > 1 or kind not in _BY_RING:
+    return
+  whole = operand_bytes * (1 if kind == "reduce-scatter" else to.size)
+  sent = bytes_sent(kind, operand_bytes, to.size)
+  for each in chip.protocols.symmetric:
+    moved = whole * each.times if each.times > 1 else sent
+    wire_s = moved / min(each.bytes_per_s, chip.inside_bytes_per_s)
+    # Of the bytes a first microsecond hides in the base, smoothly.
+    beyond = (wire_s - protocols.HIDDEN_S) / protocols.HIDDEN_S
+    yield each.base_s + protocols.HIDDEN_S * (beyond + math.log1p(math.exp(-beyond)))
+
+
+ALGORITHMS: Mapping[str, Callable[[str, float, Group, Chip], Iterator[float]]] = {
   "ring": _ring,
   "tree": _tree,
+  "pat": _pat,
   "direct": _direct,
-  "hierarchical": _hierarchical,
+  "symmetric": _symmetric,
 }
 _CHOICES: Mapping[str, tuple[str, ...]] = {
   "all-reduce": ("ring", "tree"),
-  "all-gather": ("ring",),
-  "reduce-scatter": ("ring",),
+  "all-gather": ("ring", "pat"),
+  "reduce-scatter": ("ring", "pat"),
   "all-to-all": ("direct",),
   "collective-permute": ("direct",),
 }
 
 
-def _by_protocol(steps: tuple[int, int], ll_between_s: float, wire_s: float, chip: Chip) -> float:
-  inside, between = steps
-  protocols = (
-    (1.0, chip.inside_latency_s, chip.between_latency_s),
-    (_LL_FRACTION, _LL_INSIDE_S, ll_between_s),
-  )
-  return min(
-    inside * inside_s + between * between_s + wire_s / fraction
-    for fraction, inside_s, between_s in protocols
-  )
+def _at_rate(protocol: Protocol, sent: float, wire_s: float, to: Group, chip: Chip) -> float:
+  """Returns the seconds of bytes that take `wire_s` at full bandwidth, at a protocol's."""
+  found_s = wire_s / protocol.fraction
+  if not protocol.is_low_latency:
+    return found_s
+  most = chip.low_latency_bytes_per_s
+  if to.num_hosts > 1:
+    most = protocols.LOW_LATENCY_BETWEEN[to.num_hosts > 2]
+  return max(found_s, sent / most)
+
+
+def _log2(number: int) -> int:
+  return number.bit_length() - 1
 
 
 def _wire_seconds(kind: str, operand_bytes: float, to: Group, chip: Chip) -> float:

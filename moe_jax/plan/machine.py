@@ -95,7 +95,7 @@ def replica_seconds(settings: Config, machine: Machine) -> float:
   to = links.Group(machine.replicas, -(-machine.replicas // per_host), per_host)
   held = leaves(settings.model)
   operand_bytes = FLOAT32_BYTES * sum(leaf.state_elements(settings.mesh) for leaf in held)
-  return links.ALGORITHMS["hierarchical"]("all-reduce", operand_bytes, to, machine.cluster.chip)
+  return links.hierarchical_all_reduce(operand_bytes, to, machine.cluster.chip)
 
 
 @functools.lru_cache(maxsize=2048)

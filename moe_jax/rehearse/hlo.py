@@ -26,6 +26,7 @@ _BITS = {
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=?]*)\]")
+_SPACE = re.compile(r":S\((\d+)\)")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
@@ -68,6 +69,7 @@ class Instruction:
     arguments: the text between the parentheses.
     attributes: the text behind them.
     called: names of computations by attribute, those of a conditional under "branches".
+    spaces: memory spaces of the result's arrays, where it is not the usual one.
   """
 
   name: str
@@ -78,6 +80,7 @@ class Instruction:
   attributes: str
   called: Mapping[str, tuple[str, ...]]
   is_root: bool
+  spaces: frozenset[int] = frozenset()
 
   @property
   def num_bytes(self) -> int:
@@ -221,6 +224,7 @@ def _instruction(line: str) -> Instruction:
     attributes=attributes,
     called=_called(attributes),
     is_root=bool(match[1]),
+    spaces=frozenset(map(int, _SPACE.findall(rest[:shape_end]))),
   )
 
 

@@ -24,6 +24,8 @@ KINDS = (
   "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
 
+# Memory that NCCL registers. Source: OpenXLA, gpu_memory_space_assignment.h.
+_COLLECTIVE_SPACE = 1
 # Nothing runs for these: names for what is there already.
 _FREE_OPCODES = """
   parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier
@@ -64,6 +66,8 @@ class Collective:
     operand_bytes: what this device puts in.
     groups: who takes part.
     is_backward: whether it is named as part of a backward pass, see `_is_backward`.
+    is_symmetric: whether what it takes and brings lies in memory that its GPUs registered with each
+      other.
   """
 
   name: str
@@ -73,6 +77,7 @@ class Collective:
   operand_bytes: int
   groups: groups.Groups
   is_backward: bool
+  is_symmetric: bool = False
 
   @property
   def axis(self) -> str:
@@ -299,6 +304,7 @@ class _Reader:
       operand_bytes=sum(operand.num_bytes for operand in operands),
       groups=groups.parse(collective.attributes, self.mesh),
       is_backward=_is_backward(op_name),
+      is_symmetric=_COLLECTIVE_SPACE in collective.spaces,
     )
 
   def _compute(self, computation: Computation, each: Instruction) -> Compute:

@@ -47,7 +47,8 @@ def link_of(unit: Collective, gpus_per_host: int) -> str:
 
 def collective_seconds(unit: Collective, chip: Chip, gpus_per_host: int) -> float:
   """Returns the seconds of a collective, as the planner counts them (`plan.links`)."""
-  return links.seconds(unit.kind, unit.operand_bytes, _group(unit, gpus_per_host), chip)
+  to = _group(unit, gpus_per_host)
+  return links.seconds(unit.kind, unit.operand_bytes, to, chip, unit.is_symmetric)
 
 
 def _group(unit: Collective, gpus_per_host: int) -> links.Group:

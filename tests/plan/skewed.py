@@ -22,7 +22,7 @@ import numpy as np
 
 from launch import config_file
 from moe_jax import config as config_lib
-from moe_jax.plan import calibration, load, simulate, skew
+from moe_jax.plan import calibration, load, protocols, simulate, skew
 from moe_jax.plan.hardware import Chip, Cluster
 from moe_jax.plan.machine import Machine
 from tests.balance import pinned
@@ -111,8 +111,7 @@ def calibrated(settings: config_lib.Config, found: list[dict]) -> Machine:
     inside_bytes_per_s=mean("sent_bytes_per_s"),
     between_bytes_per_s=mean("sent_bytes_per_s"),
     source="measured beside the steps",
-    inside_latency_s=mean("nothing_s"),
-    between_latency_s=mean("nothing_s"),
+    protocols=protocols.steps(mean("nothing_s")),
   )
   machine = Machine(Cluster(chip, 1, pinned.NUM_PROCESSES))
   phases = {

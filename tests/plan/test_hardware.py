@@ -14,7 +14,8 @@ def test_every_chip_is_ordered_as_hardware_is(chip):
   assert set(chip.peak_flops_per_s) <= set(config.DTYPES)
   assert chip.peak_flops_per_s["bfloat16"] == max(chip.peak_flops_per_s.values())
   assert chip.memory_bytes_per_s > chip.inside_bytes_per_s > chip.between_bytes_per_s
-  assert 0 < chip.inside_latency_s < chip.between_latency_s
+  for each in (*chip.protocols.ring, *chip.protocols.tree):
+    assert 0 < each.inside_s < each.between_s <= each.alone_s and 0 < each.fraction <= 1
   assert 0 < chip.compute_fraction <= 1 and 0 < chip.memory_fraction <= 1
 
 

@@ -54,19 +54,71 @@ def test_a_permutation_between_hosts():
   same = Collective("c", "other", "collective-permute", True, 500_000, pairs, False)
   found = links.seconds("collective-permute", 500_000, links.Group(2, 2, 1), CHIPS["h100"])
   assert found == pytest.approx(timing.collective_seconds(same, CHIPS["h100"], 4))
-  # 500 kB at 50 GB/s take 10 us: with protocol Simple 14 us later, 24 us; with LL, which sends as
-  # many flags as bytes, 20 us and 2.7 us of latency.
-  assert found == pytest.approx(20e-6 + 2.7e-6)
+  # 500 kB at 50 GB/s take 10 us, after 8.4 us to begin and 14 us of a step.
+  assert found == pytest.approx(32.4e-6)
+  # 10 kB go by LL, which sends as many flags as bytes: 6.6 + 2.7 us and 0.4, or 0.49 at 20.4 GB/s
+  # of many hosts.
+  small = lambda hosts: links.seconds(
+    "collective-permute", 10_000, links.Group(hosts, hosts, 1), CHIPS["h100"]
+  )
+  assert small(2) == pytest.approx(9.3e-6 + 0.4e-6)
+  assert small(3) == pytest.approx(9.3e-6 + 1e4 / 20.4e9)
+
+
+@pytest.mark.parametrize(
+  ("megabytes", "expected_us"),
+  [
+    # Each of four GPUs sends three times what it has; 450 GB/s, with LL 141 and LL128 92%.
+    (0.1, 6.6 + 3 * 0.6 + 0.3e6 / 141e3),  # LL
+    (1.0, 8.4 + 3 * 3.4 + 3e6 / 450e3),  # Simple
+    (0.8, 8.4 + 3 * 3.4 + 2.4e6 / 450e3),  # LL128: 14 + 3 x 1.9 + 5.8, longer
+  ],
+)
+def test_a_gather_inside_a_host_takes_the_fastest_protocol(megabytes, expected_us):
+  to = links.Group(4, 1, 4)
+  found = links.seconds("all-gather", megabytes * 1e6, to, CHIPS["h100"])
+  assert found == pytest.approx(expected_us * 1e-6)
+
+
+def test_a_tree_is_slower_for_some_sizes():
+  """All-reduce of 512 kB = 64 B x 2^13 over 16 hosts of one GPU: with LL128 14 + 2 x 4 x 8.5 us,
+  and twice the bytes at 50 GB/s x 0.92 x 120/128 x 0.6."""
+  to = links.Group(16, 16, 1)
+  found = links.seconds("all-reduce", 64 * 2**13, to, CHIPS["h100"])
+  wire_us = 2 * 64 * 2**13 / (50e3 * 0.92 * 120 / 128 * 0.6)
+  assert found == pytest.approx((14 + 8 * 8.5 + wire_us) * 1e-6)
+
+
+def test_registered_memory_shortens_what_stays_inside_a_host():
+  """NCCL's kernels for it: 7.8 us and softplus of the bytes' time less 1 us, at 343.6 GB/s; of few
+  bytes 4.5 us, nine times as many bytes."""
+  inside, across = links.Group(4, 1, 4), links.Group(8, 2, 4)
+  take = lambda kind, operand_bytes, to: [
+    links.seconds(kind, operand_bytes, to, CHIPS["h100"], is_symmetric) * 1e6
+    for is_symmetric in (False, True)
+  ]
+  soft = lambda wire_us: math.log1p(math.exp(wire_us - 1))
+  bytes_per_us = 320 * 2**30 / 1e6
+  for kind, operand_bytes in (("all-gather", 5e5), ("reduce-scatter", 2e6)):
+    plain, registered = take(kind, operand_bytes, inside)
+    assert registered == pytest.approx(7.8 + soft(1.5e6 / bytes_per_us))
+    assert registered < 0.6 * plain
+  assert take("all-reduce", 4, inside)[1] == pytest.approx(4.5 + soft(0), abs=1e-3)
+  assert take("all-gather", 5e5, across)[0] == take("all-gather", 5e5, across)[1]
+  assert take("all-to-all", 5e5, inside)[0] == take("all-to-all", 5e5, inside)[1]
+  plain, registered = take("all-gather", 1e8, inside)
+  assert plain == registered  # a ring reaches more of the link
 
 
 def test_hierarchical_all_reduce_sends_a_share_between_hosts():
   """128 GPUs on 16 hosts: 1 GB takes a ring of one adapter 2 x 15/16 x 1 GB / 50 GB/s = 37.5 ms;
   with 8 adapters each an eighth of that, and 2 x 7/8 x 1 GB / 450 GB/s inside."""
   to = links.Group(128, 16, 8)
-  found = links.ALGORITHMS["hierarchical"]("all-reduce", 1e9, to, CHIPS["h100"])
+  found = links.hierarchical_all_reduce(1e9, to, CHIPS["h100"])
   wire_s = 0.0375 / 8 + 2 * 7 / 8 * 1e9 / 450e9
-  steps_s = 2 * 7 * 3.4e-6 + 2 * math.log2(16) * 14e-6
-  assert found == pytest.approx(wire_s + steps_s, rel=0.01)
+  inside_s = 2 * (8.4e-6 + 7 * 3.4e-6)
+  between_s = 1.4 * (8.4e-6 + 2 * 15 * 14e-6)
+  assert found == pytest.approx(wire_s + inside_s + between_s, rel=1e-3)
 
 
 def test_one_device_sends_nothing():

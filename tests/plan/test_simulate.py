@@ -15,6 +15,7 @@ from moe_jax.plan import (
   machine,
   memory,
   program,
+  protocols,
   simulate,
   skew,
   steps,
@@ -26,11 +27,11 @@ from moe_jax.plan.hardware import CHIPS, Cluster
 from tests import runs
 
 # 1 TFLOP/s (TensorFloat-32 runs at half of bfloat16's rate), 1 TB/s of memory, links of 1 GB/s
-# without latency: a byte takes 1 ns on a link, and NCCL's other protocol is never faster.
+# without latency: a byte takes 1 ns on a link.
 ROUND = dataclasses.replace(
   CHIPS["h100"],
   name="round", peak_flops_per_s={"bfloat16": 2e12, "float32": 1e12}, memory_bytes_per_s=1e30,
-  inside_bytes_per_s=1e9, between_bytes_per_s=1e9, inside_latency_s=0.0, between_latency_s=0.0,
+  inside_bytes_per_s=1e9, between_bytes_per_s=1e9, protocols=protocols.steps(0.0),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Four devices, expert 2 x tensor 2, two on a host. Three times: an all-to-all bet
 matrix product, then a second product, then an all-reduce inside the host that nothing hides.
 """
 
+from moe_jax.plan import protocols
 from moe_jax.plan.hardware import Chip
 
 MESH = {"stage": 1, "expert": 2, "tensor": 2}
@@ -19,8 +20,7 @@ CHIP = Chip(
   inside_bytes_per_s=1e9,
   between_bytes_per_s=1e8,
   source="round numbers",
-  inside_latency_s=0.0,
-  between_latency_s=0.0,
+  protocols=protocols.steps(0.0),
 )
 
 GEMM_S = 2e9 / 1e12  # 2 x 1000^3 operations

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from moe_jax.plan import protocols
 from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import figures, groups, picture, program, timing, work, workload
@@ -250,7 +251,7 @@ ALL = "replica_groups={{0,1,2,3,4,5,6,7}}"
   ],
 )
 def test_seconds_of_bytes(kind, gpus_per_host, expected_s):
-  chip = dataclasses.replace(CHIPS["h100"], inside_latency_s=0.0, between_latency_s=0.0)
+  chip = dataclasses.replace(CHIPS["h100"], protocols=protocols.steps(0.0))
   mesh = {"stage": 1, "expert": 1, "tensor": 8}
   unit = Collective("c", "combine", kind, True, 8_000_000, groups.parse(ALL, mesh), False)
   found = timing.collective_seconds(unit, chip, gpus_per_host)
@@ -264,9 +265,13 @@ def test_latency_counts_the_steps_of_the_fastest_algorithm():
     CHIPS["h100"],
     gpus_per_host,
   )
-  assert found("all-gather", 8) == pytest.approx(7 * 0.6e-6)
-  assert found("all-reduce", 8) == pytest.approx(14 * 0.6e-6)
-  assert found("all-to-all", 8) == pytest.approx(0.6e-6)
+  # To begin takes 6.6 us, a tree 6.8; between hosts a step inside takes 1 us of posting.
+  assert found("all-gather", 8) == pytest.approx((6.6 + 7 * 0.6) * 1e-6)
+  assert found("all-reduce", 8) == pytest.approx(min(6.6 + 14 * 0.6, 6.8 + 14 * 0.6) * 1e-6)
+  assert found("all-to-all", 8) == pytest.approx((6.6 + 0.6) * 1e-6)
   # A tree over 4 hosts has 2 x 2 steps of 5 us, a ring 2 x 3 of 2.7 us; inside, 2 x 1 and 2 x 4.
-  ring, tree = 6 * 2.7e-6 + 8 * 0.6e-6, 4 * 5e-6 + 2 * 0.6e-6
-  assert found("all-reduce", 2) == pytest.approx(min(ring, tree))
+  ring, tree = 6.6 + 6 * 2.7 + 8 * 1.0, 6.8 + 4 * 5 + 2 * 0.6
+  assert found("all-reduce", 2) == pytest.approx(min(ring, tree) * 1e-6)
+  # Hosts of one GPU: by a tree 6.8 + 2 x 3 x 5 us, gathered in 8 + 3 x 14 / 3.5 + 8 x 2.8.
+  assert found("all-reduce", 1) == pytest.approx(36.8e-6)
+  assert found("all-gather", 1) == pytest.approx(min(6.6 + 7 * 5, 8 + 12 + 22.4) * 1e-6)
