@@ -4,7 +4,9 @@ Called by `launch.flags.run` before a program's own code. It must not know confi
 """
 
 import glob
+import importlib.metadata
 import os
+import re
 import sys
 
 # An unknown XLA flag aborts the process, so every flag stands here and a test starts one with each.
@@ -49,18 +51,26 @@ _DEVICE_COUNT = "xla_force_host_platform_device_count"
 # How many GPUs share a host: XLA takes the time of collectives from it, and where nothing is said
 # counts on 8.
 _GPUS_PER_HOST = "xla_gpu_analytical_latency_estimator_options"
+# Memory that the GPUs of a host register with each other, for kernels of NCCL that begin sooner.
+SYMMETRIC_MEMORY = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
+# Before it such a kernel could read what the one before had not yet written (sgl-project/sglang
+# #37768 measured wrong results under CUDA graphs), for which XLA leaves them off.
+_LEAST_NCCL = (2, 30, 7)
 
 
-def live_devices(scheduling_profile: str = "") -> None:
+def live_devices(scheduling_profile: str = "", symmetric_memory: bool = False) -> None:
   """Sets the flags of XLA_FLAGS for the devices that jax will find; those the user set stay.
 
   Args:
     scheduling_profile: a file that `launch.rehearse --profile` wrote, by which XLA schedules
       programs for GPUs.
+    symmetric_memory: whether the GPUs of a host register what they send with each other.
 
   Raises:
-    ValueError: there is no such file.
+    ValueError: there is no such file, or NCCL is too old for such memory.
   """
+  if symmetric_memory:
+    _check_nccl()
   by_profile = {}
   if scheduling_profile:
     if not os.path.isfile(scheduling_profile):
@@ -70,22 +80,24 @@ def live_devices(scheduling_profile: str = "") -> None:
       )
     by_profile = {"xla_gpu_pgle_profile_file_or_directory_path": scheduling_profile}
   gpus = len(glob.glob("/dev/nvidia[0-9]*"))
-  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"], **_sharing_a_host(gpus), **by_profile})
+  sharing = _sharing_a_host(gpus) | _symmetric(symmetric_memory)
+  _set_xla_flags({**XLA_FLAGS["cpu"], **XLA_FLAGS["gpu"], **sharing, **by_profile})
 
 
-def described_devices(pod: str) -> None:
+def described_devices(pod: str, symmetric_memory: bool = False) -> None:
   """Sets the flags for devices that exist on paper only, and keeps jax from looking for live ones.
 
   Call before jax is imported.
 
   Args:
     pod: to compile for, as `rehearse.pod.describe` takes it.
+    symmetric_memory: as of `live_devices`.
   """
   os.environ["JAX_PLATFORMS"] = "cpu"
   # XLA warns of each kernel that a scheduling profile does not name.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   gpus = pod.rpartition("x")[2]
-  sharing = _sharing_a_host(int(gpus) if gpus.isdecimal() else 0)
+  sharing = _sharing_a_host(int(gpus) if gpus.isdecimal() else 0) | _symmetric(symmetric_memory)
   _set_xla_flags({**XLA_FLAGS["gpu"], **XLA_FLAGS["described"], **sharing})
 
 
@@ -140,6 +152,30 @@ def keep_freed_memory(num_devices: int) -> None:
 
 def _sharing_a_host(gpus: int) -> dict[str, str]:
   return {_GPUS_PER_HOST: f"gpus_per_node={gpus}"} if gpus else {}
+
+
+def _symmetric(is_symmetric: bool) -> dict[str, str]:
+  return {SYMMETRIC_MEMORY: "true"} if is_symmetric else {}
+
+
+def _check_nccl() -> None:
+  """Refuses an NCCL whose kernels for registered memory are not right."""
+  least = ".".join(map(str, _LEAST_NCCL))
+  for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+    try:
+      found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < _LEAST_NCCL:
+      raise ValueError(
+        f"--symmetric_memory needs NCCL {least} or newer, for older ones computed wrong sums; found"
+        f" {package} {found}; run: pip install '{package}>={least}'"
+      )
+    return
+  raise ValueError(
+    f"--symmetric_memory needs NCCL {least} or newer, and no package of it is installed; run: pip"
+    f" install 'nvidia-nccl-cu13>={least}', or leave the flag out"
+  )
 
 
 def _set_xla_flags(value_by_name: dict[str, str], replace: tuple[str, ...] = ()) -> None:

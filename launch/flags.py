@@ -54,8 +54,8 @@ def run(
     main: called with the frozen Config, or with nothing where `config` is False.
     config: whether the program takes `--config=FILE` and `--config.section.field=value`.
     default_config: the file that absence of `--config` means; None makes the flag required.
-    devices: whether the program computes: adds `--virtual_devices` and `--scheduling_profile`, and
-      sets XLA's flags.
+    devices: whether the program computes: adds `--virtual_devices`, `--scheduling_profile` and
+      `--symmetric_memory`, and sets XLA's flags.
   """
   if devices:
     flags.DEFINE_integer(
@@ -63,6 +63,12 @@ def run(
     )
     flags.DEFINE_string(
       "scheduling_profile", "", "file of launch.rehearse --profile, by which XLA schedules for GPUs"
+    )
+    flags.DEFINE_boolean(
+      "symmetric_memory",
+      False,
+      "let GPUs of a host register memory with each other, which shortens short collectives; needs"
+      " NCCL 2.30.7 or newer",
     )
   argv = sys.argv
   if help_text.is_asked(argv):
@@ -76,7 +82,7 @@ def run(
       environment.keep_freed_memory(FLAGS.virtual_devices)
       environment.virtual_devices(FLAGS.virtual_devices)
     elif devices:
-      environment.live_devices(FLAGS.scheduling_profile)
+      environment.live_devices(FLAGS.scheduling_profile, FLAGS.symmetric_memory)
     code = main(*arguments)
   except KeyboardInterrupt:
     code = _report("interrupted", INTERRUPTED)

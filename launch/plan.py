@@ -64,6 +64,9 @@ _CALIBRATION = flags.DEFINE_string(
 _TIED = flags.DEFINE_boolean(
   "tied", True, "Whether a tick's forward and backward layers run beside each other."
 )
+_SYMMETRIC_MEMORY = flags.DEFINE_boolean(
+  "symmetric_memory", False, "Plan as launch.train --symmetric_memory sends inside hosts."
+)
 _JSON = flags.DEFINE_string("json", None, "Also write all figures here.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the best config, the graph and the timeline.")
 _MISSED = 1
@@ -74,6 +77,7 @@ def main(settings: config_lib.Config) -> int:
   progress = lambda what: print(f"[{time.perf_counter() - begin:5.1f} s] {what}", file=sys.stderr)
   gpus = settings.mesh.num_devices
   cluster = hardware.cluster(_CLUSTER.value) if _CLUSTER.value else _default_cluster(gpus)
+  cluster = dataclasses.replace(cluster, symmetric_memory=_SYMMETRIC_MEMORY.value)
   reached = _calibration(settings)
   loads = _load(settings)
   if cluster.num_gpus == gpus:
@@ -138,7 +142,8 @@ def _calibration(settings: config_lib.Config) -> calibration.Calibration:
   except json.JSONDecodeError as error:
     raise ValueError(f"--calibration={path} is not JSON: {error}") from error
   try:
-    step, mapping, pod = report["workload"]["step"], report["config"], report["pod"]["name"]
+    step, mapping, pod = report["workload"]["step"], report["config"], report["pod"]
+    pod_name, is_symmetric = pod["name"], pod.get("symmetric_memory", False)
     found = {name: dict(report["prediction"][name]) for name in calibration.FITTED}
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
@@ -150,7 +155,7 @@ def _calibration(settings: config_lib.Config) -> calibration.Calibration:
       f"--calibration={path} is of --step={step}, and what is fitted is a step of training; write"
       " it with --step=train"
     )
-  machine = Machine(hardware.cluster(pod))
+  machine = Machine(dataclasses.replace(hardware.cluster(pod_name), symmetric_memory=is_symmetric))
   rehearsed = config_lib.from_mapping(mapping)
   predicted = simulate.train(rehearsed, machine, _TIED.value)._asdict()
   return calibration.fit(predicted, found, f"rehearsal {path}")

@@ -40,11 +40,14 @@ _PROFILE = flags.DEFINE_string(
   "Also write here the profile that the program was scheduled by; launch.train takes it as"
   " --scheduling_profile.",
 )
+_SYMMETRIC_MEMORY = flags.DEFINE_boolean(
+  "symmetric_memory", False, "Compile as launch.train --symmetric_memory does."
+)
 _DOES_NOT_FIT = 1
 
 
 def main(config) -> int:
-  environment.described_devices(_POD.value)
+  environment.described_devices(_POD.value, _SYMMETRIC_MEMORY.value)
   # jax takes seconds to import, which a mistyped flag need not wait for.
   from moe_jax.rehearse import memory, picture, pod, report, slice_report, slices, text
 

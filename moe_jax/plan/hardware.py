@@ -192,11 +192,13 @@ class Cluster:
     chip: what one GPU and its links can do.
     hosts: how many.
     gpus_per_host: on each.
+    symmetric_memory: whether GPUs of a host register with each other what they send.
   """
 
   chip: Chip
   hosts: int
   gpus_per_host: int
+  symmetric_memory: bool = False
 
   @property
   def num_gpus(self) -> int:
@@ -210,7 +212,8 @@ class Cluster:
   def of(self, num_gpus: int) -> "Cluster":
     """Returns hosts of the same kind with `num_gpus` GPUs in all, the last host's rest included."""
     gpus_per_host = min(self.gpus_per_host, num_gpus)
-    return Cluster(self.chip, -(-num_gpus // gpus_per_host), gpus_per_host)
+    hosts = -(-num_gpus // gpus_per_host)
+    return dataclasses.replace(self, hosts=hosts, gpus_per_host=gpus_per_host)
 
 
 def cluster(text: str) -> Cluster:

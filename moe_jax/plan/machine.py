@@ -66,8 +66,8 @@ def seconds(step: Step, settings: Config, machine: Machine) -> float:
     launches = step.kernels * calibration.launch_s
     return (roofline + launches) * calibration.compute_factor(step.phase)
   to = wires(step, settings, machine)
-  factor = calibration.link_factor(to.link)
-  return factor * links.seconds(step.kind, step.operand_bytes, to, chip)
+  alone_s = links.seconds(step.kind, step.operand_bytes, to, chip, machine.cluster.symmetric_memory)
+  return calibration.link_factor(to.link) * alone_s
 
 
 def wires(step: Step, settings: Config, machine: Machine) -> links.Group:

@@ -90,6 +90,11 @@ def exposure(rows: list[dict], compute_s: float) -> dict:
   return {**found, **by_axis}
 
 
+def is_symmetric(run: Run) -> bool:
+  """Says whether collectives send from memory that their GPUs registered with each other."""
+  return any(unit.is_symmetric for unit, _ in _of_kind(run, Collective))
+
+
 def is_of_layers(phase: str) -> bool:
   """Says whether a collective of that phase is one that every layer has."""
   return not _OF_LAYERS.isdisjoint(phase.split("+"))

@@ -81,6 +81,7 @@ def make(
       "gpus": len(pod.devices),
       "unit": "GPU",
       "memory_bytes": pod.chip.memory_bytes,
+      "symmetric_memory": figures.is_symmetric(best.run),
     },
     "workload": workloads.as_dict(workload),
     "binding": figures.binding(parts["compiled"]["prediction"]),

@@ -47,6 +47,7 @@ def _communication(report) -> Iterable[str]:
   yield (
     f"COMMUNICATION, one {report['pod']['unit']} and step, on {report['prediction']['chip']}"
     + (", ms at least" if "not_read" in report["exposure"] else "")
+    + (", memory registered inside hosts" if report["pod"].get("symmetric_memory") else "")
   )
   yield (
     f"  {'link':<9}{'axis':<20}{'kind':<20}{'phase':<18}{'':<6}{'count':>6}{'MB':>10}{'ms':>9}"

@@ -1,5 +1,6 @@
 """Each XLA flag of the table starts a process; devices are set in time or refused."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -78,6 +79,34 @@ def test_xla_is_told_how_many_gpus_share_a_host(monkeypatch):
   environment.live_devices()
   assert option in os.environ["XLA_FLAGS"].split()
   assert run(COMPUTE, XLA_FLAGS=option, JAX_PLATFORMS="cpu").returncode == 0
+
+
+def test_registered_memory_is_asked_for_where_nccl_is_right(monkeypatch):
+  option = f"--{environment.SYMMETRIC_MEMORY}=true"
+  installed = {"nvidia-nccl-cu13": "2.32.3"}
+
+  def version(package):
+    if package not in installed:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return installed[package]
+
+  monkeypatch.setattr("importlib.metadata.version", version)
+  monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
+  for go in (
+    environment.live_devices,
+    lambda **asked: environment.described_devices("h100:1x4", **asked),
+  ):
+    for asked in (False, True):
+      monkeypatch.setenv("XLA_FLAGS", "")
+      go(symmetric_memory=asked)
+      assert (option in os.environ["XLA_FLAGS"].split()) == asked
+  assert run(COMPUTE, XLA_FLAGS=option, JAX_PLATFORMS="cpu").returncode == 0
+  installed["nvidia-nccl-cu13"] = "2.29.7"
+  with pytest.raises(ValueError, match=r"found nvidia-nccl-cu13 2\.29\.7; run: pip install '"):
+    environment.live_devices(symmetric_memory=True)
+  installed.clear()
+  with pytest.raises(ValueError, match="no package of it is installed"):
+    environment.live_devices(symmetric_memory=True)
 
 
 def test_no_devices_is_refused():

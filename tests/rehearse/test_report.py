@@ -28,16 +28,18 @@ def rehearse(root, *words, config="tiny"):
   )  # fmt: skip
 
 
+# More work than tiny has, so that what formulas leave out is small beside it.
+BIGGER = [
+  "--config.model.d_model=128", "--config.model.expert_hidden=128", "--config.model.vocab=512",
+  "--config.model.head_dim=16", "--config.train.sequence=64", "--config.model.dtype=bfloat16",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def done(pytestconfig, tmp_path_factory):
   path = tmp_path_factory.mktemp("report") / "report.json"
-  # More work than tiny has, so that what formulas leave out is small beside it.
-  bigger = [
-    "--config.model.d_model=128", "--config.model.expert_hidden=128", "--config.model.vocab=512",
-    "--config.model.head_dim=16", "--config.train.sequence=64", "--config.model.dtype=bfloat16",
-  ]  # fmt: skip
   files = [f"--json={path}", f"--picture={path.with_name('tick.html')}"]
-  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *files, *bigger)
+  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *files, *BIGGER)
   assert finished.returncode == 0, finished.stderr
   trace = json.loads(path.with_name("tick.trace.json").read_text())
   return finished, json.loads(path.read_text()), path.with_name("tick.html").read_text(), trace
@@ -64,7 +66,7 @@ def test_the_report_has_the_documented_keys(done):
 @pytest.mark.slow
 def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
   path = tmp_path / "report.json"
-  words = ["--pod=h100:16x4", f"--json={path}"]
+  words = ["--pod=h100:16x4", "--symmetric_memory", f"--json={path}"]
   finished = rehearse(pytestconfig.rootpath, *words, config="pod64")
   assert finished.returncode == 0, finished.stderr
   found = json.loads(path.read_text())
@@ -80,6 +82,30 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
   sent = sum(r["bytes_per_gpu"] for r in found["collectives"] if (r["kind"], r["axis"]) == gathers)
   expected = planned.operand_bytes * (settings.mesh.expert - 1)
   assert sent == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+def test_registered_memory_is_read_off_the_program(done, pytestconfig, tmp_path):
+  """The same collectives; those inside hosts that gather and sum may take less, and no others."""
+  path = tmp_path / "report.json"
+  words = ["--pod=h100:2x4", "--symmetric_memory", f"--json={path}", *BIGGER]
+  finished = rehearse(pytestconfig.rootpath, *words)
+  assert finished.returncode == 0, finished.stderr
+  assert "memory registered inside hosts" in finished.stdout
+  _, plain, _, _ = done
+  registered = json.loads(path.read_text())
+  assert registered["pod"]["symmetric_memory"] and not plain["pod"]["symmetric_memory"]
+  keys = ("kind", "axis", "phase", "link", "is_backward", "count", "bytes_per_gpu")
+  alike = lambda report: {
+    tuple(row[k] for k in keys): row["seconds"] for row in report["collectives"]
+  }
+  before, after = alike(plain), alike(registered)
+  assert set(before) == set(after)
+  may = {row for row in after if row[keys.index("link")] == "inside" and row[0] != "all-to-all"}
+  # Not all: a ring of two begins sooner than the kernel for more than a few bytes.
+  shorter = {row for row in after if after[row] < before[row]}
+  assert {row for row in may if "tensor" in row[1]} <= shorter <= may
+  assert {row for row in after if after[row] != before[row]} == shorter
 
 
 @pytest.mark.slow
