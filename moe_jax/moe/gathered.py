@@ -123,14 +123,14 @@ def back(
   """Returns `y_tD`, the weighted sum of what each token's experts made of it.
 
   Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; all-gather over `expert`,
-  (X - 1) * tensor * t * K elements; reduce-scatter over `expert`, (X - 1) * tensor * t * D
-  elements; reduce-scatter over `tensor`, (tensor - 1) * t * D elements.
+  (X - 1) * tensor * t * K elements; all-to-all over `expert`, (X - 1) * tensor * t * D elements;
+  reduce-scatter over `tensor`, (tensor - 1) * t * D elements.
   """
   del round_id
   serves_MKe = _serves(setting, plan.places).astype(weights_TK.dtype)
   weight_Me = jnp.einsum("mk,mke->me", _gather(weights_TK), serves_MKe)
   y_MD = jnp.einsum("me,emd->md", weight_Me, residual(rows_eMD).astype(weights_TK.dtype))
-  y_tD = collectives.reduce_scatter(y_MD, EXPERT, 0)
+  y_tD = collectives.reduce_scatter_few(y_MD, EXPERT)
   return collectives.reduce_scatter(y_tD, TENSOR, 0).astype(rows_eMD.dtype)
 
 

@@ -88,6 +88,20 @@ def reduce_scatter(x, axis_name: str, dimension: int):
   return jax.lax.psum_scatter(x, axis_name, scatter_dimension=dimension, tiled=True)
 
 
+def reduce_scatter_few(x, axis_name: str):
+  """Returns this device's piece, along the first dimension, of the sum over `axis_name`, of so few
+  bytes that mostly latency counts.
+
+  A direct message to each device, where a ring passes through n - 1 of them: 16 us against 45 us of
+  128 kB over 8 hosts by NCCL's own formulas.
+
+  Communication: all-to-all over `axis_name`, (n - 1) / n * x.size elements.
+  """
+  num_devices = jax.lax.axis_size(axis_name)
+  x_n = x.reshape(num_devices, -1, *x.shape[1:])
+  return exchange(x_n, axis_name).sum(0, dtype=x.dtype)
+
+
 def exchange(x_n, axis_name: str):
   """Returns what every device along `axis_name` addressed to this one: row i comes from device i.
 
@@ -205,8 +219,8 @@ _EXCHANGE_FILLED = {"cuda": _exchange_ragged, "default": _exchange_all}
 def sum_small(x, axis_names: tuple[str, ...]):
   """Returns the sum of `x` over the axes, of an array so small that only latency counts.
 
-  One direct message to each device along each axis, where the all-reduce of a ring passes through
-  2 * (n - 1) of them: 5 us against 33 us over 8 hosts x 4 GPUs by NCCL's own formulas.
+  One direct message to each device along each axis, where an all-reduce goes from one to the next:
+  24 us against 40 us over 8 hosts x 4 GPUs by NCCL's own formulas.
 
   Communication: all-to-all over each axis, (n - 1) * x.size elements.
   """

@@ -199,7 +199,7 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
          num_bytes=rows * (3 * model.d_model + 4 * f) + weights, kernels=4 * e),
     *gather("send weights", "combine", choices),
     Step("combine", "combine", num_bytes=2 * rows * model.d_model, kernels=3),
-    Step("sum between", "combine", "reduce-scatter", axes=("expert",),
+    Step("sum between", "combine", "all-to-all", axes=("expert",),
          operand_bytes=sum_x * everyone),
     Step("sum inside", "combine", "reduce-scatter", axes=("tensor",),
          operand_bytes=sum_x * mesh.tensor),

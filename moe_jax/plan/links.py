@@ -180,14 +180,16 @@ def _pat(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[flo
 
 
 def _direct(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:
-  """All-to-all or permutation: each sends to each at once."""
+  """All-to-all or permutation: each sends to each at once, a message posted after the other."""
   message = operand_bytes / (1 if kind == "collective-permute" else to.size)
   is_small = message <= chip.protocols.small_bytes
   protocol = chip.protocols.small_direct if is_small else chip.protocols.direct
   latency_s = protocol.base_s + (protocol.between_s if to.num_hosts > 1 else protocol.inside_s)
   sent = bytes_sent(kind, operand_bytes, to.size)
   wire_s = _wire_seconds(kind, operand_bytes, to, chip)
-  yield latency_s + _at_rate(protocol, sent, wire_s, to, chip)
+  leaving = 1 if kind == "collective-permute" else to.size - to.per_host
+  posting_s = leaving * protocol.posting_s if to.num_hosts > 1 else 0.0
+  yield latency_s + max(_at_rate(protocol, sent, wire_s, to, chip), posting_s)
 
 
 def _symmetric(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterator[float]:

@@ -22,7 +22,8 @@ class Protocol(NamedTuple):
     inside_s: of a step from GPU to GPU inside a host.
     between_s: of a step from host to host.
     alone_s: of a step from host to host where each brings one GPU, so that nothing hides it.
-    posting_s: what a step inside takes at least while others of the collective leave the host.
+    posting_s: of a message that leaves the host: a ring's steps inside take at least as long while
+      others leave, and direct messages are posted one after the other.
     fraction: of the links' bandwidth.
     is_low_latency: whether it sends a flag with each word, which limits its bandwidth further.
     by_size: of its bandwidth, for messages from 64 B on, each twice as large as the one before; 1

@@ -56,13 +56,14 @@ def test_a_permutation_between_hosts():
   assert found == pytest.approx(timing.collective_seconds(same, CHIPS["h100"], 4))
   # 500 kB at 50 GB/s take 10 us, after 8.4 us to begin and 14 us of a step.
   assert found == pytest.approx(32.4e-6)
-  # 10 kB go by LL, which sends as many flags as bytes: 6.6 + 2.7 us and 0.4, or 0.49 at 20.4 GB/s
-  # of many hosts.
-  small = lambda hosts: links.seconds(
-    "collective-permute", 10_000, links.Group(hosts, hosts, 1), CHIPS["h100"]
+  # 30 kB go by Simple too, 16 kB by LL, which sends as many flags as bytes: 6.6 + 2.7 us and 0.66,
+  # or 0.8 at 20.4 GB/s of many hosts; but the message takes 1 us to post, each of seven one.
+  small = lambda kind, kilobytes, hosts: links.seconds(
+    kind, kilobytes * 1024, links.Group(hosts, hosts, 1), CHIPS["h100"]
   )
-  assert small(2) == pytest.approx(9.3e-6 + 0.4e-6)
-  assert small(3) == pytest.approx(9.3e-6 + 1e4 / 20.4e9)
+  assert small("collective-permute", 32, 2) == pytest.approx(22.4e-6 + 3e-6)
+  assert small("collective-permute", 16, 2) == pytest.approx(9.3e-6 + 1e-6)
+  assert small("all-to-all", 8 * 16, 8) == pytest.approx(9.3e-6 + 7e-6)
 
 
 @pytest.mark.parametrize(
