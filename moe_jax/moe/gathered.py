@@ -1,7 +1,7 @@
 """Dispatch for few tokens: all of them travel to every device, which computes its own experts.
 
-No rows, no sorting, no rounds: two messages there and back, whatever the routing, where the
-exchanges of the others send padded buffers. It pays while the experts' time is that of reading
+No rows, no sorting, no rounds: a message to each device and one back, whatever the routing, where
+the exchanges of the others send padded buffers. It pays while the experts' time is that of reading
 their weights (`few_tokens.is_cheaper`). An expert that no token chose is not computed, and its
 weights are not read, where that is likely.
 
@@ -29,26 +29,33 @@ _FEW = 4
 
 
 class _Arrived(NamedTuple):
-  """Every token, and who chose each of this device's experts; None where surely all are chosen."""
+  """Every token, what it chose, and who chose each of this device's experts; None where surely all
+  are chosen.
+  """
 
   x_MD: jax.Array
+  experts_MK: jax.Array
+  weights_MK: jax.Array
   chose_eM: jax.Array | None
 
 
-def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
-  """Returns the plan: every assignment served as the router chose.
+class _Made(NamedTuple):
+  """What experts made of every token, and how it weighs them."""
 
-  Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; then all-gather over
-  `expert`, (X - 1) * tensor * t * K elements.
-  """
+  rows_eMD: jax.Array
+  experts_MK: jax.Array
+  weights_MK: jax.Array
+
+
+def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
+  """Returns the plan: every assignment served as the router chose."""
   del ranking_tE
   num_rows = setting.num_experts * setting.num_tokens
   # A step of the layer may end at the gather: what crosses it is typed as different on all devices.
   nothing_TK = collectives.varying_like(
     jnp.zeros(routing.experts_TK.shape, bool), routing.experts_TK
   )
-  experts_MK = _gather(routing.experts_TK)
-  return plans.make(setting, routing.experts_TK, nothing_TK, num_rows, 1, experts_MK)
+  return plans.make(setting, routing.experts_TK, nothing_TK, num_rows, 1, routing)
 
 
 def most_rounds(setting: Setting) -> int:
@@ -58,25 +65,25 @@ def most_rounds(setting: Setting) -> int:
 
 
 def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | int) -> _Arrived:
-  """Returns the tokens of all devices.
+  """Returns the tokens of all devices, their choices and those choices' weights.
 
-  Communication: all-gather over `tensor`, (tensor - 1) * t * D elements; then all-gather over
-  `expert`, (X - 1) * tensor * t * D elements.
+  Communication: all-gather over `tensor`, (tensor - 1) * t * (D + 2 * K) elements; then all-to-all
+  over `expert`, (X - 1) * tensor * t * (D + 2 * K) elements, each of four bytes as two of two.
   """
   del round_id
-  x_MD = _gather(x_tD)
-  if plan.places.size >= _FULL_LOAD * setting.num_experts:
-    return _Arrived(x_MD, None)
-  return _Arrived(x_MD, _serves(setting, plan.places).any(1).T)
+  x_MD, experts_MK, weights_MK = collectives.gather_few((x_tD, *plan.places), TENSOR, EXPERT)
+  is_full = experts_MK.size >= _FULL_LOAD * setting.num_experts
+  chose_eM = None if is_full else _serves(setting, experts_MK).any(1).T
+  return _Arrived(x_MD, experts_MK, weights_MK, chose_eM)
 
 
-def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> jax.Array:
-  """Returns this tensor rank's partial sums `rows_eMD`; zero for an expert that nobody chose."""
+def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> _Made:
+  """Returns this tensor rank's partial sums; zero for an expert that nobody chose."""
   del plan
   return compute_layer(jax.tree.map(lambda w: w[None], weights), 0, arrived)
 
 
-def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> jax.Array:
+def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> _Made:
   """Returns what `compute` makes of the weights of one layer, read out of the stack of all layers.
 
   Args:
@@ -84,9 +91,11 @@ def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> 
     layer: which of them.
   """
   if arrived.chose_eM is None:
-    rows_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.down_efD.shape[1], *arrived.x_MD.shape))
-    return swiglu(jax.tree.map(lambda w: w[layer], stack), rows_eMD)
-  return _chosen(stack, layer, arrived.x_MD, arrived.chose_eM)
+    x_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.down_efD.shape[1], *arrived.x_MD.shape))
+    rows_eMD = swiglu(jax.tree.map(lambda w: w[layer], stack), x_eMD)
+  else:
+    rows_eMD = _chosen(stack, layer, arrived.x_MD, arrived.chose_eM)
+  return _Made(rows_eMD, arrived.experts_MK, arrived.weights_MK)
 
 
 def _chosen(stack: Weights, layer: jax.Array | int, x_MD: jax.Array, chose_eM: jax.Array):
@@ -115,28 +124,38 @@ def _chosen(stack: Weights, layer: jax.Array | int, x_MD: jax.Array, chose_eM: j
 
 def back(
   setting: Setting,
-  rows_eMD: jax.Array,
+  made: _Made,
   weights_TK: jax.Array,
   plan: Plan,
   round_id: jax.Array | int,
 ) -> jax.Array:
   """Returns `y_tD`, the weighted sum of what each token's experts made of it.
 
-  Communication: all-gather over `tensor`, (tensor - 1) * t * K elements; all-gather over `expert`,
-  (X - 1) * tensor * t * K elements; all-to-all over `expert`, (X - 1) * tensor * t * D elements;
-  reduce-scatter over `tensor`, (tensor - 1) * t * D elements.
+  Communication: all-to-all over `expert`, (X - 1) * tensor * t * D elements; reduce-scatter over
+  `tensor`, (tensor - 1) * t * D elements.
   """
-  del round_id
-  serves_MKe = _serves(setting, plan.places).astype(weights_TK.dtype)
-  weight_Me = jnp.einsum("mk,mke->me", _gather(weights_TK), serves_MKe)
-  y_MD = jnp.einsum("me,emd->md", weight_Me, residual(rows_eMD).astype(weights_TK.dtype))
-  y_tD = collectives.reduce_scatter_few(y_MD, EXPERT)
-  return collectives.reduce_scatter(y_tD, TENSOR, 0).astype(rows_eMD.dtype)
+  del plan, round_id
+  serves_MKe = _serves(setting, made.experts_MK).astype(weights_TK.dtype)
+  weight_Me = jnp.einsum("mk,mke->me", _there(weights_TK, made.weights_MK), serves_MKe)
+  rows_eMD = residual(made.rows_eMD)
+  y_MD = jnp.einsum("me,emd->md", weight_Me, rows_eMD.astype(weights_TK.dtype))
+  return collectives.reduce_scatter_few(y_MD, TENSOR, EXPERT).astype(rows_eMD.dtype)
 
 
-def _gather(x_ti):
-  """Returns x of all devices, those of one `expert` rank together."""
-  return collectives.gather(collectives.gather(x_ti, TENSOR, 0), EXPERT, 0)
+@jax.custom_vjp
+def _there(weights_TK: jax.Array, weights_MK: jax.Array) -> jax.Array:
+  """Returns `weights_MK`, which are `weights_TK` of all devices and came with the tokens; what the
+  gradient asks of them goes home to `weights_TK`.
+  """
+  del weights_TK
+  return weights_MK
+
+
+def _there_backward(_, d_MK):
+  return collectives.reduce_scatter_few(d_MK, TENSOR, EXPERT), jnp.zeros_like(d_MK)
+
+
+_there.defvjp(lambda weights_TK, weights_MK: (weights_MK, None), _there_backward)
 
 
 def _serves(setting: Setting, experts_MK):

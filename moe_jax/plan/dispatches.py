@@ -178,26 +178,24 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   model, mesh = settings.model, settings.mesh
   x, sum_x = activation_bytes(settings, at), at.tokens * model.d_model * _FLOAT32
   choices, everyone = at.tokens * model.experts_per_token * _FLOAT32, mesh.expert * mesh.tensor
+  sent = x + 2 * choices  # which experts, and their weights
   f, e = model.expert_hidden // mesh.tensor, model.experts // mesh.expert
   tokens = at.tokens * everyone
   assignments = tokens * model.experts_per_token / model.experts
   chosen = e if assignments >= _FULL_LOAD else e * -math.expm1(-assignments)
   rows = chosen * tokens * at.dtype_bytes
   weights = 3 * chosen * model.d_model * f * at.dtype_bytes
-  gather = lambda name, phase, each: (
-    Step(f"{name} inside", phase, "all-gather", axes=("tensor",), operand_bytes=each),
-    Step(f"{name} between", phase, "all-gather", axes=("expert",),
-         operand_bytes=each * mesh.tensor),
-  )  # fmt: skip
   return (
     Step("route", "dispatch", flops=2.0 * at.tokens * model.d_model * model.experts,
          num_bytes=6 * x, kernels=12, is_float32=True),
     *_count(settings),
-    *gather("announce", "dispatch", choices),
-    *gather("send tokens", "dispatch", x),
+    Step("pack tokens", "dispatch", num_bytes=2 * sent, kernels=1),
+    Step("send tokens inside", "dispatch", "all-gather", axes=("tensor",), operand_bytes=sent,
+         integer_bytes=choices),
+    Step("send tokens between", "dispatch", "all-to-all", axes=("expert",),
+         operand_bytes=sent * everyone, integer_bytes=choices * everyone),
     Step("experts", "experts", flops=6.0 * chosen * tokens * model.d_model * f,
          num_bytes=rows * (3 * model.d_model + 4 * f) + weights, kernels=4 * e),
-    *gather("send weights", "combine", choices),
     Step("combine", "combine", num_bytes=2 * rows * model.d_model, kernels=3),
     Step("sum between", "combine", "all-to-all", axes=("expert",),
          operand_bytes=sum_x * everyone),

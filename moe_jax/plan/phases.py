@@ -235,7 +235,8 @@ def transpose(settings: Config, at: Sizes, step: Step) -> tuple[Step, ...]:
   if step.is_communication:
     n = group_size(settings, step)
     factor = {"all-gather": n, "reduce-scatter": 1 / n}.get(step.kind, 1)
-    changed |= {"kind": _TRANSPOSE[step.kind], "operand_bytes": step.operand_bytes * factor}
+    sent = step.operand_bytes - step.integer_bytes
+    changed |= {"kind": _TRANSPOSE[step.kind], "operand_bytes": sent * factor, "integer_bytes": 0.0}
     return (dataclasses.replace(step, **changed),)
   extra_flops, num_bytes, kernels = _BACKWARD[step.name](settings, at, step)
   return (
@@ -314,6 +315,7 @@ _BACKWARD = {
   "experts": _experts_back,
   "activate": _activate_back,
   "place rows": _nothing_back,
+  "pack tokens": _nothing_back,
   "route": _route_back,
   "fill rows": _fill_rows_back,
   "combine": _combine_back,

@@ -32,6 +32,7 @@ class Step:
     part: FORWARD, AGAIN or BACKWARD.
     axes: of a collective, outermost first.
     operand_bytes: of a collective: what this device puts in.
+    integer_bytes: of these those of integers, which have no gradient.
     flops: of matrix products.
     num_bytes: to and from memory.
     kernels: launched.
@@ -48,6 +49,7 @@ class Step:
   part: str = FORWARD
   axes: tuple[str, ...] = ()
   operand_bytes: float = 0.0
+  integer_bytes: float = 0.0
   flops: float = 0.0
   num_bytes: float = 0.0
   kernels: int = 0

@@ -46,10 +46,10 @@ def test_experts_of_a_layer_are_read_out_of_the_stack(num_tokens):
   chose_eM = random.permuted(np.arange(num_tokens) < num_chose_e[:, None], axis=1)
   is_full = num_tokens == 256
   x_MD = normal(num_tokens, 8)
-  arrived = gathered._Arrived(x_MD, None if is_full else jnp.asarray(chose_eM))
-  found = gathered.compute_layer(stack, jnp.int32(1), arrived)
+  arrived = gathered._Arrived(x_MD, None, None, None if is_full else jnp.asarray(chose_eM))
+  found = gathered.compute_layer(stack, jnp.int32(1), arrived).rows_eMD
   of_layer = jax.tree.map(lambda w: w[1], stack)
-  np.testing.assert_array_equal(found, gathered.compute(of_layer, None, arrived))
+  np.testing.assert_array_equal(found, gathered.compute(of_layer, None, arrived).rows_eMD)
   expected = swiglu(of_layer, jnp.broadcast_to(x_MD, (E, num_tokens, 8)))
   if is_full:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -83,6 +83,6 @@ def test_it_sends_what_it_declares(mesh):
   weights = Weights(struct(E, D, 2, F), struct(E, F, D))
   found = program.summary(program.collectives(run, *given, weights, mesh=on))
   sizes = {"X": X, "tensor": tensor, "t": t, "K": K, "D": D}
-  phases = (gathered.plan, gathered.send, gathered.back)
+  phases = (gathered.send, gathered.back)
   declared = [each for phase in phases for each in program.declared(phase, **sizes)]
   assert found == sorted(each for each in declared if each[2])

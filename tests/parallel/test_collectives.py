@@ -37,6 +37,37 @@ def test_gather_and_reduce_scatter_undo_each_other_four_times_over(axis, x):
   np.testing.assert_array_equal(joined, np.tile(expected, (4, 1)))
 
 
+@pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 8)])
+def test_few_are_gathered_in_one_message_bit_by_bit(mesh, x):
+  """Arrays of different widths, NaN and infinity among them; gradients of floats are summed."""
+  on = mesh_lib.make(config.Mesh(expert=mesh[0], tensor=mesh[1]))
+  every = P((EXPERT, TENSOR))
+  tree = {
+    "a": jnp.asarray(x, jnp.bfloat16).at[3, 1].set(jnp.nan),
+    "b": jnp.asarray(x.reshape(16, 2, 2)).at[5, 0, 0].set(-jnp.inf),
+    "c": jnp.arange(16, dtype=jnp.int32)[:, None] - 7,
+  }
+  both = lambda tree: collectives.gather_few(tree, TENSOR, EXPERT)
+  region = lambda function: jax.jit(
+    jax.shard_map(function, mesh=on, in_specs=every, out_specs=every)
+  )
+  found = region(both)(tree)
+  for name, whole in tree.items():
+    expected = np.tile(np.asarray(whole), (8, *[1] * (whole.ndim - 1)))
+    as_float = lambda a: np.asarray(a).astype(np.float32)  # numpy knows no NaN of bfloat16
+    np.testing.assert_array_equal(as_float(found[name]), as_float(expected))
+    assert found[name].dtype == whole.dtype
+
+  def weighed(b, c):
+    scale = 1.0 + jax.lax.axis_index((EXPERT, TENSOR)).astype(jnp.float32)
+    loss = lambda b: scale * jnp.sum(jnp.sin(both({"b": b, "c": c})["b"]))
+    return jax.grad(loss)(b)
+
+  b = jnp.asarray(x)
+  gradient = region(lambda b: weighed(b, jnp.ones(b.shape, jnp.int32)))(b)
+  np.testing.assert_allclose(gradient, 36 * np.cos(x), rtol=1e-6)  # 1 + 2 + ... + 8
+
+
 @pytest.mark.parametrize("axis", ALL)
 def test_exchange_swaps_sender_and_row(axis, x):
   found = run(axis, lambda x: collectives.exchange(x, axis), x, P(axis))
