@@ -79,6 +79,7 @@ def run(
     # absl.app.run would do this and much else; it makes --verbosity and --log_dir work.
     logging.use_absl_handler()
     if devices and FLAGS.virtual_devices:
+      _refuse_of_gpus()
       environment.keep_freed_memory(FLAGS.virtual_devices)
       environment.virtual_devices(FLAGS.virtual_devices)
     elif devices:
@@ -93,6 +94,15 @@ def run(
       traceback.print_exception(error)
     code = _report(f"error: {_message(error)}", BAD_INPUT)
   sys.exit(code)
+
+
+def _refuse_of_gpus() -> None:
+  for name in ("scheduling_profile", "symmetric_memory"):
+    if FLAGS[name].value:
+      raise ValueError(
+        f"--{name} is for GPUs, and --virtual_devices={FLAGS.virtual_devices} simulates CPUs; leave"
+        " one of the two out"
+      )
 
 
 def _parse(argv: Sequence[str], config: bool, default_config: str | None) -> list:

@@ -106,6 +106,14 @@ def test_the_bench_config_is_what_the_bar_states():
     (["--repeats=0", *SMALL], "--repeats=0"),
     (["--jsn=x", *SMALL], "did you mean --json?"),
     ([*SMALL, *MESH, "--virtual_devices=3"], "needs 2 devices, found 3"),
+    (
+      [*SMALL, *MESH, "--virtual_devices=2", "--symmetric_memory"],
+      "--symmetric_memory is for GPUs, and --virtual",
+    ),
+    (
+      [*SMALL, *MESH, "--virtual_devices=2", "--scheduling_profile=x"],
+      "--scheduling_profile is for GPUs, and",
+    ),
   ],
 )
 def test_bad_input_takes_one_line(arguments, said):
