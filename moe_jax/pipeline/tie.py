@@ -18,17 +18,16 @@ from moe_jax.pipeline.steps import Step
 from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
 
-# Ratios matter, and these are right to a factor of 1.5 for both configs of the rehearsal: products
-# of a layer run at half of the peak and collectives at a link's, after what NCCL takes to begin and
-# for the steps of a ring of four GPUs, or for one step between hosts; most arrays are made inside
-# fusions, of which few reach memory; ten equations make a kernel.
+# Ratios matter, and these are right to a factor of 1.5 for both configs of the rehearsal with
+# registered memory: products of a layer run at half of the peak and collectives at three quarters
+# of a link; most arrays are made inside fusions, of which few reach memory; ten equations make a
+# kernel.
 _CHIP = CHIPS["h100"]
 _FLOPS_PER_S = 0.5 * _CHIP.peak_flops_per_s["bfloat16"]
 _MADE_BYTES_PER_S = 6 * _CHIP.memory_bytes_per_s
 _EQUATION_S = 0.1e-6
-_DIRECT = _CHIP.protocols.direct
-_INSIDE_S = _CHIP.protocols.symmetric[-1].base_s
-_BETWEEN_S = _DIRECT.base_s + _DIRECT.between_s
+_OF_LINK = 0.75
+_LATENCY_S = 5e-6
 _SLOT_S = 2e-6  # of a barrier: what cannot move across it
 _MOST_STEPS = 6  # of one stream in a slot
 # Gradients of a product are two products.
@@ -63,8 +62,8 @@ def cost(step: Step, is_backward: bool) -> Cost:
   has_weights = is_backward and step.flops > 0 and step.uses
   return Cost(
     compute_s * (_OF_FORWARD if is_backward else 1.0),
-    _link_s(step.inside_bytes, _INSIDE_S, _CHIP.inside_bytes_per_s),
-    _link_s(step.between_bytes, _BETWEEN_S, _CHIP.between_bytes_per_s),
+    _link_s(step.inside_bytes, _CHIP.inside_bytes_per_s),
+    _link_s(step.between_bytes, _CHIP.between_bytes_per_s),
     compute_s if has_weights else 0.0,
   )
 
@@ -247,5 +246,5 @@ def _beside_s(stream: Sequence[Cost], other: Sequence[Cost]) -> float:
   return seconds + max(sum(each.compute_s for each in other) - sent_s[-1], 0.0)
 
 
-def _link_s(num_bytes: float, latency_s: float, bytes_per_s: float) -> float:
-  return latency_s + num_bytes / bytes_per_s if num_bytes else 0.0
+def _link_s(num_bytes: float, bytes_per_s: float) -> float:
+  return _LATENCY_S + num_bytes / (_OF_LINK * bytes_per_s) if num_bytes else 0.0
