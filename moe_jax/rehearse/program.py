@@ -24,8 +24,8 @@ KINDS = (
   "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
 
-# Memory that NCCL registers. Source: OpenXLA, gpu_memory_space_assignment.h.
-_COLLECTIVE_SPACE = 1
+# Memory that NCCL registers, as programs of jax 0.10 and of 0.12 name it.
+_COLLECTIVE_SPACES = frozenset({1, 7})
 # Nothing runs for these: names for what is there already.
 _FREE_OPCODES = """
   parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier
@@ -304,7 +304,7 @@ class _Reader:
       operand_bytes=sum(operand.num_bytes for operand in operands),
       groups=groups.parse(collective.attributes, self.mesh),
       is_backward=_is_backward(op_name),
-      is_symmetric=_COLLECTIVE_SPACE in collective.spaces,
+      is_symmetric=not _COLLECTIVE_SPACES.isdisjoint(collective.spaces),
     )
 
   def _compute(self, computation: Computation, each: Instruction) -> Compute:
