@@ -53,8 +53,8 @@ _DEVICE_COUNT = "xla_force_host_platform_device_count"
 _GPUS_PER_HOST = "xla_gpu_analytical_latency_estimator_options"
 # Memory that the GPUs of a host register with each other, for kernels of NCCL that begin sooner.
 SYMMETRIC_MEMORY = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
-# Before it such a kernel could read what the one before had not yet written (sgl-project/sglang
-# #37768 measured wrong results under CUDA graphs), for which XLA leaves them off.
+# Before it such a kernel could read what the one before had not yet written: sgl-project/sglang
+# #37768 measured wrong results under CUDA graphs.
 _LEAST_NCCL = (2, 30, 7)
 
 

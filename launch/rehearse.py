@@ -55,7 +55,7 @@ def main(config) -> int:
   progress = lambda what: print(f"[{time.perf_counter() - start:5.1f} s] {what}", file=sys.stderr)
   described = pod.describe(_POD.value)
   if isinstance(described, slices.Slice):
-    _refuse_times()
+    _refuse_of_gpus()
     found, tick, profile = slice_report.make(_STEP.value, config, described, progress), None, ""
   else:
     found, tick, profile = report.make(_STEP.value, config, described, progress)
@@ -82,8 +82,8 @@ def main(config) -> int:
   return 0
 
 
-def _refuse_times() -> None:
-  """Refuses what shows times, of which a TPU's program has none.
+def _refuse_of_gpus() -> None:
+  """Refuses what shows times, of which a TPU's program has none, and what NCCL would do.
 
   Raises:
     ValueError: it is asked for.
@@ -94,6 +94,10 @@ def _refuse_times() -> None:
         f"--{flag.name} shows times, which are not read for TPUs; leave it out, or choose a pod of"
         " GPUs"
       )
+  if _SYMMETRIC_MEMORY.value:
+    raise ValueError(
+      "--symmetric_memory is of GPUs and NCCL; leave it out, or choose a pod of GPUs"
+    )
 
 
 def _write(path: pathlib.Path, content: str) -> None:

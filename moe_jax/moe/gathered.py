@@ -51,7 +51,7 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
   """Returns the plan: every assignment served as the router chose."""
   del ranking_tE
   num_rows = setting.num_experts * setting.num_tokens
-  # A step of the layer may end at the gather: what crosses it is typed as different on all devices.
+  # What crosses the end of a layer's step is typed as different on all devices.
   nothing_TK = collectives.varying_like(
     jnp.zeros(routing.experts_TK.shape, bool), routing.experts_TK
   )

@@ -27,7 +27,6 @@ NOT_DIFFERENTIATED = COUNTS | frozenset(
   {
     "announce",
     "announce inside",
-    "announce between",
     "announce to hosts",
     "agree on rounds over expert",
     "agree on rounds over tensor",

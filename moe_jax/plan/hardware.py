@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from moe_jax.plan.protocols import NCCL, Protocols
+from moe_jax.plan.protocols import BLACKWELL, NCCL, Protocols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,7 @@ _B200 = Chip(
   inside_bytes_per_s=900e9,  # fifth-generation NVLink, 1.8 TB/s both ways
   between_bytes_per_s=50e9,  # DGX B200: a 400 Gb/s ConnectX-7 for each GPU
   low_latency_bytes_per_s=282e9,
+  protocols=BLACKWELL,
   source="NVIDIA Blackwell architecture technical brief (HGX B200); NVIDIA DGX B200 datasheet",
 )
 

@@ -114,9 +114,9 @@ def seconds(
   """
   if to.size == 1:
     return 0.0
-  names = (*_CHOICES[kind], *(("symmetric",) if is_symmetric else ()))
+  algorithms = (*_ALGORITHMS[kind], *((_symmetric,) if is_symmetric else ()))
   return min(
-    found_s for name in names for found_s in ALGORITHMS[name](kind, operand_bytes, to, chip)
+    found_s for algorithm in algorithms for found_s in algorithm(kind, operand_bytes, to, chip)
   )
 
 
@@ -208,19 +208,12 @@ def _symmetric(kind: str, operand_bytes: float, to: Group, chip: Chip) -> Iterat
     yield each.base_s + protocols.HIDDEN_S * (beyond + math.log1p(math.exp(-beyond)))
 
 
-ALGORITHMS: Mapping[str, Callable[[str, float, Group, Chip], Iterator[float]]] = {
-  "ring": _ring,
-  "tree": _tree,
-  "pat": _pat,
-  "direct": _direct,
-  "symmetric": _symmetric,
-}
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-  "all-reduce": ("ring", "tree"),
-  "all-gather": ("ring", "pat"),
-  "reduce-scatter": ("ring", "pat"),
-  "all-to-all": ("direct",),
-  "collective-permute": ("direct",),
+_ALGORITHMS: Mapping[str, tuple[Callable[[str, float, Group, Chip], Iterator[float]], ...]] = {
+  "all-reduce": (_ring, _tree),
+  "all-gather": (_ring, _pat),
+  "reduce-scatter": (_ring, _pat),
+  "all-to-all": (_direct,),
+  "collective-permute": (_direct,),
 }
 
 

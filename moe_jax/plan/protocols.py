@@ -4,9 +4,10 @@ NCCL's figures are those by which it chooses among them itself. Knows numbers; m
 groups or models.
 
 Source: NCCL 2.30, src/graph/tuning.cc (ncclTunerConstantsDefaults, ncclTopoTuneModel),
-src/enqueue.cc (P2P_LL_THRESHOLD) and, for registered memory, src/sym_kernels.cc (queryModel_lsa,
-chips before Blackwell). Left out are the algorithms that need a switch which computes (NVLS,
-CollNet), for hosts of four GPUs may have none.
+src/enqueue.cc (P2P_LL_THRESHOLD) and, for registered memory, src/sym_kernels.cc (queryModel_lsa).
+Left out are the algorithms that need a switch which computes (NVLS, CollNet), for hosts of four
+GPUs may have none; and a tree inside one host has LL128's share of its links there that it has
+between hosts.
 """
 
 from typing import NamedTuple
@@ -121,6 +122,12 @@ NCCL = Protocols(
     Symmetric(7.8 * _US, 320 * 2**30, 1.0),
   ),
 )  # fmt: skip
+
+
+# Of each of its two kernels the kind of collective that takes longest.
+BLACKWELL = NCCL._replace(
+  symmetric=(Symmetric(11.0 * _US, 600 * 2**30, 9.0), Symmetric(19.5 * _US, 600 * 2**30, 1.0))
+)
 
 
 def steps(step_s: float) -> Protocols:
