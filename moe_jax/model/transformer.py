@@ -77,9 +77,9 @@ class Embedding(nnx.Module):
 
   def __init__(self, model: config.Model, rngs: nnx.Rngs):
     V, D = model.vocab, model.d_model
-    # A tied table is the head's kernel too, which wants the smaller scale.
-    fan_in = D if model.tied_embeddings else 1
-    self.table = parameter(rngs, (V, D), ("vocab", "model"), fan_in=fan_in)
+    # A tied table is the head's kernel too, which wants the smaller scale, and lies as that does.
+    fan_in, vocab = (D, "vocab") if model.tied_embeddings else (1, "input_vocab")
+    self.table = parameter(rngs, (V, D), (vocab, "model"), fan_in=fan_in)
 
 
 class Head(nnx.Module):
@@ -99,26 +99,61 @@ class Shared(nnx.Module):
     if not model.tied_embeddings:
       self.head = Head(model, rngs)
 
+  @property
+  def is_tied(self) -> bool:
+    """Whether the embedding's table is the head's kernel too."""
+    return not hasattr(self, "head")
+
   def head_kernel(self) -> jax.Array:
     """Returns the kernel of the head, [D, V] or this device's share of V."""
-    return self.head.kernel[...] if hasattr(self, "head") else self.embedding.table[...].T
+    return self.embedding.table[...].T if self.is_tied else self.head.kernel[...]
 
 
 def embed(shared: Shared, tokens_bS: jax.Array) -> jax.Array:
   """Returns `x_bsD`, the embedding of this tensor rank's positions, the same on every stage.
 
-  Every device looks up its share of the vocabulary.
+  Every device looks up its share of the vocabulary: a tied table's is split over stages too.
 
-  Communication: reduce-scatter over `tensor`, then all-reduce over `stage`.
+  Communication: reduce-scatter over `tensor`, then of a tied table all-reduce over `stage`.
   """
   table_vD = shared.embedding.table[...]
-  local_bS = tokens_bS - _first_of_share(table_vD.shape[0])
-  is_mine_bS = (local_bS >= 0) & (local_bS < table_vD.shape[0])
-  # Of float32, for the gradient adds up in the dtype of what is looked up, token after token.
-  wide_vD = table_vD.astype(jnp.float32)
-  rows_bSD = wide_vD[jnp.where(is_mine_bS, local_bS, 0)].astype(table_vD.dtype)
+  place_bS, is_mine_bS = _place(shared, tokens_bS)
+  rows_bSD = table_vD[jnp.where(is_mine_bS, place_bS, 0)]
   x_bSD = jnp.where(is_mine_bS[..., None], rows_bSD, jnp.zeros((), table_vD.dtype))
-  return jax.lax.psum(collectives.reduce_scatter(x_bSD, TENSOR, 1), STAGE)
+  x_bsD = collectives.reduce_scatter(x_bSD, TENSOR, 1)
+  return jax.lax.psum(x_bsD, STAGE) if shared.is_tied else x_bsD
+
+
+def add_embed_gradient(
+  sums: Shared, shared: Shared, tokens_bS: jax.Array, gx_bsD: jax.Array
+) -> None:
+  """Adds the embedding's gradient to a sum of gradients, from its cotangent on stage 0, in place:
+  only the rows of the tokens are read and written.
+
+  In float32 whatever the sum's dtype, for a row adds up token after token.
+
+  Communication: of a tied table all-reduce over `stage` of `gx`; all-gather over `tensor`,
+  (tensor - 1) * gx.size elements.
+  """
+  place_bS, is_mine_bS = _place(shared, tokens_bS)
+  if shared.is_tied:
+    gx_bsD = collectives.broadcast_from(gx_bsD, STAGE, 0)
+  else:
+    is_mine_bS &= jax.lax.axis_index(STAGE) == 0
+  gx_bSD = collectives.gather(gx_bsD, TENSOR, 1).astype(jnp.float32)
+  sum_vD = sums.embedding.table[...]
+  nowhere = sum_vD.shape[0]
+  place_bS = jnp.where(is_mine_bS, place_bS, nowhere)
+  added_vD = sum_vD.astype(jnp.float32).at[place_bS].add(gx_bSD, mode="drop")
+  sums.embedding.table[...] = added_vD.astype(sum_vD.dtype)
+
+
+def _place(shared: Shared, tokens_bS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns where tokens lie in this device's share of the table, and which of them do."""
+  share = shared.embedding.table[...].shape[0]
+  rank = jax.lax.axis_index((STAGE, TENSOR) if shared.is_tied else TENSOR)
+  place_bS = tokens_bS - rank * share
+  return place_bS, (place_bS >= 0) & (place_bS < share)
 
 
 def run_layer(
@@ -220,20 +255,20 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
   def embed_inputs(shared, inputs):
     return embed(merge_shared(shared), inputs.tokens_bS)
 
+  def add_gradient(sums, shared, inputs, gx_bsD):
+    into = merge_shared(sums)
+    add_embed_gradient(into, merge_shared(shared), inputs.tokens_bS, gx_bsD)
+    return nnx.state(into)
+
   def layer(weights, shared, x_bsD, inputs):
     y_bsD, auxiliary_loss, report = run_layer(
       nnx.merge(definition, weights), model, settings.moe, x_bsD, inputs
     )
     return y_bsD, auxiliary_loss / (model.layers * micro_batches), report
 
-  return Functions(embed_inputs, layer, head)
+  return Functions(embed_inputs, layer, head, add_gradient)
 
 
 def _merge_shared(model: config.Model) -> Callable[[nnx.State], Shared]:
   definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
   return lambda shared: nnx.merge(definition, shared)
-
-
-def _first_of_share(share: int) -> jax.Array:
-  """Returns the first vocabulary entry of this device's share: `stage` major, `tensor` minor."""
-  return jax.lax.axis_index((STAGE, TENSOR)) * share

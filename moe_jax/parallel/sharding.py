@@ -14,6 +14,7 @@ from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
 RULES: Mapping[str, tuple[str, ...] | None] = {
   "layers": (STAGE,),
   "vocab": (STAGE, TENSOR),  # every stage computes a share of the head: no stage is a bottleneck
+  "input_vocab": (TENSOR,),  # the first stage looks up alone: nothing is sent between stages for it
   "heads": (TENSOR,),
   "kv_heads": (TENSOR,),
   "experts": (EXPERT,),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.pipeline import buffers
+from moe_jax.pipeline import buffers, tie
 from moe_jax.pipeline.saving import SavedLayer
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
@@ -108,7 +108,7 @@ class Chunk(NamedTuple):
     quiet: first and last of the slots beside which weights to come are gathered.
     reads: the slot beside which is read what the backward unit's next layer saved; of a backward
       unit alone it is the first.
-    is_inside: of each step of a layer, whether it sends inside the host.
+    inside_s: of each step of a layer, about how long it sends inside the host.
     weights: of this stage's layers.
     shared: parameters outside the layers.
     num_layers: of a chunk.
@@ -121,7 +121,7 @@ class Chunk(NamedTuple):
   due_alone: tuple[int, ...]
   quiet: tuple[int, int]
   reads: int
-  is_inside: tuple[bool, ...]
+  inside_s: tuple[float, ...]
   weights: Whole | Streamed
   shared: Tree
   num_layers: int
@@ -215,19 +215,25 @@ class Chunk(NamedTuple):
     """Runs the next forward steps, and lays beside those that send inside the host what nothing
     waits for, where a backward unit has some.
 
-    Beside the layer's first: the sums of gradients, if they may be missing. Beside the first of
+    Beside the layer's first two: the sums of gradients, if they may be missing. Beside the first of
     several steps in a slot: the weights' gradients that are due in it; then beside a later one what
     forward steps saved, but for the last one's, which may come in the next slot.
     """
     has_begun = False  # with gradients beside the first
+    sums_wait = sums_pending and any(self.inside_s)
+    pending = self._sums_beside_first(totals.g_layers) if sums_wait else ()
     for number in range(num_steps):
       place = len(ahead.kept)
       ahead.run()
-      if back is None or not self.is_inside[place]:
+      if back is None or not self.inside_s[place]:
         continue
-      if sums_pending and place == 0:
-        ahead.carry, g_layers = _both(ahead.carry, totals.g_layers)
-        totals = totals._replace(g_layers=g_layers)
+      before = sum(each > 0 for each in self.inside_s[:place])
+      if before < len(pending):
+        leaves, tree = jax.tree.flatten(totals.g_layers)
+        ahead.carry, there = _both(ahead.carry, [leaves[i] for i in pending[before]])
+        for i, leaf in zip(pending[before], there, strict=True):
+          leaves[i] = leaf
+        totals = totals._replace(g_layers=jax.tree.unflatten(tree, leaves))
       if number == 0 and num_steps > 1 and due.start < due.stop:
         ahead.carry, back.of_parameters[due] = _both(ahead.carry, back.of_parameters[due])
         has_begun = True
@@ -235,6 +241,13 @@ class Chunk(NamedTuple):
         ahead.carry, stash = _both(ahead.carry, ahead.write(totals.stash, place - 1))
         totals = totals._replace(stash=stash)
     return totals
+
+  def _sums_beside_first(self, g_layers: Tree) -> tuple[list[int], list[int]]:
+    """Returns which leaves' sums stand beside a layer's first step that sends inside the host, as
+    many as it lasts, and which beside the next such step.
+    """
+    bytes_of = [leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(g_layers)]
+    return tie.parted(bytes_of, next(filter(None, self.inside_s)))
 
   def _run_back(
     self, back, num_steps: int, totals: Totals, *, alone: bool, sums_pending: bool, num_done: int
@@ -253,10 +266,10 @@ class Chunk(NamedTuple):
       if alone and sums_pending and place == 0:
         back.gradients, g_layers = _both(back.gradients, totals.g_layers)
         totals = totals._replace(g_layers=g_layers)
-      if not self.is_inside[-1 - place]:
+      if not self.inside_s[-1 - place]:
         continue
       leads = number == 0 and num_steps > 1
-      if (alone or leads) and not any(self.is_inside[-1 - before] for before in range(place)):
+      if (alone or leads) and not any(self.inside_s[-1 - before] for before in range(place)):
         back.cut_weights()
       if alone:
         continue

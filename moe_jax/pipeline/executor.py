@@ -93,8 +93,9 @@ def run(
     gradient_dtype: of the accumulated gradients.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
-  of a cotangent backwards; per micro-batch an all-reduce of a cotangent for each of head and
-  embedding gradient, and one of an activation for the head where `Table.head_needs_broadcast`. And
+  of a cotangent backwards; per micro-batch an all-reduce of the head's cotangent, of the
+  embedding's where a function sends it, and of an activation for the head where
+  `Table.head_needs_broadcast`. And
   what the functions do, and the gathers of streamed layers: of each layer of a forward or backward
   unit, and of the rings' once.
   """
@@ -148,7 +149,7 @@ class _Executor:
       tie.due_alone(given[1]),
       tie.quiet(slots, *given),
       tie.reads(slots, *given, copying_s),
-      tuple(step.inside_bytes > 0 for step in steps),
+      tuple(each.inside_s for each in given[0]),
       weights,
       shared,
       num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,
@@ -289,10 +290,9 @@ class _Executor:
   def _embed_gradient(self, micro, state: _State, gx):
     """The embedding's gradient, from what the backward of the first layer left on stage 0."""
     with jax.named_scope("embed"):
-      gx = collectives.broadcast_from(gx, STAGE, 0)
-      embed = lambda shared: self.functions.embed(shared, buffers.at(self.inputs, micro))
-      _, vjp = jax.vjp(embed, self.shared)
-      g_shared = _add(state.totals.g_shared, vjp(gx)[0])
+      g_shared = self.functions.add_embed_gradient(
+        state.totals.g_shared, self.shared, buffers.at(self.inputs, micro), gx
+      )
     sums = (state.loss, state.outputs, g_shared)
     return _with(state, sums), collectives.zeros_like(self.x)
 

@@ -20,8 +20,11 @@ class Functions(NamedTuple):
       tree of numbers, summed over micro-batches and not differentiated.
     head: (shared, y, inputs) -> (loss, outputs); `y` is the same on every stage, and `outputs` a
       tree that is returned for every micro-batch.
+    add_embed_gradient: (sums, shared, inputs, gx) -> sums of gradients of `shared` and what this
+      device has of the embedding's; `gx` counts on stage 0 alone. It may write where the sums lie.
   """
 
   embed: Callable[[Tree, Tree], Tree]
   layer: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, jax.Array, Tree]]
   head: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]
+  add_embed_gradient: Callable[[Tree, Tree, Tree, Tree], Tree]

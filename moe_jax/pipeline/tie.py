@@ -154,6 +154,17 @@ def copy_s(bytes_of: Sequence[int]) -> float:
   return len(bytes_of) * LAUNCH_S + 2 * sum(bytes_of) / _CHIP.memory_bytes_per_s
 
 
+def parted(bytes_of: Sequence[int], seconds: float) -> tuple[list[int], list[int]]:
+  """Returns which arrays, the largest first, are copied until so many seconds are over, and which
+  are left.
+  """
+  order = sorted(range(len(bytes_of)), key=lambda i: -bytes_of[i])
+  first: list[int] = []
+  while order and copy_s([bytes_of[i] for i in first]) < seconds:
+    first.append(order.pop(0))
+  return first, order
+
+
 def _filled(slots, forward, backward) -> tuple[tuple[int, ...], list[float]]:
   """Returns `due`, and the room that weights' gradients leave in each slot."""
   room_s, made = [], []  # of each slot; (first slot, seconds) of each backward step

@@ -13,8 +13,8 @@ from moe_jax.config import Config, Mesh, Model
 
 # Logical axis -> mesh axes, as parallel.sharding.RULES; a test holds the two equal.
 _RULES: Mapping[str, tuple[str, ...]] = {
-  "layers": ("stage",), "vocab": ("stage", "tensor"), "heads": ("tensor",), "kv_heads": ("tensor",),
-  "experts": ("expert",), "hidden": ("tensor",),
+  "layers": ("stage",), "vocab": ("stage", "tensor"), "input_vocab": ("tensor",),
+  "heads": ("tensor",), "kv_heads": ("tensor",), "experts": ("expert",), "hidden": ("tensor",),
 }  # fmt: skip
 FLOAT32_BYTES = 4
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
@@ -116,7 +116,9 @@ def leaves(model: Model) -> tuple[Leaf, ...]:
     for leaf in layer
   ]
   shared = [
-    Leaf("embedding", "embed", (V, D), ("vocab", "model")),
+    Leaf(
+      "embedding", "embed", (V, D), ("vocab" if model.tied_embeddings else "input_vocab", "model")
+    ),
     Leaf("final_norm", "head", (D,), ("model",), True),
   ]
   if not model.tied_embeddings:

@@ -140,18 +140,24 @@ def _embed(settings: Config, at: Sizes) -> tuple[Step, ...]:
   return (
     Step("look up", "embed", num_bytes=2 * gathered + x, kernels=2),
     Step("scatter lookup", "embed", "reduce-scatter", axes=("tensor",), operand_bytes=gathered),
-    Step("sum lookup", "embed", "all-reduce", axes=_STAGE, operand_bytes=x),
+    *_of_tied(settings, Step("sum lookup", "embed", "all-reduce", axes=_STAGE, operand_bytes=x)),
   )
+
+
+def _of_tied(settings: Config, step: Step) -> tuple[Step, ...]:
+  """Returns the step where the table is split over stages, as the head's kernel is."""
+  return (step,) if settings.model.tied_embeddings else ()
 
 
 def _embed_gradient(settings: Config, at: Sizes) -> tuple[Step, ...]:
   gathered = at.sequences * at.positions * settings.model.d_model * at.dtype_bytes
-  table = settings.model.d_model * vocabulary(settings) * _FLOAT32
+  rows = gathered / at.dtype_bytes * _FLOAT32
   x = activation_bytes(settings, at)
+  broadcast = Step("broadcast cotangent", "embed", "all-reduce", BACKWARD, _STAGE, x)
   return (
-    Step("broadcast cotangent", "embed", "all-reduce", BACKWARD, _STAGE, x),
+    *_of_tied(settings, broadcast),
     Step("gather cotangent", "embed", "all-gather", BACKWARD, ("tensor",), x),
-    Step("add to table", "embed", part=BACKWARD, num_bytes=5 * table + 2 * gathered, kernels=5),
+    Step("add to table", "embed", part=BACKWARD, num_bytes=gathered + 2 * rows, kernels=2),
   )
 
 

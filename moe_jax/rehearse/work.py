@@ -147,7 +147,8 @@ def _num_bytes(module: Module, computation: Computation, instruction: Instructio
   if instruction.opcode in _SLICES:
     return 2 * instruction.num_bytes
   if instruction.opcode in _UPDATES:
-    return 2 * operands[_UPDATES[instruction.opcode]].num_bytes
+    passes = 3 if instruction.opcode == "scatter" else 2
+    return passes * operands[_UPDATES[instruction.opcode]].num_bytes
   return instruction.num_bytes + sum(operand.num_bytes for operand in operands)
 
 
@@ -169,7 +170,11 @@ def _read_part(inner: Computation, made: Instruction) -> float:
     if user.opcode in _SLICES and user.operands[0] == made.name:
       part += user.shapes[0].elements / made.shapes[0].elements
     elif user.opcode in _UPDATES and user.operands[0] == made.name:
-      continue  # updated in place
+      # Updated in place; what is scattered is added to what is there.
+      if user.opcode == "scatter":
+        part += inner.operands_of(user)[_UPDATES["scatter"]].shapes[0].elements / (
+          made.shapes[0].elements
+        )
     elif _asks_evenly(user, made) and not user.is_root:
       part += _read_part(inner, user)
     else:

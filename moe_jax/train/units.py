@@ -30,8 +30,9 @@ def programs(settings: config.Config, mesh: Mesh) -> dict[str, Callable]:
     embed() -> x;  forward(x) -> (y, saved);  head(y) -> (loss, gradient, gy);
     backward(saved, gy) -> (gradient, gx);  embed_gradient(gx) -> gradient
 
-  Communication: that of the unit; the head's includes the broadcast of `y` from stage 0, the
-  embedding gradient's that of `gx`. Transfers between stages, which hide behind units, are in none.
+  Communication: that of the unit; the head's includes the broadcast of `y` from stage 0, of a
+  tied table the embedding gradient's that of `gx`. Transfers between stages, which hide behind
+  units, are in none.
   """
   unit = _Units(settings)
   specs = (transformer.specs(settings.model), step.inputs_spec())
@@ -101,8 +102,8 @@ class _Units:
     return gradient, gx
 
   def embed_gradient(self, layers, shared, inputs, gx):
-    gx = collectives.broadcast_from(gx, STAGE, 0)
-    return jax.vjp(lambda shared: self.functions.embed(shared, inputs), shared)[1](gx)[0]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shared)
+    return self.functions.add_embed_gradient(zeros, shared, inputs, gx)
 
   def _chunk(self, layers):
     return jax.tree.map(lambda leaf: leaf[: self.num_layers], layers)

@@ -81,5 +81,7 @@ def test_parameters_lie_as_the_design_says():
   assert layers["experts"]["gate_up"].get_value() == P(STAGE, EXPERT, None, None, TENSOR)
   assert layers["experts"]["down"].get_value() == P(STAGE, EXPERT, TENSOR, None)
   assert layers["router"]["kernel"].get_value() == P(STAGE, None, None)
-  assert shared["embedding"]["table"].get_value() == P((STAGE, TENSOR), None)
+  assert shared["embedding"]["table"].get_value() == P(TENSOR, None)
   assert shared["head"]["kernel"].get_value() == P(None, (STAGE, TENSOR))
+  tied = transformer.specs(config.Model(tied_embeddings=True)).shared
+  assert tied["embedding"]["table"].get_value() == P((STAGE, TENSOR), None)

@@ -91,7 +91,13 @@ def make(layers: int, micro_batches: int, *, rows=NUM_ROWS, width=WIDTH, hidden=
 def functions(has_outputs: bool = True) -> Functions:
   """Returns the model as per-device functions; the head's outputs are its y, or none."""
   loss_only = lambda shared, y_bd, inputs: (_head(shared, y_bd, inputs)[0], ())
-  return Functions(_embed, _layer, _head if has_outputs else loss_only)
+  return Functions(_embed, _layer, _head if has_outputs else loss_only, _add_embed_gradient)
+
+
+def _add_embed_gradient(sums, shared, inputs, gx_bd):
+  gx_bd = collectives.broadcast_from(gx_bd, STAGE, 0)
+  _, vjp = jax.vjp(lambda shared: _embed(shared, inputs), shared)
+  return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, vjp(gx_bd)[0])
 
 
 def _embed(shared, inputs):
