@@ -16,7 +16,8 @@ from moe_jax import config
 from moe_jax.model import cross_entropy
 from moe_jax.model.attention import Attention, attend
 from moe_jax.model.layers import rms_norm
-from moe_jax.moe.layer import Experts, Report, Router, moe
+from moe_jax.moe.layer import Experts, Report, Router, auxiliary_loss, moe
+from moe_jax.moe.router import Statistics
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE, TENSOR
 from moe_jax.parallel.parameters import cast as cast_parameters
@@ -158,8 +159,8 @@ def _place(shared: Shared, tokens_bS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def run_layer(
   weights: Layer, model: config.Model, moe_config: config.Moe, x_bsD: jax.Array, inputs: Inputs
-) -> tuple[jax.Array, jax.Array, Report]:
-  """Returns `y_bsD`, this device's share of the weighted auxiliary loss, and the layer's report.
+) -> tuple[jax.Array, Statistics, Report]:
+  """Returns `y_bsD`, what the auxiliary losses ask of the layer, and the layer's report.
 
   Communication: attention's over `tensor`; the MoE layer's over `expert` and `tensor`.
   """
@@ -168,11 +169,11 @@ def run_layer(
     x_bsD += attend(weights.attention, model, h_bsD, inputs.positions_bS, inputs.segments_bS)
     x_bsD = residual(x_bsD)
   h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
-  y_tD, auxiliary_loss, report = moe(
+  y_tD, statistics, report = moe(
     weights.router, weights.experts, moe_config, model.experts_per_token,
     h_bsD.reshape(-1, h_bsD.shape[-1]), model.normalize_choices,
   )  # fmt: skip
-  return x_bsD + y_tD.reshape(x_bsD.shape), auxiliary_loss, report
+  return x_bsD + y_tD.reshape(x_bsD.shape), statistics, report
 
 
 def head_logits(shared: Shared, model: config.Model, y_bsD: jax.Array) -> jax.Array:
@@ -261,12 +262,13 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
     return nnx.state(into)
 
   def layer(weights, shared, x_bsD, inputs):
-    y_bsD, auxiliary_loss, report = run_layer(
-      nnx.merge(definition, weights), model, settings.moe, x_bsD, inputs
-    )
-    return y_bsD, auxiliary_loss / (model.layers * micro_batches), report
+    return run_layer(nnx.merge(definition, weights), model, settings.moe, x_bsD, inputs)
 
-  return Functions(embed_inputs, layer, head, add_gradient)
+  def auxiliary(statistics):
+    loss, losses = auxiliary_loss(settings.moe, statistics)
+    return loss / (model.layers * micro_batches), losses
+
+  return Functions(embed_inputs, layer, auxiliary, head, add_gradient)
 
 
 def _merge_shared(model: config.Model) -> Callable[[nnx.State], Shared]:

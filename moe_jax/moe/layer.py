@@ -60,13 +60,11 @@ class Report(NamedTuple):
     assigned_E: this device's assignments per expert before any drop, int32.
     counts: of this device, but for `rounds`: those the first device alone counts, so that the sum
       over devices is their number.
-    losses: this device's share of each auxiliary loss, unweighted, float32.
     measured: what the run's way to even the router asks of this device's tokens (balance.rules).
   """
 
   assigned_E: jax.Array
   counts: plans.Counts
-  losses: router.Losses
   measured: Any
 
 
@@ -77,11 +75,10 @@ def moe(
   num_choices: int,
   x_tD: jax.Array,
   normalize_choices: bool = True,
-) -> tuple[jax.Array, jax.Array, Report]:
-  """Returns `y_tD`, this device's share of the weighted auxiliary loss, and the report.
+) -> tuple[jax.Array, router.Statistics, Report]:
+  """Returns `y_tD`, what `auxiliary_loss` asks of the layer, and the report.
 
-  Communication: all-to-all over `expert` of (X - 1) * E integers, over `tensor` of
-  (tensor - 1) * E, and the dispatch's, both ways.
+  Communication: the dispatch's, both ways.
   """
   rule = RULES[moe_config.router_balance]
   with jax.named_scope("dispatch"):
@@ -96,18 +93,31 @@ def moe(
   # Statistics come last: no token waits for them.
   with jax.named_scope("dispatch"):
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
-    everywhere_E = plan.assigned_E
-    if everywhere_E is None:
-      everywhere_E = residual(collectives.sum_small(assigned_E, (EXPERT, TENSOR)))
-    losses = router.auxiliary_losses(logits_tE, everywhere_E, num_choices)
+    statistics = router.statistics(logits_tE, assigned_E)
     measured = rule.measure(*jax.lax.stop_gradient((bias_E, logits_tE)), num_choices)
-  auxiliary_loss = moe_config.router_z_weight * losses.router_z
-  if rule.uses_loss:
-    auxiliary_loss += moe_config.load_balance_weight * losses.load_balance
   is_first = jax.lax.axis_index((EXPERT, TENSOR)) == 0
   counts = plan.counts._replace(rounds=jnp.where(is_first, plan.num_rounds, 0))
-  report = Report(assigned_E, counts, jax.lax.stop_gradient(losses), measured)
-  return y_tD, auxiliary_loss.astype(jnp.float32), report
+  return y_tD, statistics, Report(assigned_E, counts, measured)
+
+
+def auxiliary_loss(
+  moe_config: config.Moe, statistics: router.Statistics
+) -> tuple[jax.Array, router.Losses]:
+  """Returns this device's share of the weighted auxiliary loss of n layers, a scalar, and of each
+  loss of each layer, unweighted and not differentiated.
+
+  Args:
+    moe_config: with the weights.
+    statistics: of each layer, leaves [n, ...].
+
+  Communication: all-to-all over `expert`, (X - 1) * n * E elements; then all-to-all over `tensor`,
+  (tensor - 1) * n * E elements.
+  """
+  losses = router.auxiliary_losses(statistics)
+  total = moe_config.router_z_weight * losses.router_z.sum()
+  if RULES[moe_config.router_balance].uses_loss:
+    total += moe_config.load_balance_weight * losses.load_balance.sum()
+  return total.astype(jnp.float32), jax.lax.stop_gradient(losses)
 
 
 def serve(

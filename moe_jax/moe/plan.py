@@ -92,15 +92,12 @@ class Plan(NamedTuple):
     tally: of this device.
     num_rounds: how often rows are exchanged, the same on every device of `expert` and `tensor`.
     places: where the rows lie; read by the dispatch that made the plan and by nobody else.
-    assigned_E: how many assignments the routers of all devices made to each expert, where the plan
-      had to ask; None where it did not.
   """
 
   expert_TK: jax.Array
   tally: Tally
   num_rounds: jax.Array
   places: Any
-  assigned_E: jax.Array | None = None
 
   @property
   def counts(self) -> Counts:

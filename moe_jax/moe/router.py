@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.pipeline.saving import residual
 
@@ -32,6 +33,21 @@ class Limit(NamedTuple):
 
   num_groups: int
   groups_per_token: int
+
+
+class Statistics(NamedTuple):
+  """What the auxiliary losses ask of this device's tokens, float32; summed over devices, it is of
+  the micro-batch.
+
+  Attributes:
+    assigned_E: assignments of each expert, whole numbers; no gradient goes through them.
+    probability_E: share of each expert in the mean probability.
+    router_z: share of the mean square of the logits' log-sum.
+  """
+
+  assigned_E: jax.Array
+  probability_E: jax.Array
+  router_z: jax.Array
 
 
 class Losses(NamedTuple):
@@ -135,26 +151,41 @@ def assignments_per_expert(experts_tK: jax.Array, num_experts: int) -> jax.Array
   return is_expert_tKE.sum((0, 1), dtype=jnp.int32)
 
 
-def auxiliary_losses(logits_tE: jax.Array, assigned_E: jax.Array, num_choices: int) -> Losses:
-  """Returns this device's share of the load-balancing loss and the router z-loss.
-
-  The statistics are those of the whole micro-batch, so every mesh computes the same loss. Only the
-  integer counts need the other devices: the probabilities enter linearly, so each device
-  contributes its own and the sum over devices is exact.
+def statistics(logits_tE: jax.Array, assigned_E: jax.Array) -> Statistics:
+  """Returns the statistics of this device's tokens.
 
   Args:
-    logits_tE: router logits of this device's tokens.
-    assigned_E: assignments of the whole micro-batch per expert, int32.
+    logits_tE: router logits.
+    assigned_E: assignments per expert.
+  """
+  num_tokens = logits_tE.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
+  log_sum_t = jax.nn.logsumexp(logits_tE, axis=-1)
+  return Statistics(
+    assigned_E=jax.lax.stop_gradient(assigned_E.astype(jnp.float32)),
+    probability_E=jax.nn.softmax(logits_tE, axis=-1).sum(0) / num_tokens,
+    router_z=jnp.sum(log_sum_t**2) / num_tokens,
+  )
+
+
+def auxiliary_losses(found: Statistics) -> Losses:
+  """Returns this device's share of the load-balancing loss and the router z-loss, of one layer or
+  of several in one message: leaves of `found` may have dimensions before their own.
+
+  The statistics are those of the whole micro-batch, so every mesh computes the same loss. Only the
+  counts need the other devices: the probabilities enter linearly, so each device contributes its
+  own and the sum over devices is exact.
+
+  Communication: for n layers all-to-all over `expert`, (X - 1) * n * E elements; then all-to-all
+  over `tensor`, (tensor - 1) * n * E elements.
 
   Source: load balance, Switch Transformers (arXiv:2101.03961), equation 4, over K choices; z-loss,
   ST-MoE (arXiv:2202.08906), equation 5.
   """
-  num_tokens, num_experts = logits_tE.shape
-  num_tokens *= jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
-  fraction_E = assigned_E.astype(jnp.float32) / (num_tokens * num_choices)
-  probability_E = jax.nn.softmax(logits_tE, axis=-1).sum(0) / num_tokens
-  log_sum_t = jax.nn.logsumexp(logits_tE, axis=-1)
+  assigned_nE = jax.lax.stop_gradient(found.assigned_E).astype(jnp.int32)
+  assigned_nE = collectives.sum_small(assigned_nE, (EXPERT, TENSOR)).astype(jnp.float32)
+  num_experts = assigned_nE.shape[-1]
+  fraction_nE = assigned_nE / assigned_nE.sum(-1, keepdims=True)
   return Losses(
-    load_balance=num_experts * jnp.sum(fraction_E * probability_E),
-    router_z=jnp.sum(log_sum_t**2) / num_tokens,
+    load_balance=num_experts * jnp.sum(fraction_nE * found.probability_E, -1),
+    router_z=found.router_z,
   )

@@ -92,7 +92,6 @@ def plan(setting: Setting, routing: Routing, ranking_tE: jax.Array) -> Plan:
     expert_TK=routing.experts_TK,
     tally=inner.tally._replace(stolen=stolen),
     places=Places(inner.places, shadow_H),
-    assigned_E=everywhere_E,
   )
 
 

@@ -34,7 +34,8 @@ class Totals(NamedTuple):
   Attributes:
     stash: [slots, layers of a chunk, ...] what layers saved. A slot holds the layers first to last,
       or last to first.
-    auxiliary_loss: float32.
+    statistics: `buffers.packed`, [micro-batches, layers of this stage, ...], of the forward units
+      that ran; once the micro-batch was at its head, their cotangents.
     reports: `buffers.packed`, [layers of this stage, ...].
     g_layers: [layers of this stage, ...].
     g_shared: of the parameters outside the layers.
@@ -42,7 +43,7 @@ class Totals(NamedTuple):
   """
 
   stash: Tree
-  auxiliary_loss: jax.Array
+  statistics: list[jax.Array]
   reports: Tree
   g_layers: Tree
   g_shared: Tree
@@ -55,6 +56,7 @@ class Forward(NamedTuple):
   Attributes:
     x: of the first layer.
     inputs: of the micro-batch.
+    micro: its number.
     first: number of the chunk's first layer.
     coming: what it gathers, where weights lie in shares.
     slot: of the stash, where the layers save; may be the one that the backward unit beside it
@@ -66,6 +68,7 @@ class Forward(NamedTuple):
 
   x: Tree
   inputs: Tree
+  micro: jax.Array
   first: jax.Array
   coming: Coming | None
   slot: jax.Array
@@ -79,7 +82,7 @@ class Backward(NamedTuple):
 
   Attributes:
     gy: cotangent of the last layer's y.
-    g_auxiliary: cotangent of each layer's auxiliary loss.
+    g_statistics: cotangents of the layers' statistics, `buffers.packed`, [layers of a chunk, ...].
     inputs: of the micro-batch.
     first: number of the chunk's first layer.
     coming: what it gathers, where weights lie in shares.
@@ -88,7 +91,7 @@ class Backward(NamedTuple):
   """
 
   gy: Tree
-  g_auxiliary: jax.Array
+  g_statistics: list[jax.Array]
   inputs: Tree
   first: jax.Array
   coming: Coming | None
@@ -111,6 +114,7 @@ class Chunk(NamedTuple):
     inside_s: of each step of a layer, about how long it sends inside the host.
     weights: of this stage's layers.
     shared: parameters outside the layers.
+    statistics: shapes of those of a layer.
     num_layers: of a chunk.
     adds: whether gradients add to those of other units; else they are written.
   """
@@ -124,6 +128,7 @@ class Chunk(NamedTuple):
   inside_s: tuple[float, ...]
   weights: Whole | Streamed
   shared: Tree
+  statistics: Tree
   num_layers: int
   adds: bool
 
@@ -207,6 +212,10 @@ class Chunk(NamedTuple):
       totals, gy = back.finish(totals)
     if ahead:
       totals, x = ahead.finish(totals)
+    if back is None and not is_last:
+      # Beside the layer's last exchange, or XLA would put all layers' beside that of the last.
+      x, stash = _both(x, totals.stash)
+      totals = totals._replace(stash=stash)
     return totals, x, gy, saved
 
   def _run_ahead(
@@ -312,7 +321,7 @@ class _ForwardLayer:
 
   @property
   def is_done(self) -> bool:
-    """Whether all steps ran, so that the carry is (y, auxiliary_loss, report)."""
+    """Whether all steps ran, so that the carry is (y, statistics, report)."""
     return len(self.kept) == len(self.chunk.steps.forward)
 
   def write(self, stash: Tree, end: int | None = None) -> Tree:
@@ -328,13 +337,15 @@ class _ForwardLayer:
     return tuple(stash)
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
-    y, auxiliary_loss, report = self.carry
+    y, statistics, report = self.carry
     number = self.unit.first + self.l
     stash = self.write(totals.stash)
     or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
     reports = buffers.add_packed(totals.reports, number, report, or_nothing)
-    total_loss = totals.auxiliary_loss + or_nothing(auxiliary_loss)
-    return totals._replace(stash=stash, auxiliary_loss=total_loss, reports=reports), y
+    place = (self.unit.micro, number)
+    put = lambda array, new: buffers.put(array, place, self._keep(new, lambda: array[place]))
+    found = [*map(put, totals.statistics, buffers.packed(statistics))]
+    return totals._replace(stash=stash, statistics=found, reports=reports), y
 
   def _keep(self, new: jax.Array, old: Callable[[], jax.Array]) -> jax.Array:
     return new if self.unit.runs is None else jnp.where(self.unit.runs, new, old())
@@ -352,7 +363,9 @@ class _BackwardLayer:
     self.weights, self.ring, self.coming = chunk.weights.take(number, place, unit.coming, ring)
     self.restored = chunk.steps.restore(self.weights, chunk.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
-    self.gradients = [*jax.tree.leaves(gy), unit.g_auxiliary]
+    of_layer = buffers.at(unit.g_statistics, chunk.num_layers - 1 - place)
+    g_statistics = buffers.unpacked(of_layer, chunk.statistics)
+    self.gradients = [*jax.tree.leaves(gy), *jax.tree.leaves(g_statistics)]
     self.of_parameters: list[dict[int, jax.Array]] = []
 
   def run(self) -> None:

@@ -42,8 +42,10 @@ class Result(NamedTuple):
 
   Attributes:
     loss: this device's share of the loss without auxiliary losses, float32.
-    auxiliary_loss: this device's share of the weighted auxiliary losses, float32.
-    reports: the layers' reports, [layers of this stage, ...], summed over micro-batches.
+    auxiliary_loss: this device's share of the auxiliary losses, float32.
+    auxiliary: what those reported of each layer, [layers of this stage, ...], summed over
+      micro-batches.
+    reports: the layers' reports, likewise.
     outputs: the head's outputs, [micro-batches, ...].
     gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; None if
       forward-only.
@@ -52,10 +54,20 @@ class Result(NamedTuple):
 
   loss: jax.Array
   auxiliary_loss: jax.Array
+  auxiliary: Tree
   reports: Tree
   outputs: Tree
   gradients: tuple[Tree, Tree] | None
   ticks: jax.Array
+
+
+class _Found(NamedTuple):
+  """What heads add to; fields as of `Result`."""
+
+  loss: jax.Array
+  auxiliary_loss: jax.Array
+  auxiliary: Tree
+  outputs: Tree
 
 
 class _State(NamedTuple):
@@ -64,8 +76,7 @@ class _State(NamedTuple):
   sent: Tree  # output of this stage's last forward unit, not yet on its way
   inbox: Tree  # [inbox slots, ...] activations that wait for a forward unit or the head
   cotangent_inbox: Tree  # [cotangent slots, ...]
-  loss: jax.Array
-  outputs: Tree
+  found: _Found
   totals: Totals
   ticks: jax.Array
 
@@ -106,21 +117,50 @@ def run(
 
 
 def _evaluate(functions: Functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
-  """Returns the result of the forward units alone: losses add up in what `forward` hands on."""
+  """Returns the result of the forward units alone: the loss adds up in what `forward` hands on, and
+  the statistics of all micro-batches are asked for at the end.
+  """
 
-  def layer(layers, index, shared, x, inputs, loss, auxiliary_loss, runs):
-    y, more, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
-    return y, auxiliary_loss + jnp.where(runs, more, jnp.zeros_like(more)), report
+  def layer(layers, index, shared, x, inputs, loss, statistics, runs):
+    inputs, micro = inputs
+    y, new, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
+    place = (micro, index)
+    put = lambda array, new: buffers.put(array, place, jnp.where(runs, new, array[place]))
+    return y, [*map(put, statistics, buffers.packed(new))], report
 
   def head(shared, y, inputs, loss):
-    more, outputs = functions.head(shared, y, inputs)
+    more, outputs = functions.head(shared, y, inputs[0])
     return loss + more, outputs
 
-  embed = lambda shared, inputs, loss: functions.embed(shared, inputs)
-  zero = jnp.zeros((), jnp.float32)
-  of_forward = forward.Functions(embed, layer, head)
-  found = forward.run(of_forward, table, layers, shared, inputs, carry=zero, state=zero)
-  return Result(found.carry, found.state, found.reports, found.outputs, None, found.ticks)
+  def embed(shared, inputs, loss):
+    return functions.embed(shared, inputs[0])
+
+  num_micro_batches, num_layers = table.num_micro_batches, jax.tree.leaves(layers)[0].shape[0]
+  example = _example(functions, Whole(layers), shared, inputs)
+  _, of_layer, _ = jax.eval_shape(functions.layer, *example)
+  stacked = buffers.stacked(jax.eval_shape(buffers.packed, of_layer), num_micro_batches, num_layers)
+  numbered = (inputs, jnp.arange(num_micro_batches, dtype=jnp.int32))
+  found = forward.run(
+    forward.Functions(embed, layer, head), table, layers, shared, numbered,
+    carry=jnp.zeros((), jnp.float32), state=collectives.zeros_like(stacked),
+  )  # fmt: skip
+  # Each array as of so many layers.
+  flat = [array.reshape(-1, array.shape[-1]) for array in found.state]
+  flat = collectives.after((found.carry, found.outputs), flat)
+  auxiliary_loss, auxiliary = functions.auxiliary(buffers.unpacked(flat, of_layer))
+  of_micro_batches = lambda leaf: leaf.reshape(num_micro_batches, num_layers, *leaf.shape[1:])
+  auxiliary = jax.tree.map(lambda leaf: of_micro_batches(leaf).sum(0), auxiliary)
+  return Result(
+    found.carry, auxiliary_loss, auxiliary, found.reports, found.outputs, None, found.ticks
+  )
+
+
+def _example(functions: Functions, weights: Whole | Streamed, shared: Tree, inputs: Tree) -> tuple:
+  """Returns shapes of what `Functions.layer` takes."""
+  x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
+  of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
+  weights, shared, inputs = jax.eval_shape(of_layer)
+  return weights, shared, x, inputs
 
 
 class _Executor:
@@ -131,15 +171,13 @@ class _Executor:
     self.shared, self.inputs = shared, inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
-    x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
-    of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
-    example = jax.eval_shape(of_layer)
-    whole = (*example[:2], x, example[2])
-    steps = cut(functions.layer, whole)
+    example = _example(functions, weights, shared, inputs)
+    _, statistics, self.report = jax.eval_shape(functions.layer, *example)
+    steps = cut(functions.layer, example)
     costs = [[tie.cost(step, is_backward) for step in steps] for is_backward in (False, True)]
     given = costs[0], costs[1][::-1]
     slots = tie.side_by_side(*given)
-    saved = SAVE[save](steps, whole)
+    saved = SAVE[save](steps, example)
     bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in saved.saved]
     self.chunk = Chunk(
@@ -152,13 +190,14 @@ class _Executor:
       tuple(each.inside_s for each in given[0]),
       weights,
       shared,
+      statistics,
       num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
     )
-    self.x, self.layer = x, example[0]
-    self.report = jax.eval_shape(functions.layer, *whole)[2]
-    self.output = jax.eval_shape(functions.head, shared, x, buffers.at(inputs, 0))[1]
+    self.layer, _, self.x, _ = example
+    self.num_layers = table.num_chunks * self.chunk.num_layers
+    self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
@@ -172,7 +211,8 @@ class _Executor:
     totals = state.totals
     gradients = (totals.g_layers, totals.g_shared)
     reports = buffers.unpacked(totals.reports, self.report)
-    found = (state.loss, totals.auxiliary_loss, reports, state.outputs, gradients)
+    loss, auxiliary_loss, auxiliary, outputs = state.found
+    found = (loss, auxiliary_loss, auxiliary, reports, outputs, gradients)
     return Result(*collectives.after(found, found), state.ticks)
 
   def _start(self) -> _State:
@@ -182,19 +222,24 @@ class _Executor:
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.gradient_dtype), tree
     )
     scalar = lambda: zeros(jax.ShapeDtypeStruct((), jnp.float32))
+    packed = lambda tree, *sizes: zeros(stacked(jax.eval_shape(buffers.packed, tree), *sizes))
+    of_layers = stacked(chunk.statistics, self.num_layers)
+    auxiliary = jax.eval_shape(lambda given: self.functions.auxiliary(given)[1], of_layers)
     return _State(
       sent=collectives.after((chunk.weights.layers, self.shared, self.inputs), zeros(self.x)),
       inbox=zeros(stacked(self.x, table.num_inbox_slots)),
       cotangent_inbox=zeros(stacked(self.x, table.num_cotangent_slots)),
-      loss=scalar(),
-      outputs=zeros(stacked(self.output, table.num_micro_batches)),
+      found=_Found(
+        loss=scalar(),
+        auxiliary_loss=scalar(),
+        auxiliary=zeros(auxiliary),
+        outputs=zeros(stacked(self.output, table.num_micro_batches)),
+      ),
       totals=Totals(
         stash=zeros(stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)),
-        auxiliary_loss=scalar(),
-        reports=zeros(
-          stacked(jax.eval_shape(buffers.packed, self.report), table.num_chunks * chunk.num_layers)
-        ),
-        g_layers=zeros(gradient(stacked(self.layer, table.num_chunks * chunk.num_layers))),
+        statistics=packed(chunk.statistics, table.num_micro_batches, self.num_layers),
+        reports=packed(self.report, self.num_layers),
+        g_layers=zeros(gradient(stacked(self.layer, self.num_layers))),
         g_shared=zeros(gradient(self.shared)),
         rings=chunk.weights.start(table, self.stage),
       ),
@@ -226,11 +271,11 @@ class _Executor:
     head = functools.partial(self._head, owner)
     state, gy = self._where_due("head", head, row.head_micro, state, y)
     of_units, coming = collectives.after(gy, (row, coming))
-    totals, sent, gx = self.chunk.run(
-      state.totals,
-      self._forward(state, of_units, x, coming[0]) if has_forward else None,
-      self._backward(state, of_units, gy, coming[1]) if has_backward else None,
-    )
+    ahead = self._forward(state, of_units, x, coming[0]) if has_forward else None
+    back = None
+    if has_backward:
+      back, state = self._backward(state, of_units, gy, coming[1])
+    totals, sent, gx = self.chunk.run(state.totals, ahead, back)
     state = state._replace(totals=totals)
     if has_forward:
       state = state._replace(sent=sent)
@@ -238,7 +283,7 @@ class _Executor:
       arrived = collectives.shift(gx, STAGE, -1)
       inbox = buffers.write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
       state = state._replace(cotangent_inbox=inbox)
-      gx = collectives.after((arrived, state.sent, totals.auxiliary_loss, totals.reports), gx)
+      gx = collectives.after((arrived, state.sent, totals.statistics, totals.reports), gx)
       unit = self._embed_gradient
       state, _ = self._where_due("embed_gradient", unit, row.embed_gradient_micro, state, gx)
     return state._replace(ticks=state.ticks + 1)
@@ -253,7 +298,7 @@ class _Executor:
       return state, collectives.zeros_like(self.x)
     # Only what such units add to goes through the loop.
     parts = lambda state: (
-      () if state is None else (state.loss, state.outputs, state.totals.g_shared)
+      () if state is None else (state.found, state.totals.g_shared, state.totals.statistics)
     )
 
     def run(turn, carry):
@@ -270,11 +315,11 @@ class _Executor:
     return state and _with(state, sums), result
 
   def _head(self, owner, micro, state: _State, y):
-    """Loss of the micro-batch whose `y` every stage holds, or, with a broadcast, stage `owner`; and
-    its cotangent.
+    """Losses of the micro-batch whose `y` every stage holds, or, with a broadcast, stage `owner`;
+    and its cotangent.
     """
     inputs = buffers.at(self.inputs, micro)
-    g_shared = state.totals.g_shared
+    found, g_shared, statistics = state.found, state.totals.g_shared, state.totals.statistics
     with jax.named_scope("head"):
       if self.table.head_needs_broadcast:
         y = collectives.varying(collectives.broadcast_from(y, STAGE, owner))
@@ -284,8 +329,25 @@ class _Executor:
       g_here, gy = vjp(collectives.after(y, one))
       gy = jax.tree.map(lambda leaf: jax.lax.psum(leaf, STAGE), gy)
       g_shared = _add(g_shared, g_here)
-    outputs = buffers.write(state.outputs, micro, collectives.varying(outputs))
-    return _with(state, (state.loss + loss, outputs, g_shared)), collectives.varying(gy)
+      auxiliary_loss, auxiliary, statistics = self._auxiliary(statistics, micro, gy)
+    found = _Found(
+      found.loss + loss,
+      found.auxiliary_loss + auxiliary_loss,
+      _add(found.auxiliary, auxiliary),
+      buffers.write(found.outputs, micro, collectives.varying(outputs)),
+    )
+    return _with(state, (found, g_shared, statistics)), collectives.varying(gy)
+
+  def _auxiliary(self, statistics: list[jax.Array], micro, gy):
+    """Returns the loss that the layers of this stage add, what it reports of them, and `statistics`
+    with its cotangents in place of the micro-batch's.
+    """
+    here = buffers.unpacked(buffers.at(statistics, micro), self.chunk.statistics)
+    here = collectives.after(gy, here)
+    loss, vjp, auxiliary = jax.vjp(self.functions.auxiliary, here, has_aux=True)
+    (cotangents,) = vjp(collectives.varying(jnp.ones((), loss.dtype)))
+    put = lambda array, new: buffers.put(array, micro, new)
+    return loss, auxiliary, [*map(put, statistics, jax.vmap(buffers.packed)(cotangents))]
 
   def _embed_gradient(self, micro, state: _State, gx):
     """The embedding's gradient, from what the backward of the first layer left on stage 0."""
@@ -293,7 +355,7 @@ class _Executor:
       g_shared = self.functions.add_embed_gradient(
         state.totals.g_shared, self.shared, buffers.at(self.inputs, micro), gx
       )
-    sums = (state.loss, state.outputs, g_shared)
+    sums = (state.found, g_shared, state.totals.statistics)
     return _with(state, sums), collectives.zeros_like(self.x)
 
   def _embed(self, micro, state: None, x: None):
@@ -301,8 +363,12 @@ class _Executor:
       x = self.functions.embed(self.shared, buffers.at(self.inputs, micro))
     return state, collectives.varying(x)
 
-  def _backward(self, state: _State, row: Row, gy_head, coming: Coming | None) -> Backward:
-    """The backward unit of this stage: its layers in reverse, from what they saved."""
+  def _backward(
+    self, state: _State, row: Row, gy_head, coming: Coming | None
+  ) -> tuple[Backward, _State]:
+    """The backward unit of this stage: its layers in reverse, from what they saved; and the state,
+    whose statistics are to be written only now.
+    """
     runs = row.backward_micro >= 0
     last = (self.stage == self.table.num_stages - 1) & (
       row.backward_chunk == self.table.num_chunks - 1
@@ -310,16 +376,27 @@ class _Executor:
     gy = buffers.select(
       last, gy_head, buffers.at(state.cotangent_inbox, jnp.maximum(row.backward_inbox_slot, 0))
     )
+    first = jnp.maximum(row.backward_chunk, 0) * self.chunk.num_layers
+    of_chunk = lambda array: jax.lax.dynamic_slice_in_dim(
+      array[jnp.maximum(row.backward_micro, 0)], first, self.chunk.num_layers
+    )
+    statistics = state.totals.statistics
+    g_statistics, statistics = jax.lax.optimization_barrier(
+      ([*map(of_chunk, statistics)], statistics)
+    )
+    state = state._replace(totals=state.totals._replace(statistics=statistics))
     # A zero cotangent gives zero gradients, so an idle cell adds nothing and needs no further mask.
-    return Backward(
-      gy=jax.tree.map(lambda leaf: jnp.where(runs, leaf, jnp.zeros((), leaf.dtype)), gy),
-      g_auxiliary=collectives.varying(runs.astype(jnp.float32)),
+    or_zero = lambda leaf: jnp.where(runs, leaf, jnp.zeros((), leaf.dtype))
+    backward = Backward(
+      gy=jax.tree.map(or_zero, gy),
+      g_statistics=[*map(or_zero, g_statistics)],
       inputs=self._inputs_of(row.backward_micro),
-      first=jnp.maximum(row.backward_chunk, 0) * self.chunk.num_layers,
+      first=first,
       coming=coming,
       slot=jnp.maximum(row.backward_slot, 0),
       is_reversed=row.backward_is_reversed > 0,
     )
+    return backward, state
 
   def _forward(self, state: _State, row: Row, x_embedded, coming: Coming | None) -> Forward:
     """The forward unit of this stage: its chunk of layers, saving what the backward unit needs."""
@@ -328,6 +405,7 @@ class _Executor:
     return Forward(
       x=buffers.select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
       inputs=self._inputs_of(row.forward_micro),
+      micro=jnp.maximum(row.forward_micro, 0),
       first=jnp.maximum(row.forward_chunk, 0) * self.chunk.num_layers,
       coming=coming,
       slot=jnp.maximum(row.forward_slot, 0),
@@ -342,10 +420,10 @@ class _Executor:
 
 
 def _with(state: _State, sums: tuple) -> _State:
-  """Returns `state` with (loss, outputs, g_shared)."""
-  loss, outputs, g_shared = sums
-  totals = state.totals._replace(g_shared=g_shared)
-  return state._replace(loss=loss, outputs=outputs, totals=totals)
+  """Returns `state` with (found, g_shared, statistics)."""
+  found, g_shared, statistics = sums
+  totals = state.totals._replace(g_shared=g_shared, statistics=statistics)
+  return state._replace(found=found, totals=totals)
 
 
 def _add(total, more):

@@ -14,10 +14,17 @@ Tree = Any
 class Functions(NamedTuple):
   """The model, as per-device functions; a loss is this device's share, to be summed over devices.
 
+  Layers may add to the loss by a function of statistics that other devices' tokens enter too. Those
+  of all layers of a stage are asked for at once, when the micro-batch is at its head: in one
+  message, where each layer would send one, and before any backward unit needs the gradient.
+
   Attributes:
     embed: (shared, inputs) -> x, the same on every stage.
-    layer: (weights of one layer, shared, x, inputs) -> (y, auxiliary_loss, report); `report` is a
-      tree of numbers, summed over micro-batches and not differentiated.
+    layer: (weights of one layer, shared, x, inputs) -> (y, statistics, report); `statistics` is a
+      small tree of floats, `report` one of numbers, summed over micro-batches and not
+      differentiated.
+    auxiliary: (statistics of n layers of one micro-batch, leaves [n, ...]) -> (loss, report of the
+      layers, leaves [n, ...], not differentiated).
     head: (shared, y, inputs) -> (loss, outputs); `y` is the same on every stage, and `outputs` a
       tree that is returned for every micro-batch.
     add_embed_gradient: (sums, shared, inputs, gx) -> sums of gradients of `shared` and what this
@@ -25,6 +32,7 @@ class Functions(NamedTuple):
   """
 
   embed: Callable[[Tree, Tree], Tree]
-  layer: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, jax.Array, Tree]]
+  layer: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree, Tree]]
+  auxiliary: Callable[[Tree], tuple[jax.Array, Tree]]
   head: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]
   add_embed_gradient: Callable[[Tree, Tree, Tree, Tree], Tree]

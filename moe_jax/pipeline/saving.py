@@ -43,9 +43,9 @@ class SavedLayer(NamedTuple):
     restore: (weights, shared, inputs, saved) -> what each step's backward asks for.
     backward: of each step, (weights, shared, inputs, restored, gradients) -> (of_parameters,
       gradients). `restored` is what `restore` returned, `gradients` are those of the floats that
-      the step returned, of the last step (gy's leaves, g_auxiliary); it returns those of the floats
-      that the step took, and the gradient of each leaf of (weights, shared) that the step reads,
-      by its number. To be called from the last step to the first.
+      the step returned, of the last step (gy's leaves, the statistics'); it returns those of the
+      floats that the step took, and the gradient of each leaf of (weights, shared) that the step
+      reads, by its number. To be called from the last step to the first.
     runs_again: whether `restore` runs steps again.
   """
 

@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
   Attributes:
     run: (weights, shared, carry, inputs) -> carry. The first step takes x for carry, the last
-      returns (y, auxiliary_loss, report), those between hand on lists of arrays.
+      returns (y, statistics, report), those between hand on lists of arrays.
     uses: which leaves of (weights, shared) it reads.
     flops: of its matrix products on this device.
     made_bytes: of all arrays that it makes.

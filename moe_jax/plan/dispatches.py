@@ -20,10 +20,8 @@ _FLOAT32 = FLOAT32_BYTES
 # Below this many assignments an expert, gathered dispatch leaves out the experts without any.
 _FULL_LOAD = 4
 _INSIDE_STAGE = ("expert", "tensor")
-# The load-balancing loss reads these; no token's way depends on them.
-COUNTS = frozenset({"count over expert", "count over tensor"})
 # What no gradient passes through: integers.
-NOT_DIFFERENTIATED = COUNTS | frozenset(
+NOT_DIFFERENTIATED = frozenset(
   {
     "announce",
     "announce inside",
@@ -65,8 +63,6 @@ def forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   there, back = travel(settings, at)
   return (
     route,
-    # A stealing dispatch decides by the same counts, and passes them on.
-    *(() if settings.moe.dispatch == "stealing" else _count(settings)),
     *_ANNOUNCE.get(settings.moe.dispatch, lambda settings, at: ())(settings, at),
     *fill,
     *there,
@@ -187,7 +183,6 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   return (
     Step("route", "dispatch", flops=2.0 * at.tokens * model.d_model * model.experts,
          num_bytes=6 * x, kernels=12, is_float32=True),
-    *_count(settings),
     Step("pack tokens", "dispatch", num_bytes=2 * sent, kernels=1),
     Step("send tokens inside", "dispatch", "all-gather", axes=("tensor",), operand_bytes=sent,
          integer_bytes=choices),
@@ -200,18 +195,6 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
          operand_bytes=sum_x * everyone),
     Step("sum inside", "combine", "reduce-scatter", axes=("tensor",),
          operand_bytes=sum_x * mesh.tensor),
-  )  # fmt: skip
-
-
-def _count(settings: Config) -> tuple[Step, ...]:
-  """The assignments of each expert over the whole micro-batch, for the load-balancing loss.
-
-  As direct messages along each axis, for only latency counts.
-  """
-  return tuple(
-    Step(f"count over {axis}", "dispatch", "all-to-all", axes=(axis,),
-         operand_bytes=getattr(settings.mesh, axis) * settings.model.experts * _FLOAT32)
-    for axis in _INSIDE_STAGE
   )  # fmt: skip
 
 

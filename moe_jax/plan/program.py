@@ -17,12 +17,11 @@ from moe_jax.config import Config, Pipeline
 from moe_jax.pipeline import segments
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import memory, phases, units
-from moe_jax.plan.dispatches import COUNTS
 from moe_jax.plan.steps import Step
 
 # Before and after the ticks; and the two directions between stages.
 BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
-NOT_WAITED_FOR = frozenset({*COUNTS, *(f"{name}, again" for name in COUNTS), *phases.AHEAD})
+NOT_WAITED_FOR = units.COUNTS | phases.AHEAD
 
 
 class Op(NamedTuple):

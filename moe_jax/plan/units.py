@@ -25,6 +25,8 @@ _ALL = ("stage", "expert", "tensor")
 _STAGE = ("stage",)
 # Numbers of a layer's report beside its assignments by expert: seven counts and two losses.
 REPORTED = 9
+# The load-balancing loss reads these; nothing else waits for them.
+COUNTS = frozenset({"count over expert", "count over tensor"})
 # The gradient's norm is taken for the report and, by optax, for clipping; XLA keeps both.
 _NORMS = 2
 
@@ -182,11 +184,14 @@ def _head_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
 
 
 def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
-  """Loss and its gradient of one micro-batch; every device a share of the vocabulary."""
+  """Losses and their gradient of one micro-batch; every device a share of the vocabulary."""
   forward = {step.name: step for step in _head_forward(settings, at)}
   kernel = settings.model.d_model * vocabulary(settings) * _FLOAT32
+  gather, *forward_rest = forward.values()
   return (
-    *forward.values(),
+    gather,
+    *_count(settings),
+    *forward_rest,
     dataclasses.replace(
       forward["logits and loss"],
       name="logits and loss, back",
@@ -199,6 +204,19 @@ def _head(settings: Config, at: Sizes) -> tuple[Step, ...]:
     *phases.transpose(settings, at, forward["gather output"]),
     Step("sum cotangent", "head", "all-reduce", BACKWARD, _STAGE, activation_bytes(settings, at)),
   )
+
+
+def _count(settings: Config) -> tuple[Step, ...]:
+  """The assignments of each expert over the whole micro-batch, of all layers of the stage.
+
+  As direct messages along each axis, for mostly latency counts.
+  """
+  numbers = settings.model.layers // settings.mesh.stage * settings.model.experts
+  return tuple(
+    Step(f"count over {axis}", "head", "all-to-all", axes=(axis,),
+         operand_bytes=getattr(settings.mesh, axis) * numbers * _FLOAT32)
+    for axis in _INSIDE_STAGE
+  )  # fmt: skip
 
 
 _UNITS = {

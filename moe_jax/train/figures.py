@@ -47,8 +47,8 @@ def row(
     "dropped_fraction": float(monitor.dropped_fraction(report.counts._asdict())),
     "stolen_fraction": float(report.counts.stolen.sum() / max(report.counts.sent.sum(), 1)),
     "skipped_steps": int(metrics.skipped_steps),
-    "load_balance_loss": mean(report.losses.load_balance),
-    "router_z_loss": mean(report.losses.router_z),
+    "load_balance_loss": mean(metrics.losses.auxiliary.load_balance),
+    "router_z_loss": mean(metrics.losses.auxiliary.router_z),
   }
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Inputs, Parameters
+from moe_jax.moe import router
 from moe_jax.moe.layer import Report
 from moe_jax.parallel import collectives, sharding
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
@@ -34,6 +35,7 @@ class Losses(NamedTuple):
   Attributes:
     cross_entropy: mean over weighted targets, nats per token, float32.
     total: with the weighted auxiliary losses.
+    auxiliary: each auxiliary loss of each layer, unweighted, leaves [L], likewise.
     report: the layers' reports, leaves [L, ...] in the pipeline's placement, summed over
       micro-batches.
     ticks: of the schedule, as executed.
@@ -41,6 +43,7 @@ class Losses(NamedTuple):
 
   cross_entropy: jax.Array
   total: jax.Array
+  auxiliary: router.Losses
   report: Report
   ticks: jax.Array
 
@@ -201,15 +204,17 @@ def normalised(inputs: Inputs) -> Inputs:
 
 
 def _losses_spec() -> Losses:
-  return Losses(cross_entropy=P(), total=P(), report=P(STAGE), ticks=P())
+  return Losses(cross_entropy=P(), total=P(), auxiliary=P(STAGE), report=P(STAGE), ticks=P())
 
 
 def _sum_losses(result: executor.Result) -> Losses:
   cross_entropy = jax.lax.psum(result.loss, ALL)
+  auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), (EXPERT, TENSOR))
   return Losses(
     cross_entropy=cross_entropy,
     total=cross_entropy + jax.lax.psum(result.auxiliary_loss, ALL),
-    report=jax.lax.psum(result.reports, (EXPERT, TENSOR)),
+    auxiliary=auxiliary,
+    report=report,
     ticks=result.ticks,
   )
 

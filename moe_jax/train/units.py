@@ -86,14 +86,16 @@ class _Units:
 
   def backward(self, layers, shared, inputs, saved, gy):
     layer = self._layer(layers, shared, inputs, gy)
-    one = collectives.varying(jnp.ones((), jnp.float32))
+    one = jax.tree.map(lambda leaf: leaf[0], layers)
+    _, of_layer, _ = jax.eval_shape(self.functions.layer, one, shared, gy, inputs)
+    g_statistics = jax.tree.leaves(collectives.zeros_like(of_layer))
 
     def body(gy, given):
       weights, saved = given
       leaves, tree = jax.tree.flatten(gy)
       restored = layer.restore(weights, shared, inputs, saved)
       of_parameters, gradients = layer.backward[0](
-        weights, shared, inputs, restored, [*leaves, one]
+        weights, shared, inputs, restored, [*leaves, *g_statistics]
       )
       num_weights = len(jax.tree.leaves(weights))
       return jax.tree.unflatten(tree, gradients), [of_parameters[i] for i in range(num_weights)]

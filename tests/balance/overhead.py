@@ -105,8 +105,8 @@ def _silent(settings: config.Config):
   functions = _LOSS_FUNCTIONS(settings)
 
   def layer(weights, shared, x, inputs):
-    y, auxiliary_loss, _ = functions.layer(weights, shared, x, inputs)
-    return y, auxiliary_loss, ()
+    y, statistics, _ = functions.layer(weights, shared, x, inputs)
+    return y, statistics, ()
 
   return functions._replace(layer=layer)
 

@@ -13,6 +13,7 @@ from moe_jax.model import attention, qk_norm, transformer
 from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
+from moe_jax.moe.router import Statistics
 from moe_jax.parallel import collectives, parameters
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
 from tests.contracts import program
@@ -133,12 +134,12 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
   experts_definition, experts = make(moe_layer.Experts)
 
   def call(router, experts, x_tD):
-    y_tD, auxiliary_loss, report = moe_layer.moe(
+    y_tD, statistics, report = moe_layer.moe(
       nnx.merge(router_definition, router),
       nnx.merge(experts_definition, experts),
       *(settings.moe, model.experts_per_token, x_tD),
     )
-    return y_tD, auxiliary_loss[None], jax.tree.map(jnp.atleast_1d, report)
+    return y_tD, jax.tree.map(jnp.atleast_1d, (statistics, report))
 
   every = P((EXPERT, TENSOR))
   tokens_here = 48
@@ -151,13 +152,36 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
   sizes = {"X": X, "tensor": tensor, "E": E, "C": C, "D": model.d_model}
   there = program.declared(EXCHANGE[name].to_experts, **sizes)
   back = program.declared(EXCHANGE[name].to_tokens, **sizes)
-  counts = [("all-to-all", EXPERT, (X - 1) * E), ("all-to-all", TENSOR, (tensor - 1) * E)]
-  assert program.summary(found) == in_summary(there + back + counts)
+  assert program.summary(found) == in_summary(there + back)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_embedding_and_head_send_what_they_declare(mesh):
+def test_the_auxiliary_loss_of_several_layers_sends_what_it_declares(mesh):
   settings = settings_of(mesh)
+  X, tensor, E, n = settings.mesh.expert, settings.mesh.tensor, settings.model.experts, 3
+
+  def call(assigned_nE, probability_nE, z_n1):
+    statistics = Statistics(assigned_nE, probability_nE, z_n1[:, 0])
+    loss = lambda each: moe_layer.auxiliary_loss(settings.moe, each)[0]
+    total, vjp = jax.vjp(loss, statistics)
+    return vjp(total)[0].probability_E  # sends no more
+
+  every = P(None, (EXPERT, TENSOR))
+  devices = X * tensor
+  arrays = [struct(n, E * devices), struct(n, E * devices), struct(n, devices)]
+  found = found_in(settings, call, every, every, *arrays)
+  assert found == in_summary(
+    program.declared(moe_layer.auxiliary_loss, X=X, tensor=tensor, E=E, n=n)
+  )
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_embedding_and_head_send_what_they_declare(mesh, is_tied):
+  settings = settings_of(mesh)
+  settings = dataclasses.replace(
+    settings, model=dataclasses.replace(settings.model, tied_embeddings=is_tied)
+  )
   model, X, tensor, stages = settings.model, *(settings.mesh.__dict__.values())
   shared_specs = transformer.specs(model).shared
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model)).shared
@@ -173,7 +197,7 @@ def test_embedding_and_head_send_what_they_declare(mesh):
   )  # fmt: skip
   expected = [
     ("reduce-scatter", TENSOR, (tensor - 1) * x_size),
-    ("all-reduce", STAGE, 2 * (stages - 1) / stages * x_size),
+    ("all-reduce", STAGE, is_tied * 2 * (stages - 1) / stages * x_size),
   ]
   assert found == in_summary(expected)
 

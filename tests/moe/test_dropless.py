@@ -163,10 +163,10 @@ def test_what_is_saved_is_not_exchanged_again(name, save, times):
   def region(x_tD, weights, *inputs):
     example = jax.eval_shape(lambda: (weights, (), x_tD, inputs))
     saved_layer = SAVE[save]((steps.whole(of_layer, example),), example)
-    (y_tD, auxiliary, _), kept = saved_layer.forward[0](weights, (), x_tD, inputs)
+    (y_tD, statistics, _), kept = saved_layer.forward[0](weights, (), x_tD, inputs)
     restored = saved_layer.restore(weights, (), inputs, (kept,))
     of_parameters, (gx_tD,) = saved_layer.backward[0](
-      weights, (), inputs, restored, [y_tD, jnp.zeros_like(auxiliary)]
+      weights, (), inputs, restored, [y_tD, jnp.zeros_like(statistics)]
     )
     g_weights = jax.tree.unflatten(jax.tree.structure(weights), of_parameters.values())
     return gx_tD, g_weights

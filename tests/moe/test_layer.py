@@ -54,10 +54,12 @@ def run(mesh, moe_config, weights, cotangent_TD):
   router, experts = fill(router, [kernel]), fill(experts, [down, jnp.stack([gate, up], 2)])
 
   def region(x_tD, router, experts):
-    y_tD, auxiliary, report = moe_layer.moe(
+    y_tD, statistics, report = moe_layer.moe(
       nnx.merge(router_graph, router), nnx.merge(experts_graph, experts),
       *(moe_config, MODEL.experts_per_token, x_tD),
     )  # fmt: skip
+    of_one_layer = jax.tree.map(lambda leaf: leaf[None], statistics)
+    auxiliary, _ = moe_layer.auxiliary_loss(moe_config, of_one_layer)
     # Device by device along a new axis.
     report = jax.tree.map(lambda leaf: leaf[None], report)
     return y_tD, auxiliary[None], report

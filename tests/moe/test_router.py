@@ -63,8 +63,7 @@ def test_losses_of_the_shares_sum_to_those_of_the_micro_batch():
   def losses(x_tD):
     routing, logits_tE = router.route(kernel_DE, x_tD, K)
     assigned_E = router.assignments_per_expert(routing.experts_TK, E)
-    total_E = jax.lax.psum(assigned_E, (EXPERT, TENSOR))
-    share = router.auxiliary_losses(logits_tE, total_E, K)
+    share = router.auxiliary_losses(router.statistics(logits_tE, assigned_E))
     return jax.tree.map(lambda leaf: leaf[None], share)
 
   mesh = mesh_lib.make(config.Mesh(expert=4, tensor=2))

@@ -60,12 +60,12 @@ def _loss(functions: Functions, num_micro_batches: int, weights, shared, inputs)
     here = jax.tree.map(lambda leaf: leaf[jnp.clip(micro, 0, num_micro_batches - 1)], inputs)
     x = jnp.where(stage == 0, x_U[jnp.minimum(t, num_micro_batches - 1)], arrived)
 
-    def layer(carry, layer_weights):
-      x, total = carry
-      y, auxiliary, _ = run_layer(layer_weights, shared, x, here)
-      return (y, total + jnp.where(runs, auxiliary, 0.0)), None
+    def layer(x, layer_weights):
+      y, statistics, _ = run_layer(layer_weights, shared, x, here)
+      return y, statistics
 
-    (y, auxiliary_loss), _ = jax.lax.scan(layer, (x, auxiliary_loss), weights)
+    y, statistics = jax.lax.scan(layer, x, weights)
+    auxiliary_loss += jnp.where(runs, functions.auxiliary(statistics)[0], 0.0)
     return (collectives.shift(y, STAGE, 1), auxiliary_loss), y
 
   start = collectives.varying((jnp.zeros(x_U.shape[1:]), jnp.zeros(())))

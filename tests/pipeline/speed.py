@@ -71,8 +71,8 @@ def _without_reports(settings: config.Config):
   functions = _LOSS_FUNCTIONS(settings)
 
   def layer(*arguments):
-    y, auxiliary_loss, _ = functions.layer(*arguments)
-    return y, auxiliary_loss, ()
+    y, statistics, _ = functions.layer(*arguments)
+    return y, statistics, ()
 
   return functions._replace(layer=layer)
 

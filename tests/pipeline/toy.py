@@ -91,7 +91,8 @@ def make(layers: int, micro_batches: int, *, rows=NUM_ROWS, width=WIDTH, hidden=
 def functions(has_outputs: bool = True) -> Functions:
   """Returns the model as per-device functions; the head's outputs are its y, or none."""
   loss_only = lambda shared, y_bd, inputs: (_head(shared, y_bd, inputs)[0], ())
-  return Functions(_embed, _layer, _head if has_outputs else loss_only, _add_embed_gradient)
+  head = _head if has_outputs else loss_only
+  return Functions(_embed, _layer, _auxiliary, head, _add_embed_gradient)
 
 
 def _add_embed_gradient(sums, shared, inputs, gx_bd):
@@ -112,9 +113,13 @@ def _layer(weights, shared, x_bd, inputs):
   update_bd = collectives.reduce_scatter(hidden_bf @ weights["back"], TENSOR, 1)
   scale_bd = shared["gain"][None, :] * (1.0 + inputs.weights_B)[:, None]
   y_bd = x_bd + update_bd * scale_bd
-  auxiliary_loss = 0.01 * jnp.sum(jnp.sin(y_bd) * shared["gain"][None, :], dtype=jnp.float32)
+  statistics = jnp.sum(jnp.sin(y_bd) * shared["gain"][None, :], dtype=jnp.float32)
   report = {"positive": jnp.sum(y_bd > 0, dtype=jnp.int32), "sum": jnp.sum(y_bd)}
-  return y_bd, auxiliary_loss, report
+  return y_bd, statistics, report
+
+
+def _auxiliary(statistics_n):
+  return 0.01 * statistics_n.sum(), statistics_n
 
 
 def _head(shared, y_bd, inputs):
@@ -131,16 +136,18 @@ def reference(weights, shared, inputs: Inputs):
   gain_UBD = shared["gain"][None, None, :]
   weights_UBD = inputs.weights_B[:, :, None]
   x_UBD = shared["table"][inputs.tokens_B] * gain_UBD
-  auxiliary_loss, positive, total = 0.0, [], []
+  statistics, positive, total = [], [], []
   for into_DF, back_FD in zip(weights["into"], weights["back"], strict=True):
     x_UBD = x_UBD + (jnp.tanh(x_UBD @ into_DF) @ back_FD) * gain_UBD * (1.0 + weights_UBD)
-    auxiliary_loss += 0.01 * jnp.sum(jnp.sin(x_UBD) * gain_UBD)
+    statistics.append(jnp.sum(jnp.sin(x_UBD) * gain_UBD))
     positive.append(jnp.sum(x_UBD > 0))
     total.append(jnp.sum(x_UBD))
   loss = jnp.sum(weights_UBD * (x_UBD * gain_UBD - inputs.targets_BD) ** 2)
+  auxiliary_loss = 0.01 * sum(statistics)
   parts = {
     "loss": loss,
     "auxiliary_loss": auxiliary_loss,
+    "auxiliary": jnp.stack(statistics),
     "reports": {"positive": jnp.stack(positive), "sum": jnp.stack(total)},
     "outputs": x_UBD,
   }
@@ -189,6 +196,7 @@ def pipelined(mesh, table: Table, save: str = "inputs", has_outputs: bool = True
     return result._replace(
       loss=jax.lax.psum(result.loss, every),
       auxiliary_loss=jax.lax.psum(result.auxiliary_loss, every),
+      auxiliary=jax.lax.psum(result.auxiliary, (EXPERT, TENSOR)),
       reports=jax.lax.psum(result.reports, (EXPERT, TENSOR)),
       gradients=gradients,
     )
@@ -196,6 +204,7 @@ def pipelined(mesh, table: Table, save: str = "inputs", has_outputs: bool = True
   out_specs = executor.Result(
     loss=P(),
     auxiliary_loss=P(),
+    auxiliary=P(STAGE),
     reports=P(STAGE),
     outputs=P(None, EXPERT, (STAGE, TENSOR)) if has_outputs else (),
     gradients=None if table.is_forward_only else (LAYER_SPECS, SHARED_SPECS),
@@ -225,6 +234,7 @@ def differences(case: Case, is_forward_only: bool = False) -> dict[str, float]:
   found = {
     "loss": _relative_l2(result.loss, expected["loss"]),
     "auxiliary_loss": _relative_l2(result.auxiliary_loss, expected["auxiliary_loss"]),
+    "auxiliary": _relative_l2(np.asarray(result.auxiliary)[logical], expected["auxiliary"]),
     "report": _relative_l2(reports["sum"], expected["reports"]["sum"]),
     "outputs": _relative_l2(result.outputs, np.tile(expected["outputs"], (1, 1, case.stages))),
   }

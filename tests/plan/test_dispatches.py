@@ -83,10 +83,10 @@ def test_float8_rows_cross_as_their_elements_and_a_scale(dispatch):
       assert after[name] * D_BYTES == before[name] * (16 + 4)
 
 
-def test_stealing_under_an_even_load_counts_otherwise_and_decides():
+def test_stealing_under_an_even_load_counts_and_decides():
   stealing, dropless = forward(settings("stealing", shadows=3)), forward(DROPLESS)
   assert set(stealing) - set(dropless) == {"count before stealing", "decide"}
-  assert set(dropless) - set(stealing) == {"count over expert", "count over tensor"}
+  assert set(dropless) <= set(stealing)
   # Of one expert of its own, of three shadows, and of the longest queue.
   assert stealing["announce"].operand_bytes / 5 == dropless["announce"].operand_bytes / 2
   assert simulate.step_seconds(settings("stealing"), ON) > simulate.step_seconds(DROPLESS, ON)

@@ -133,7 +133,7 @@ def test_rows_that_arrived_are_copied_between_loops_where_the_stash_is_large():
   assert found.peak_unit == "between loops"
   at = steps.sizes(runs.settings(pipeline=many, train={"batch": 512, "sequence": 64}))
   arrived = 2 * at.rows * 16 * 4  # of both tensor ranks, float32
-  embedding = 256 * 16 * 4 // 4  # gathered, and used up
+  embedding = 256 * 16 * 4 // 2  # of a tensor rank, gathered, and used up
   copies_of_a_layer = 2 * 2  # in two loops of ticks, each with a loop over layers and one behind
   small = copies_of_a_layer * workspace.SMALL_BYTES
   assert found.workspace == 8 * 2 * arrived - embedding + small
