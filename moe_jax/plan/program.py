@@ -21,7 +21,7 @@ from moe_jax.plan.steps import Step
 
 # Before and after the ticks; and the two directions between stages.
 BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
-NOT_WAITED_FOR = units.COUNTS | phases.AHEAD
+NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD
 
 
 class Op(NamedTuple):

@@ -3,7 +3,6 @@
 Knows the layer's phases and the parameters' shapes; must not know time, links or schedules.
 """
 
-import collections
 import dataclasses
 
 from moe_jax.config import Config
@@ -25,10 +24,10 @@ _ALL = ("stage", "expert", "tensor")
 _STAGE = ("stage",)
 # Numbers of a layer's report beside its assignments by expert: seven counts and two losses.
 REPORTED = 9
-# The load-balancing loss reads these; nothing else waits for them.
-COUNTS = frozenset({"count over expert", "count over tensor"})
-# The gradient's norm is taken for the report and, by optax, for clipping; XLA keeps both.
-_NORMS = 2
+# What nothing in its unit waits for: counts are the load-balancing loss's.
+_COUNTED = "count over"
+_REPORT = "sum the report"
+NOT_WAITED_FOR = frozenset({f"{_COUNTED} expert", f"{_COUNTED} tensor", _REPORT})
 
 
 def unit(settings: Config, kind: str, at: Sizes | None = None) -> tuple[Step, ...]:
@@ -110,29 +109,12 @@ def end(settings: Config) -> tuple[Step, ...]:
       Step(f"sum gradients over {'+'.join(axes)}", "other", "all-reduce", BACKWARD, axes, n * dtype)
       for axes, n in summed.items()
     ),
-    Step("sum the report", "other", "all-reduce", BACKWARD, _INSIDE_STAGE, report * _FLOAT32),
-    Step("sum the loss", "other", "all-reduce", BACKWARD, _ALL, 2 * _FLOAT32),
-    *_norms(settings),
+    # Two losses, and the squares of the gradient.
+    Step("sum losses and norm", "other", "all-reduce", BACKWARD, _ALL, 3 * _FLOAT32),
+    Step(_REPORT, "other", "all-reduce", BACKWARD, _INSIDE_STAGE, report * _FLOAT32),
     Step("zero and cast gradients", "other", num_bytes=3 * gradients * _FLOAT32, kernels=160),
     # Weights and two moments are read and written, the gradient read.
     Step("AdamW", "optimizer", num_bytes=6.5 * state * _FLOAT32, kernels=14),
-  )  # fmt: skip
-
-
-def _norms(settings: Config) -> tuple[Step, ...]:
-  """The gradient's norms: of each leaf one number, summed over each of its split dimensions."""
-  mesh = settings.mesh
-  split = collections.Counter(
-    axes for leaf in leaves(settings.model) for axes in leaf.state_axes(mesh) if axes
-  )
-  return tuple(
-    Step(
-      f"sum norms over {'+'.join(axes)}", "other", "all-reduce", BACKWARD, axes,
-      _NORMS * count * _FLOAT32,
-    )
-    for axes, count in (
-      (tuple(name for name in _ALL if name in found), count) for found, count in split.items()
-    )
   )  # fmt: skip
 
 
@@ -213,7 +195,7 @@ def _count(settings: Config) -> tuple[Step, ...]:
   """
   numbers = settings.model.layers // settings.mesh.stage * settings.model.experts
   return tuple(
-    Step(f"count over {axis}", "head", "all-to-all", axes=(axis,),
+    Step(f"{_COUNTED} {axis}", "head", "all-to-all", axes=(axis,),
          operand_bytes=getattr(settings.mesh, axis) * numbers * _FLOAT32)
     for axis in _INSIDE_STAGE
   )  # fmt: skip

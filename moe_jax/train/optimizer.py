@@ -23,27 +23,33 @@ def schedule(train: config.Train) -> optax.Schedule:
   )
 
 
-def make(train: config.Train) -> optax.GradientTransformation:
+def make(train: config.Train) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer; weight decay leaves norm scales and the routers' biases alone.
+
+  Its `update` takes `norm`, the global norm of the gradients: who sums them knows it.
 
   No gradient reaches those biases, so their updates are zeros: the step moves them by its rule.
 
   Source: Decoupled Weight Decay Regularization (arXiv:1711.05101), algorithm 2.
   """
   return optax.chain(
-    _clip_by_global_norm(train.clip_norm),
+    _clip_by_norm(train.clip_norm),
     optax.scale_by_adam(b1=train.beta1, b2=train.beta2),
     optax.add_decayed_weights(train.weight_decay, mask=_decayed),
     optax.scale_by_learning_rate(schedule(train)),
   )
 
 
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-  """Returns optax' transformation of this name, as one factor: optax divides every gradient by the
-  norm, which XLA thinks too dear to repeat in what reads it, and so writes all of them out first.
+def _clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
+  """Returns optax' clip_by_global_norm of a norm that is given, as one factor: optax divides every
+  gradient by it, which XLA thinks too dear to repeat in what reads it, and so writes all out first.
   """
-  factor = lambda updates: jnp.minimum(1, most / optax.tree.norm(updates))
-  return optax.stateless(lambda updates, _: optax.tree.scale(factor(updates), updates))
+
+  def update(updates, state, parameters=None, *, norm: jax.Array, **others):
+    del parameters, others
+    return optax.tree.scale(jnp.minimum(1, most / norm), updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _decayed(parameters):

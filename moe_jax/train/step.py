@@ -6,6 +6,7 @@ the optimizer; must not know data, files or the loop.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -82,14 +83,15 @@ def table(settings: config.Config) -> Table:
 
 
 def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
-  """Returns (parameters, inputs) -> (Losses, gradients as Parameters).
+  """Returns (parameters, inputs) -> (Losses, gradients as Parameters, their global norm).
 
   Parameters come in the compute dtype, laid out by `streaming.specs`; gradients leave in float32,
   split over `expert` as well where a dimension divides (`sharding.zero_spec`). Until then they are
   summed whole on every device, of streamed weights too.
 
   Communication: the pipeline's; then each gradient once: a reduce-scatter over `expert` of what is
-  replicated there, all-reduces over the other axes of what is replicated on those.
+  replicated there, all-reduces over the other axes of what is replicated on those. Then losses and
+  norm in one all-reduce over all axes.
   """
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
@@ -107,11 +109,13 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
     gradients = jax.tree.map(
       functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes
     )
-    return _sum_losses(result), gradients
+    squares = jax.tree.map(functools.partial(_squares, mesh), gradients, gradient_specs)
+    losses, total = _sum_losses(result, sum(jax.tree.leaves(squares)))
+    return losses, gradients, jnp.sqrt(total)
 
   in_specs = (streaming.specs(settings, mesh), inputs_spec())
   return jax.shard_map(
-    region, mesh=mesh, in_specs=in_specs, out_specs=(_losses_spec(), gradient_specs)
+    region, mesh=mesh, in_specs=in_specs, out_specs=(_losses_spec(), gradient_specs, P())
   )
 
 
@@ -122,7 +126,7 @@ def evaluate(settings: config.Config, mesh: Mesh) -> Callable:
 
   def region(parameters: Parameters, inputs: Inputs) -> Losses:
     layers, shared = collectives.varying(parameters)
-    return _sum_losses(executor.run(functions, schedule, layers, shared, inputs))
+    return _sum_losses(executor.run(functions, schedule, layers, shared, inputs))[0]
 
   return jax.shard_map(
     region, mesh=mesh, in_specs=(transformer.specs(settings.model), inputs_spec()),
@@ -130,7 +134,9 @@ def evaluate(settings: config.Config, mesh: Mesh) -> Callable:
   )  # fmt: skip
 
 
-def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTransformation):
+def train_step(
+  settings: config.Config, mesh: Mesh, optimizer: optax.GradientTransformationExtraArgs
+):
   """Returns (State, inputs) -> (State, Metrics), to be jitted with the state donated.
 
   A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is
@@ -141,11 +147,12 @@ def train_step(settings: config.Config, mesh: Mesh, optimizer: optax.GradientTra
 
   def step(state: State, inputs: Inputs) -> tuple[State, Metrics]:
     computed = to_compute(state.parameters)
-    losses, gradients = gradients_of(computed, normalised(inputs))
-    norm = optax.tree.norm(gradients)
+    losses, gradients, norm = gradients_of(computed, normalised(inputs))
     is_finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
-      updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+      updates, optimizer_state = optimizer.update(
+        gradients, state.optimizer, state.parameters, norm=norm
+      )
       parameters = optax.apply_updates(state.parameters, updates)
       parameters = router_bias.moved(settings.moe, parameters, computed, losses.report)
       keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
@@ -207,16 +214,19 @@ def _losses_spec() -> Losses:
   return Losses(cross_entropy=P(), total=P(), auxiliary=P(STAGE), report=P(STAGE), ticks=P())
 
 
-def _sum_losses(result: executor.Result) -> Losses:
-  cross_entropy = jax.lax.psum(result.loss, ALL)
+def _sum_losses(result: executor.Result, more: jax.Array | float = 0.0):
+  """Returns the Losses, and the sum of `more` over all devices, which travels with them."""
+  mine = jnp.stack([result.loss, result.auxiliary_loss, collectives.varying(jnp.float32(more))])
+  cross_entropy, auxiliary_loss, more = jax.lax.psum(mine, ALL)
   auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), (EXPERT, TENSOR))
-  return Losses(
-    cross_entropy=cross_entropy,
-    total=cross_entropy + jax.lax.psum(result.auxiliary_loss, ALL),
-    auxiliary=auxiliary,
-    report=report,
-    ticks=result.ticks,
-  )
+  total = cross_entropy + auxiliary_loss
+  return Losses(cross_entropy, total, auxiliary, report, result.ticks), more
+
+
+def _squares(mesh: Mesh, gradient: jax.Array, spec: P) -> jax.Array:
+  """Returns this device's share of the sum of the gradient's squares: devices may hold the same."""
+  alike = math.prod(mesh.shape[name] for name in sharding.replicated_axes(spec))
+  return collectives.varying(jnp.sum(jnp.square(gradient)) / alike)
 
 
 def _reduce(mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruct) -> jax.Array:

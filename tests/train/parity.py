@@ -165,7 +165,7 @@ def differences(settings: config.Config) -> dict[str, float]:
   parameters = parameters_on(mesh, settings, expected.params)
   inputs = inputs_on(mesh, settings, expected.batch)
   gradient = step.loss_and_gradients(settings, mesh)
-  losses, tree = jax.jit(lambda p, i: gradient(p, step.normalised(i)))(parameters, inputs)
+  losses, tree, norm = jax.jit(lambda p, i: gradient(p, step.normalised(i)))(parameters, inputs)
   gradients = as_reference(settings, tree)
   assert set(gradients) == set(expected.gradients)
   logical = np.argsort(_order(settings))
@@ -177,6 +177,8 @@ def differences(settings: config.Config) -> dict[str, float]:
     assert not gradients.pop("layers/router/bias").any()
     assert not np.asarray(expected.gradients["layers/router/bias"]).any()
   found = {name: relative_l2(gradients[name], expected.gradients[name]) for name in gradients}
+  squares = sum(np.square(np.float64(each)).sum() for each in expected.gradients.values())
+  found["norm"] = relative_l2(norm, np.sqrt(squares))
   found["loss"] = relative_l2(losses.total, expected.loss)
   found["cross_entropy"] = relative_l2(losses.cross_entropy, expected.parts["cross_entropy"])
   logits_UBSV = np.asarray(jax.jit(logits(settings, mesh))(parameters, inputs))

@@ -23,8 +23,11 @@ def test_clipping_is_that_of_optax(size):
     optax.scale_by_learning_rate(optimizer.schedule(train)),
   )
   with jax.numpy_dtype_promotion("standard"):  # as optax wants it
+    norm = optax.tree.norm(gradients)
     found, expected = (
-      each.update(gradients, each.init(parameters), parameters)
+      optax.with_extra_args_support(each).update(
+        gradients, each.init(parameters), parameters, norm=norm
+      )
       for each in (optimizer.make(train), theirs)
     )
   for mine, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

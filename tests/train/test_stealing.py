@@ -51,7 +51,7 @@ def run(settings, all_params, batch):
   inputs = parity.inputs_on(mesh, settings, batch)
   found = []
   for params in all_params:
-    losses, tree = jitted(parity.parameters_on(mesh, settings, params), inputs)
+    losses, tree, _ = jitted(parity.parameters_on(mesh, settings, params), inputs)
     found.append((jax.device_get(losses), parity.as_reference(settings, tree)))
   return found, jitted._cache_size()
 
