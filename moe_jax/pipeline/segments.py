@@ -63,18 +63,18 @@ def stash_slots(table: Table) -> np.ndarray:
   That of an idle cell holds nothing that is still to be read, or what the backward unit beside it
   reads; so what an idle cell makes needs no mask. -1 where there is no such slot.
   """
-  slot_QZ = table.forward_slot_QZ.copy()
+  slot_QZ, num_slots = table.forward_slot_QZ.copy(), table.peak_in_flight
   for stage in range(table.num_stages):
     held: set[int] = set()
-    for tick in range(table.num_ticks):
-      read = table.backward_slot_QZ[tick, stage]
+    written_Q, read_Q = slot_QZ[:, stage].tolist(), table.backward_slot_QZ[:, stage].tolist()
+    for tick, (written, read) in enumerate(zip(written_Q, read_Q, strict=True)):
       held.discard(read)
-      if slot_QZ[tick, stage] < 0:
-        free = [slot for slot in range(table.peak_in_flight) if slot not in held]
-        # The slot that is read last, for that one is to be written layer by layer.
-        slot_QZ[tick, stage] = min(free, key=lambda slot: (slot == read, slot), default=-1)
+      if written < 0:
+        free = (slot for slot in range(num_slots) if slot not in held and slot != read)
+        # The slot that is read comes last, for that one is to be written layer by layer.
+        slot_QZ[tick, stage] = next(free, read if 0 <= read < num_slots else -1)
       else:
-        held.add(slot_QZ[tick, stage])
+        held.add(written)
   return slot_QZ
 
 

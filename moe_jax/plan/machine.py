@@ -118,25 +118,21 @@ def resources(block: Block, settings: Config, machine: Machine) -> list[str]:
 
 def _schedule(block: Block, durations: Sequence[float], resources: Sequence[str]) -> BlockRun:
   """Returns the block when what can start first always does, of two what stands first."""
-  free: dict[str, float] = {}
-  starts, ends = {}, {}
-  waiting = list(range(len(block)))
-  while waiting:
-    best = None
-    for place in waiting:
-      after = block[place].after
-      if any(waited not in ends for waited in after):
-        continue
-      start_s = max(free.get(resources[place], 0.0), *(ends[waited] for waited in after), 0.0)
-      if best is None or start_s < best[0]:
-        best = (start_s, place)
-    start_s, place = best
-    waiting.remove(place)
+  free = dict.fromkeys(resources, 0.0)
+  starts, ends = [0.0] * len(block), [0.0] * len(block)
+  missing = [len(op.after) for op in block]
+  waited_for_by: list[list[int]] = [[] for _ in block]
+  for place, op in enumerate(block):
+    for waited in op.after:
+      waited_for_by[waited].append(place)
+  ready = {place: 0.0 for place, number in enumerate(missing) if not number}
+  while ready:
+    start_s, place = min((max(free[resources[p]], at_s), p) for p, at_s in ready.items())
+    del ready[place]
     starts[place], ends[place] = start_s, start_s + durations[place]
     free[resources[place]] = ends[place]
-  in_order = range(len(block))
-  return BlockRun(
-    max(ends.values(), default=0.0),
-    tuple(starts[i] for i in in_order),
-    tuple(ends[i] for i in in_order),
-  )
+    for later in waited_for_by[place]:
+      missing[later] -= 1
+      if not missing[later]:
+        ready[later] = max(ends[waited] for waited in block[later].after)
+  return BlockRun(max(ends, default=0.0), tuple(starts), tuple(ends))

@@ -33,6 +33,13 @@ _STASH_KERNELS = {"inputs": 11, "exchanges": 17, "residuals": 30, "everything": 
 _FLOAT32 = FLOAT32_BYTES
 # Of a layer that runs later: what stands beside it does not wait.
 AHEAD = frozenset({"gather ahead", "put and take"})
+# What waits for nothing in its layer: it is written a step later, and read a layer before.
+STASHED = frozenset({"keep", "take"})
+# What nothing in the layer waits for: weights' gradients and their sums.
+_OF_WEIGHTS = ", weights"
+LATE = frozenset(
+  {f"attention{_OF_WEIGHTS}", f"experts{_OF_WEIGHTS}", "cut weights, back", *STASHED}
+)
 
 
 def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
@@ -239,11 +246,42 @@ def transpose(settings: Config, at: Sizes, step: Step) -> tuple[Step, ...]:
     changed |= {"kind": _TRANSPOSE[step.kind], "operand_bytes": sent * factor, "integer_bytes": 0.0}
     return (dataclasses.replace(step, **changed),)
   extra_flops, num_bytes, kernels = _BACKWARD[step.name](settings, at, step)
-  return (
-    dataclasses.replace(
-      step, flops=2 * step.flops + extra_flops, num_bytes=num_bytes, kernels=kernels, **changed
-    ),
+  whole = dataclasses.replace(
+    step, flops=2 * step.flops + extra_flops, num_bytes=num_bytes, kernels=kernels, **changed
   )
+  if step.name not in _WEIGHTS or step.follows:
+    return (whole,)
+  of_weights = _WEIGHTS[step.name](settings, at, step)
+  of_rows = dataclasses.replace(
+    whole, flops=whole.flops - of_weights.flops, num_bytes=num_bytes - of_weights.num_bytes,
+    kernels=kernels - of_weights.kernels,
+  )  # fmt: skip
+  return (of_rows, of_weights)
+
+
+def _attention_weights(settings: Config, at: Sizes, step: Step) -> Step:
+  """Of the projections: their inputs and the gradients of their results are read, and what they
+  make is added to sums.
+  """
+  model, tensor = settings.model, settings.mesh.tensor
+  n, g, H, D = model.heads // tensor, model.kv_heads // tensor, model.head_dim, model.d_model
+  whole, elements = at.sequences * at.positions, D * (2 * n + 2 * g) * H
+  read = whole * (2 * D + (2 * n + 2 * g) * H) * at.dtype_bytes
+  return Step(
+    f"attention{_OF_WEIGHTS}", "attention", part=BACKWARD, flops=2.0 * whole * elements,
+    num_bytes=read + elements * (at.dtype_bytes + 2 * _FLOAT32), kernels=6,
+  )  # fmt: skip
+
+
+def _experts_weights(settings: Config, at: Sizes, step: Step) -> Step:
+  arrived, hidden = saving.row_bytes(settings, at)
+  return Step(
+    f"experts{_OF_WEIGHTS}", "experts", part=BACKWARD, flops=step.flops,
+    num_bytes=2 * arrived + 3 * hidden + saving.expert_bytes(settings, at), kernels=3,
+  )  # fmt: skip
+
+
+_WEIGHTS = {"attention": _attention_weights, "experts": _experts_weights}
 
 
 def _attention_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:

@@ -7,6 +7,7 @@ block may overlap, blocks may not. Knows tables and steps; must not know time or
 chips.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from moe_jax.plan.steps import Step
 
 # Before and after the ticks; and the two directions between stages.
 BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
-NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD
+NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD | phases.LATE
+_MOST_PIECES = 4
 
 
 class Op(NamedTuple):
@@ -190,12 +192,28 @@ def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:
 
 
 def _chains(*chains: tuple[str, int, Sequence[Step]]) -> Block:
-  """Returns the block of chains of steps that need nothing of each other."""
+  """Returns the block of chains of steps that need nothing of each other.
+
+  What may come late stands last, in pieces: so it fills the time in which chains communicate.
+  """
   ops: list[Op] = []
+  late: list[tuple[Step, str, int, tuple[int, ...]]] = []
   for unit, layer, steps in chains:
     last: tuple[int, ...] = ()
     for step in steps:
+      if step.name in phases.LATE:
+        late.append((step, unit, layer, () if step.name in phases.STASHED else last))
+        continue
       ops.append(Op(step, unit, layer, last))
       if step.name not in NOT_WAITED_FOR:
         last = (len(ops) - 1,)
+  for step, unit, layer, after in late:
+    number = max(1, min(_MOST_PIECES, step.kernels))
+    part = dataclasses.replace(
+      step, flops=step.flops / number, num_bytes=step.num_bytes / number,
+      kernels=step.kernels / number,
+    )  # fmt: skip
+    for _ in range(number):
+      ops.append(Op(part, unit, layer, after))
+      after = (len(ops) - 1,)
   return tuple(ops)

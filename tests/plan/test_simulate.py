@@ -14,6 +14,7 @@ from moe_jax.plan import (
   load,
   machine,
   memory,
+  phases,
   program,
   protocols,
   simulate,
@@ -81,9 +82,10 @@ def test_a_small_plan_worked_by_hand():
   links_s = exchange_s + counts_s + ends_s + sums_s
   assert run.seconds_by_link["inside"] == pytest.approx(links_s)
   assert run.bytes_by_link["inside"] == pytest.approx(links_s * 1e9)
-  # Nothing runs beside anything with one stage and one micro-batch, but counts beside the head: the
-  # optimizer and what stands beside the report take no time here.
-  assert run.step_s == pytest.approx(compute_s + links_s - counts_s)
+  # With one stage and one micro-batch counts run beside the head, and a layer's gradients of its
+  # experts' weights beside the way back of their rows; the optimizer takes no time here.
+  beside_s = counts_s + 2 * experts * 1e-12
+  assert run.step_s == pytest.approx(compute_s + links_s - beside_s)
   assert run.bubble_fraction == 0
   # Memory: 4,680 / 2 elements and an expert of 3 x 128 a layer, 12 bytes each with moments.
   held = memory.train(settings)
@@ -204,7 +206,11 @@ def test_a_round_more_by_hand(save):
     more += sum(seconds(s) for s in forward if s.follows == steps.ROUNDS)
     # Half of the rows travelled in the second round.
     more += sum(seconds(s) / 2 for s in forward if s.follows == steps.ROWS)
-  assert found - without == pytest.approx(settings.model.layers * more)
+  # What may come late fills the time in which the further round sends.
+  late = sum(seconds(s) for s in of_layer if s.name in phases.LATE)
+  least = more if save == "inputs" else more - late
+  assert settings.model.layers * least <= (found - without) * (1 + 1e-6)
+  assert found - without <= settings.model.layers * more * (1 + 1e-6)
 
 
 def test_pictures_of_the_timeline(tmp_path):
