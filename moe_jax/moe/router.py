@@ -160,9 +160,12 @@ def statistics(logits_tE: jax.Array, assigned_E: jax.Array) -> Statistics:
   """
   num_tokens = logits_tE.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
   log_sum_t = jax.nn.logsumexp(logits_tE, axis=-1)
+  probability_E = jax.nn.softmax(logits_tE, axis=-1).sum(0) / num_tokens
   return Statistics(
     assigned_E=jax.lax.stop_gradient(assigned_E.astype(jnp.float32)),
-    probability_E=jax.nn.softmax(logits_tE, axis=-1).sum(0) / num_tokens,
+    # XLA:GPU would make one kernel of these sums and of what joins them to the others, which it
+    # cannot compile for some sizes.
+    probability_E=jax.lax.optimization_barrier(probability_E),
     router_z=jnp.sum(log_sum_t**2) / num_tokens,
   )
 

@@ -351,7 +351,7 @@ class _Executor:
 
   def _embed_gradient(self, micro, state: _State, gx):
     """The embedding's gradient, from what the backward of the first layer left on stage 0."""
-    with jax.named_scope("embed"):
+    with jax.named_scope("transpose(embed)"):  # as differentiation would name it
       g_shared = self.functions.add_embed_gradient(
         state.totals.g_shared, self.shared, buffers.at(self.inputs, micro), gx
       )

@@ -94,11 +94,10 @@ def test_bytes_are_those_of_the_docstrings(tiny, found):
       sent[unit.kind, unit.phase] += times * unit.bytes_sent
   # Forward, computed again, and the transposes of both in the backward pass.
   both_ways = forward + 2 * backward
-  # The sum of the assignments per expert, which is not differentiated.
-  counted = (mesh.expert - 1 + mesh.tensor - 1) * model.experts * 4
-  assert sent["all-to-all", "dispatch"] == pytest.approx(
-    both_ways * exchanged + (forward + backward) * counted
-  )
+  # The sum of all layers' assignments per expert, which is not differentiated.
+  counted = layers * (mesh.expert - 1 + mesh.tensor - 1) * model.experts * 4
+  assert sent["all-to-all", "head"] == pytest.approx(table.ticks_by_kind["head"] * counted)
+  assert sent["all-to-all", "dispatch"] == pytest.approx(both_ways * exchanged)
   assert sent["all-to-all", "combine"] == pytest.approx(both_ways * exchanged)
   moe = sum(sent["all-gather", p] for p in ("dispatch", "combine", "combine+dispatch"))
   assert moe == pytest.approx(both_ways * gathered)
