@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns, forward, tie
+from moe_jax.pipeline import buffers, columns, tie
 from moe_jax.pipeline.chunk import Backward, Chunk, Forward, Totals
 from moe_jax.pipeline.columns import Row
-from moe_jax.pipeline.functions import Functions
+from moe_jax.pipeline.evaluation import evaluate
+from moe_jax.pipeline.functions import Functions, Result, example
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
@@ -35,30 +36,6 @@ Tree = Any
 # Names the loop round a unit that some ticks have, whose turns, one or none, a compiled program's
 # text cannot say.
 SCOPE = "where_due"
-
-
-class Result(NamedTuple):
-  """What a step leaves on this device.
-
-  Attributes:
-    loss: this device's share of the loss without auxiliary losses, float32.
-    auxiliary_loss: this device's share of the auxiliary losses, float32.
-    auxiliary: what those reported of each layer, [layers of this stage, ...], summed over
-      micro-batches.
-    reports: the layers' reports, likewise.
-    outputs: the head's outputs, [micro-batches, ...].
-    gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; None if
-      forward-only.
-    ticks: how many ticks ran, int32.
-  """
-
-  loss: jax.Array
-  auxiliary_loss: jax.Array
-  auxiliary: Tree
-  reports: Tree
-  outputs: Tree
-  gradients: tuple[Tree, Tree] | None
-  ticks: jax.Array
 
 
 class _Found(NamedTuple):
@@ -104,63 +81,14 @@ def run(
     gradient_dtype: of the accumulated gradients.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
-  of a cotangent backwards; per micro-batch an all-reduce of the head's cotangent, of the
-  embedding's where a function sends it, and of an activation for the head where
-  `Table.head_needs_broadcast`. And
-  what the functions do, and the gathers of streamed layers: of each layer of a forward or backward
-  unit, and of the rings' once.
+  of a cotangent backwards; per micro-batch an all-reduce of the head's cotangent, and one of an
+  activation for the head where `Table.head_needs_broadcast`. And what the functions do, and the
+  gathers of streamed layers: of each layer of a forward or backward unit, and of the rings' once.
   """
   if table.is_forward_only:
-    return _evaluate(functions, table, layers, shared, inputs)
+    return evaluate(functions, table, layers, shared, inputs)
   weights = layers if isinstance(layers, Streamed) else Whole(layers)
   return _Executor(functions, table, weights, shared, inputs, save, gradient_dtype).run()
-
-
-def _evaluate(functions: Functions, table: Table, layers: Tree, shared: Tree, inputs: Tree):
-  """Returns the result of the forward units alone: the loss adds up in what `forward` hands on, and
-  the statistics of all micro-batches are asked for at the end.
-  """
-
-  def layer(layers, index, shared, x, inputs, loss, statistics, runs):
-    inputs, micro = inputs
-    y, new, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
-    place = (micro, index)
-    put = lambda array, new: buffers.put(array, place, jnp.where(runs, new, array[place]))
-    return y, [*map(put, statistics, buffers.packed(new))], report
-
-  def head(shared, y, inputs, loss):
-    more, outputs = functions.head(shared, y, inputs[0])
-    return loss + more, outputs
-
-  def embed(shared, inputs, loss):
-    return functions.embed(shared, inputs[0])
-
-  num_micro_batches, num_layers = table.num_micro_batches, jax.tree.leaves(layers)[0].shape[0]
-  example = _example(functions, Whole(layers), shared, inputs)
-  _, of_layer, _ = jax.eval_shape(functions.layer, *example)
-  stacked = buffers.stacked(jax.eval_shape(buffers.packed, of_layer), num_micro_batches, num_layers)
-  numbered = (inputs, jnp.arange(num_micro_batches, dtype=jnp.int32))
-  found = forward.run(
-    forward.Functions(embed, layer, head), table, layers, shared, numbered,
-    carry=jnp.zeros((), jnp.float32), state=collectives.zeros_like(stacked),
-  )  # fmt: skip
-  # Each array as of so many layers.
-  flat = [array.reshape(-1, array.shape[-1]) for array in found.state]
-  flat = collectives.after((found.carry, found.outputs), flat)
-  auxiliary_loss, auxiliary = functions.auxiliary(buffers.unpacked(flat, of_layer))
-  of_micro_batches = lambda leaf: leaf.reshape(num_micro_batches, num_layers, *leaf.shape[1:])
-  auxiliary = jax.tree.map(lambda leaf: of_micro_batches(leaf).sum(0), auxiliary)
-  return Result(
-    found.carry, auxiliary_loss, auxiliary, found.reports, found.outputs, None, found.ticks
-  )
-
-
-def _example(functions: Functions, weights: Whole | Streamed, shared: Tree, inputs: Tree) -> tuple:
-  """Returns shapes of what `Functions.layer` takes."""
-  x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
-  of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
-  weights, shared, inputs = jax.eval_shape(of_layer)
-  return weights, shared, x, inputs
 
 
 class _Executor:
@@ -171,13 +99,13 @@ class _Executor:
     self.shared, self.inputs = shared, inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
-    example = _example(functions, weights, shared, inputs)
-    _, statistics, self.report = jax.eval_shape(functions.layer, *example)
-    steps = cut(functions.layer, example)
+    of_layer = example(functions, weights, shared, inputs)
+    _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
+    steps = cut(functions.layer, of_layer)
     costs = [[tie.cost(step, is_backward) for step in steps] for is_backward in (False, True)]
     given = costs[0], costs[1][::-1]
     slots = tie.side_by_side(*given)
-    saved = SAVE[save](steps, example)
+    saved = SAVE[save](steps, of_layer)
     bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in saved.saved]
     self.chunk = Chunk(
@@ -195,7 +123,7 @@ class _Executor:
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
     )
-    self.layer, _, self.x, _ = example
+    self.layer, _, self.x, _ = of_layer
     self.num_layers = table.num_chunks * self.chunk.num_layers
     self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
 

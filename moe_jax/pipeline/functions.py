@@ -1,4 +1,4 @@
-"""What a pipeline asks of a model: embed, layer and head, as per-device functions.
+"""What a pipeline asks of a model, as per-device functions, and what it makes of them.
 
 Knows shapes of calls; must not know schedules or models.
 """
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+
+from moe_jax.parallel import collectives
+from moe_jax.pipeline import buffers
 
 Tree = Any
 
@@ -36,3 +39,42 @@ class Functions(NamedTuple):
   auxiliary: Callable[[Tree], tuple[jax.Array, Tree]]
   head: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]
   add_embed_gradient: Callable[[Tree, Tree, Tree, Tree], Tree]
+
+
+class Result(NamedTuple):
+  """What a step leaves on this device.
+
+  Attributes:
+    loss: this device's share of the loss without auxiliary losses, float32.
+    auxiliary_loss: this device's share of the auxiliary losses, float32.
+    auxiliary: what those reported of each layer, [layers of this stage, ...], summed over
+      micro-batches.
+    reports: the layers' reports, likewise.
+    outputs: the head's outputs, [micro-batches, ...].
+    gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; None if
+      forward-only.
+    ticks: how many ticks ran, int32.
+  """
+
+  loss: jax.Array
+  auxiliary_loss: jax.Array
+  auxiliary: Tree
+  reports: Tree
+  outputs: Tree
+  gradients: tuple[Tree, Tree] | None
+  ticks: jax.Array
+
+
+def example(functions: Functions, weights: Any, shared: Tree, inputs: Tree) -> tuple:
+  """Returns shapes of what `Functions.layer` takes.
+
+  Args:
+    functions: the model.
+    weights: of a stage, `weights.Whole` or `Streamed`.
+    shared: parameters outside the layers.
+    inputs: leaves [micro-batches, ...].
+  """
+  x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
+  of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
+  weights, shared, inputs = jax.eval_shape(of_layer)
+  return weights, shared, x, inputs
