@@ -83,6 +83,18 @@ def add_packed(
   return [add(total, place, keep(more)) for total, more in zip(totals, packed(tree), strict=True)]
 
 
+def put_packed(
+  arrays: list[jax.Array], place: Place, tree: Tree, runs: jax.Array | None
+) -> list[jax.Array]:
+  """Returns `arrays`, stacked as `packed` makes them, with a packed tree at `place`, where `runs`;
+  None is always.
+  """
+  keep = lambda new, array: new if runs is None else jnp.where(runs, new, array[place])
+  return [
+    put(array, place, keep(new, array)) for array, new in zip(arrays, packed(tree), strict=True)
+  ]
+
+
 def unpacked(arrays: list[jax.Array], like: Tree) -> Tree:
   """Returns the tree that `packed` joined.
 

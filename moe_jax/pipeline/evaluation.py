@@ -26,10 +26,7 @@ def evaluate(
 
   Args:
     functions: the model.
-    table: a forward-only schedule.
-    layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major.
-    shared: parameters outside the layers.
-    inputs: leaves [micro-batches, ...].
+    table, layers, shared, inputs: as `forward.run` takes them.
 
   Communication: that of `forward.run` and of `Functions.auxiliary`.
   """
@@ -37,9 +34,7 @@ def evaluate(
   def layer(layers, index, shared, x, inputs, loss, statistics, runs):
     inputs, micro = inputs
     y, new, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
-    place = (micro, index)
-    put = lambda array, new: buffers.put(array, place, jnp.where(runs, new, array[place]))
-    return y, [*map(put, statistics, buffers.packed(new))], report
+    return y, buffers.put_packed(statistics, (micro, index), new, runs), report
 
   def head(shared, y, inputs, loss):
     more, outputs = functions.head(shared, y, inputs[0])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
 from moe_jax.pipeline import buffers, columns, tie
-from moe_jax.pipeline.chunk import Backward, Chunk, Forward, Totals
+from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
 from moe_jax.pipeline.functions import Functions, Result, example
@@ -29,6 +29,7 @@ from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.units import Backward, Forward, Layers, Totals
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
 Tree = Any
@@ -108,14 +109,8 @@ class _Executor:
     saved = SAVE[save](steps, of_layer)
     bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in saved.saved]
-    self.chunk = Chunk(
+    self.layers = Layers(
       saved,
-      slots,
-      tie.due(slots, *given),
-      tie.due_alone(given[1]),
-      tie.quiet(slots, *given),
-      tie.reads(slots, *given, copying_s),
-      tuple(each.inside_s for each in given[0]),
       weights,
       shared,
       statistics,
@@ -123,14 +118,23 @@ class _Executor:
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
     )
+    self.chunk = Chunk(
+      self.layers,
+      slots,
+      tie.due(slots, *given),
+      tie.due_alone(given[1]),
+      tie.quiet(slots, *given),
+      tie.reads(slots, *given, copying_s),
+      tuple(each.inside_s for each in given[0]),
+    )
     self.layer, _, self.x, _ = of_layer
-    self.num_layers = table.num_chunks * self.chunk.num_layers
+    self.num_layers = table.num_chunks * self.layers.num_layers
     self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
-    coming = self.chunk.weights.coming(self.table, self.stage)
+    coming = self.layers.weights.coming(self.table, self.stage)
     for segment in segments(self.table):
       self.units = segment.presence()
       body = lambda state, given: (self._tick(state, *given), None)
@@ -144,17 +148,17 @@ class _Executor:
     return Result(*collectives.after(found, found), state.ticks)
 
   def _start(self) -> _State:
-    table, chunk, zeros = self.table, self.chunk, collectives.zeros_like
+    table, layers, zeros = self.table, self.layers, collectives.zeros_like
     stacked = buffers.stacked
     gradient = lambda tree: jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.gradient_dtype), tree
     )
     scalar = lambda: zeros(jax.ShapeDtypeStruct((), jnp.float32))
     packed = lambda tree, *sizes: zeros(stacked(jax.eval_shape(buffers.packed, tree), *sizes))
-    of_layers = stacked(chunk.statistics, self.num_layers)
+    of_layers = stacked(layers.statistics, self.num_layers)
     auxiliary = jax.eval_shape(lambda given: self.functions.auxiliary(given)[1], of_layers)
     return _State(
-      sent=collectives.after((chunk.weights.layers, self.shared, self.inputs), zeros(self.x)),
+      sent=collectives.after((layers.weights.layers, self.shared, self.inputs), zeros(self.x)),
       inbox=zeros(stacked(self.x, table.num_inbox_slots)),
       cotangent_inbox=zeros(stacked(self.x, table.num_cotangent_slots)),
       found=_Found(
@@ -164,12 +168,12 @@ class _Executor:
         outputs=zeros(stacked(self.output, table.num_micro_batches)),
       ),
       totals=Totals(
-        stash=zeros(stacked(chunk.steps.saved, table.peak_in_flight, chunk.num_layers)),
-        statistics=packed(chunk.statistics, table.num_micro_batches, self.num_layers),
+        stash=zeros(stacked(layers.steps.saved, table.peak_in_flight, layers.num_layers)),
+        statistics=packed(layers.statistics, table.num_micro_batches, self.num_layers),
         reports=packed(self.report, self.num_layers),
         g_layers=zeros(gradient(stacked(self.layer, self.num_layers))),
         g_shared=zeros(gradient(self.shared)),
-        rings=chunk.weights.start(table, self.stage),
+        rings=layers.weights.start(table, self.stage),
       ),
       ticks=jnp.zeros((), jnp.int32),
     )
@@ -187,7 +191,7 @@ class _Executor:
     if has_forward:
       _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
       # A first tick may reach its layers before what only later ones need is gathered.
-      x = collectives.after((self.chunk.weights.layers, self.shared), x)
+      x = collectives.after((self.layers.weights.layers, self.shared), x)
       made, y = collectives.after(x, (made, y))
     if self.units["arrival"] != "never":
       arrived = collectives.shift(made, STAGE, +1)
@@ -270,7 +274,7 @@ class _Executor:
     """Returns the loss that the layers of this stage add, what it reports of them, and `statistics`
     with its cotangents in place of the micro-batch's.
     """
-    here = buffers.unpacked(buffers.at(statistics, micro), self.chunk.statistics)
+    here = buffers.unpacked(buffers.at(statistics, micro), self.layers.statistics)
     here = collectives.after(gy, here)
     loss, vjp, auxiliary = jax.vjp(self.functions.auxiliary, here, has_aux=True)
     (cotangents,) = vjp(collectives.varying(jnp.ones((), loss.dtype)))
@@ -304,9 +308,9 @@ class _Executor:
     gy = buffers.select(
       last, gy_head, buffers.at(state.cotangent_inbox, jnp.maximum(row.backward_inbox_slot, 0))
     )
-    first = jnp.maximum(row.backward_chunk, 0) * self.chunk.num_layers
+    first = jnp.maximum(row.backward_chunk, 0) * self.layers.num_layers
     of_chunk = lambda array: jax.lax.dynamic_slice_in_dim(
-      array[jnp.maximum(row.backward_micro, 0)], first, self.chunk.num_layers
+      array[jnp.maximum(row.backward_micro, 0)], first, self.layers.num_layers
     )
     statistics = state.totals.statistics
     g_statistics, statistics = jax.lax.optimization_barrier(
@@ -334,7 +338,7 @@ class _Executor:
       x=buffers.select(row.forward_inbox_slot >= 0, from_inbox, x_embedded),
       inputs=self._inputs_of(row.forward_micro),
       micro=jnp.maximum(row.forward_micro, 0),
-      first=jnp.maximum(row.forward_chunk, 0) * self.chunk.num_layers,
+      first=jnp.maximum(row.forward_chunk, 0) * self.layers.num_layers,
       coming=coming,
       slot=jnp.maximum(row.forward_slot, 0),
       is_reversed=row.forward_is_reversed > 0,

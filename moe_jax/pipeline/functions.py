@@ -19,15 +19,16 @@ class Functions(NamedTuple):
 
   Layers may add to the loss by a function of statistics that other devices' tokens enter too. Those
   of all layers of a stage are asked for at once, when the micro-batch is at its head: in one
-  message, where each layer would send one, and before any backward unit needs the gradient.
+  message, where each layer would send one, and before any backward unit needs the gradient. Without
+  backward units those of all micro-batches are.
 
   Attributes:
     embed: (shared, inputs) -> x, the same on every stage.
     layer: (weights of one layer, shared, x, inputs) -> (y, statistics, report); `statistics` is a
       small tree of floats, `report` one of numbers, summed over micro-batches and not
       differentiated.
-    auxiliary: (statistics of n layers of one micro-batch, leaves [n, ...]) -> (loss, report of the
-      layers, leaves [n, ...], not differentiated).
+    auxiliary: (statistics, leaves [n, ...], each of a layer and micro-batch) -> (loss, report of
+      each, leaves [n, ...], not differentiated).
     head: (shared, y, inputs) -> (loss, outputs); `y` is the same on every stage, and `outputs` a
       tree that is returned for every micro-batch.
     add_embed_gradient: (sums, shared, inputs, gx) -> sums of gradients of `shared` and what this

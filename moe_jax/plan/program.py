@@ -22,7 +22,7 @@ from moe_jax.plan.steps import Step
 
 # Before and after the ticks; and the two directions between stages.
 BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
-NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD | phases.LATE
+NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD
 _MOST_PIECES = 4
 
 
@@ -142,9 +142,11 @@ def tick_blocks(settings: Config, runs: Tick, tied: bool) -> tuple[Block, ...]:
       blocks.append(tied_layers(settings, num_layers - 1 - layer, layer))
   else:
     if runs.backward:
-      blocks += [one_layer(settings, "backward", layer) for layer in reversed(range(num_layers))]
+      blocks += [
+        one_layer(settings, "backward", layer, tied) for layer in reversed(range(num_layers))
+      ]
     if runs.forward:
-      blocks += [one_layer(settings, "forward", layer) for layer in range(num_layers)]
+      blocks += [one_layer(settings, "forward", layer, tied) for layer in range(num_layers)]
   blocks.append(behind_layers(settings, runs))
   return tuple(block for block in blocks if block)
 
@@ -178,9 +180,11 @@ def behind_layers(settings: Config, runs: Tick) -> Block:
   return _chains(*chains)
 
 
-def one_layer(settings: Config, kind: str, layer: int = 0) -> Block:
-  """Returns a layer of a forward or backward unit by itself."""
-  return _chains((kind, layer, units.unit(settings, kind)))
+def one_layer(settings: Config, kind: str, layer: int = 0, tied: bool = True) -> Block:
+  """Returns a layer of a forward or backward unit by itself; not tied, step after step."""
+  return _chains(
+    (kind, layer, units.unit(settings, kind)), late=phases.LATE if tied else frozenset()
+  )
 
 
 def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:
@@ -188,26 +192,30 @@ def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:
   return _chains(
     ("backward", back_layer, units.unit(settings, "backward")),
     ("forward", layer, units.unit(settings, "forward")),
+    late=phases.LATE,
   )
 
 
-def _chains(*chains: tuple[str, int, Sequence[Step]]) -> Block:
+def _chains(*chains: tuple[str, int, Sequence[Step]], late: frozenset[str] = frozenset()) -> Block:
   """Returns the block of chains of steps that need nothing of each other.
 
-  What may come late stands last, in pieces: so it fills the time in which chains communicate.
+  Args:
+    chains: (unit, layer, steps) of each.
+    late: names of steps that nothing waits for. They stand last, in pieces, and so fill the time in
+      which chains communicate.
   """
   ops: list[Op] = []
-  late: list[tuple[Step, str, int, tuple[int, ...]]] = []
+  behind: list[tuple[Step, str, int, tuple[int, ...]]] = []
   for unit, layer, steps in chains:
     last: tuple[int, ...] = ()
     for step in steps:
-      if step.name in phases.LATE:
-        late.append((step, unit, layer, () if step.name in phases.STASHED else last))
+      if step.name in late:
+        behind.append((step, unit, layer, () if step.name in phases.STASHED else last))
         continue
       ops.append(Op(step, unit, layer, last))
       if step.name not in NOT_WAITED_FOR:
         last = (len(ops) - 1,)
-  for step, unit, layer, after in late:
+  for step, unit, layer, after in behind:
     number = max(1, min(_MOST_PIECES, step.kernels))
     part = dataclasses.replace(
       step, flops=step.flops / number, num_bytes=step.num_bytes / number,

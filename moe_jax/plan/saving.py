@@ -143,8 +143,8 @@ def _kept_rows(settings: Config, at: Sizes) -> tuple[int, int, int]:
   arrived, hidden = row_bytes(settings, at)
   choices = at.tokens * model.experts_per_token
   if settings.moe.dispatch not in cost.EVERY_ASSIGNMENT:
-    return arrived, hidden, _INT_BYTES * (model.experts + choices + at.rows)
+    return arrived, hidden, _INT_BYTES * (choices + at.rows)
   rows, experts = _rows_and_experts(settings, at)
   sources = mesh.expert * mesh.tensor * experts
-  integers = 4 * choices + _num_places(settings, at) + rows + model.experts + sources
+  integers = 4 * choices + _num_places(settings, at) + rows + sources
   return arrived, placed_hidden_bytes(settings, at), _INT_BYTES * integers

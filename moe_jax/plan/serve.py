@@ -15,12 +15,12 @@ from moe_jax.config import Config
 from moe_jax.moe import few_tokens
 from moe_jax.pipeline import segments
 from moe_jax.pipeline.schedules import forward_only
-from moe_jax.plan import memory, program, steps, units
+from moe_jax.plan import memory, phases, program, steps, units
 from moe_jax.plan.machine import Machine, seconds
 from moe_jax.plan.memory import Memory
 from moe_jax.plan.steps import Sizes
 
-_TRAINING_ONLY = frozenset({"keep", *program.NOT_WAITED_FOR})
+_TRAINING_ONLY = program.NOT_WAITED_FOR | phases.LATE
 
 
 class Workload(NamedTuple):

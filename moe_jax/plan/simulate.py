@@ -131,7 +131,7 @@ class _Costs:
       if self.tied and runs.forward and runs.backward:
         return [program.tied_layers(self.settings)]
       kinds = [kind for kind in ("backward", "forward") if getattr(runs, kind)]
-      return [program.one_layer(self.settings, kind) for kind in kinds]
+      return [program.one_layer(self.settings, kind, tied=self.tied) for kind in kinds]
 
     return self._known(key, blocks)
 
@@ -155,9 +155,10 @@ def _unscheduled(settings: Config) -> Config:
   return dataclasses.replace(settings, pipeline=pipeline)
 
 
-def unit_seconds(settings: Config, machine: Machine) -> dict[str, float]:
+def unit_seconds(settings: Config, machine: Machine, tied: bool = True) -> dict[str, float]:
   """Returns the seconds of one unit of every kind by itself: what a bubble is counted in."""
-  alone = lambda kind: run_block(program.one_layer(settings, kind), settings, machine).end_s
+  layer = functools.partial(program.one_layer, settings, tied=tied)
+  alone = lambda kind: run_block(layer(kind), settings, machine).end_s
   num_layers = units.layers_per_unit(settings)
   return {kind: alone(kind) * (num_layers if kind in _OF_LAYERS else 1) for kind in KINDS}
 
@@ -184,7 +185,7 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
         sent[to.link] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, to.size)
         hidden[stream(op.step)] += times * _overlap(kernels, start_s, end_s)
   replica_s = replica_seconds(settings, machine)
-  costs = unit_seconds(settings, machine)
+  costs = unit_seconds(settings, machine, tied)
   table = memory.table(settings.pipeline, settings.mesh.stage)
   return Run(
     step_s=totals["step"] + replica_s,

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from moe_jax.rehearse import convolution
 from moe_jax.rehearse.hlo import Computation, Instruction, Module, Shape
@@ -27,8 +28,18 @@ _ELEMENTWISE = (
   "multiply", "negate", "select", "subtract", "tanh", "transpose",
 )  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
-# What writes a part of its first operand, in place; the operand that holds the part.
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+class _Update(NamedTuple):
+  """What writes a part of its first operand, in place: which operand holds the part, and whether
+  that is added to what is there, which is then read too.
+  """
+
+  part: int
+  adds: bool
+
+
+_UPDATES = {"dynamic-update-slice": _Update(1, adds=False), "scatter": _Update(2, adds=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +158,8 @@ def _num_bytes(module: Module, computation: Computation, instruction: Instructio
   if instruction.opcode in _SLICES:
     return 2 * instruction.num_bytes
   if instruction.opcode in _UPDATES:
-    passes = 3 if instruction.opcode == "scatter" else 2
-    return passes * operands[_UPDATES[instruction.opcode]].num_bytes
+    update = _UPDATES[instruction.opcode]
+    return (2 + update.adds) * operands[update.part].num_bytes
   return instruction.num_bytes + sum(operand.num_bytes for operand in operands)
 
 
@@ -170,11 +181,9 @@ def _read_part(inner: Computation, made: Instruction) -> float:
     if user.opcode in _SLICES and user.operands[0] == made.name:
       part += user.shapes[0].elements / made.shapes[0].elements
     elif user.opcode in _UPDATES and user.operands[0] == made.name:
-      # Updated in place; what is scattered is added to what is there.
-      if user.opcode == "scatter":
-        part += inner.operands_of(user)[_UPDATES["scatter"]].shapes[0].elements / (
-          made.shapes[0].elements
-        )
+      update = _UPDATES[user.opcode]
+      written = inner.operands_of(user)[update.part].shapes[0]
+      part += update.adds * written.elements / made.shapes[0].elements
     elif _asks_evenly(user, made) and not user.is_root:
       part += _read_part(inner, user)
     else:
@@ -198,5 +207,5 @@ def _written_bytes(inner: Computation, root: Instruction) -> float:
   while source.opcode in _PASS:
     source = inner.operands_of(source)[0]
   if source.opcode in _UPDATES:
-    return inner.operands_of(source)[_UPDATES[source.opcode]].num_bytes
+    return inner.operands_of(source)[_UPDATES[source.opcode].part].num_bytes
   return root.num_bytes

@@ -110,8 +110,8 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
       functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes
     )
     squares = jax.tree.map(functools.partial(_squares, mesh), gradients, gradient_specs)
-    losses, total = _sum_losses(result, sum(jax.tree.leaves(squares)))
-    return losses, gradients, jnp.sqrt(total)
+    losses, squares = _sum_losses(result, sum(jax.tree.leaves(squares)))
+    return losses, gradients, jnp.sqrt(squares)
 
   in_specs = (streaming.specs(settings, mesh), inputs_spec())
   return jax.shard_map(
@@ -126,7 +126,8 @@ def evaluate(settings: config.Config, mesh: Mesh) -> Callable:
 
   def region(parameters: Parameters, inputs: Inputs) -> Losses:
     layers, shared = collectives.varying(parameters)
-    return _sum_losses(executor.run(functions, schedule, layers, shared, inputs))[0]
+    (losses,) = _sum_losses(executor.run(functions, schedule, layers, shared, inputs))
+    return losses
 
   return jax.shard_map(
     region, mesh=mesh, in_specs=(transformer.specs(settings.model), inputs_spec()),
@@ -214,13 +215,13 @@ def _losses_spec() -> Losses:
   return Losses(cross_entropy=P(), total=P(), auxiliary=P(STAGE), report=P(STAGE), ticks=P())
 
 
-def _sum_losses(result: executor.Result, more: jax.Array | float = 0.0):
-  """Returns the Losses, and the sum of `more` over all devices, which travels with them."""
-  mine = jnp.stack([result.loss, result.auxiliary_loss, collectives.varying(jnp.float32(more))])
-  cross_entropy, auxiliary_loss, more = jax.lax.psum(mine, ALL)
+def _sum_losses(result: executor.Result, *more: jax.Array) -> tuple:
+  """Returns the Losses, and of scalars the sums over all devices, which travel with them."""
+  mine = jnp.stack([result.loss, result.auxiliary_loss, *more])
+  cross_entropy, auxiliary_loss, *sums = jax.lax.psum(mine, ALL)
   auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), (EXPERT, TENSOR))
   total = cross_entropy + auxiliary_loss
-  return Losses(cross_entropy, total, auxiliary, report, result.ticks), more
+  return Losses(cross_entropy, total, auxiliary, report, result.ticks), *sums
 
 
 def _squares(mesh: Mesh, gradient: jax.Array, spec: P) -> jax.Array:

@@ -88,7 +88,9 @@ class _Units:
     layer = self._layer(layers, shared, inputs, gy)
     one = jax.tree.map(lambda leaf: leaf[0], layers)
     _, of_layer, _ = jax.eval_shape(self.functions.layer, one, shared, gy, inputs)
-    g_statistics = jax.tree.leaves(collectives.zeros_like(of_layer))
+    # Not zeros, which XLA would see through.
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), of_layer)
+    g_statistics = jax.tree.leaves(collectives.varying(ones))
 
     def body(gy, given):
       weights, saved = given

@@ -183,7 +183,7 @@ def saved_by(settings):
       transformer.loss_functions(settings), step_lib.table(settings), weights.Whole(layers), shared,
       inputs, settings.pipeline.save, jnp.float32,
     )  # fmt: skip
-    found["saved"] = made.chunk.steps.saved
+    found["saved"] = made.layers.steps.saved
     return jnp.zeros(())
 
   parameters = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))

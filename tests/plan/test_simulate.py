@@ -14,7 +14,6 @@ from moe_jax.plan import (
   load,
   machine,
   memory,
-  phases,
   program,
   protocols,
   simulate,
@@ -122,12 +121,10 @@ def seconds(settings, values, tied):
   which=st.sampled_from(list(CHIP)), factor=st.floats(1, 100),
 )  # fmt: skip
 def test_faster_parts_never_make_a_slower_step(settings, values, which, factor):
-  """Step by step, but for what may come late: that, and beside each other all, can start first and
-  hold up what matters more.
-  """
+  """Step by step; beside each other, what starts first can hold up what matters more."""
   better = values | {which: values[which] * factor}
   before_s, after_s = (seconds(settings, each, tied=False) for each in (values, better))
-  assert after_s <= before_s * 1.01
+  assert after_s <= before_s * (1 + 1e-9)
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
@@ -208,11 +205,7 @@ def test_a_round_more_by_hand(save):
     more += sum(seconds(s) for s in forward if s.follows == steps.ROUNDS)
     # Half of the rows travelled in the second round.
     more += sum(seconds(s) / 2 for s in forward if s.follows == steps.ROWS)
-  # What may come late fills the time in which the further round sends.
-  late = sum(seconds(s) for s in of_layer if s.name in phases.LATE)
-  least = more if save == "inputs" else more - late
-  assert settings.model.layers * least <= (found - without) * (1 + 1e-6)
-  assert found - without <= settings.model.layers * more * (1 + 1e-6)
+  assert found - without == pytest.approx(settings.model.layers * more)
 
 
 def test_pictures_of_the_timeline(tmp_path):

@@ -110,6 +110,28 @@ def test_a_fusion_reads_what_its_results_ask_for(half, num_bytes):
   assert kernel.work.num_bytes == num_bytes
 
 
+def test_rows_that_are_scattered_are_added_where_they_lie():
+  """Three rows of 8 into 100: they are read, and what they are added to is read and written."""
+  text = golden.LISTED.replace(
+    "%gemm.1 =",
+    "%table = f32[100,8]{1,0} constant({...})\n  %place = s32[3,1]{1,0} constant({...})\n"
+    "  %rows = bf16[3,8]{1,0} constant({...})\n"
+    "  %added = f32[100,8]{1,0} fusion(%table, %place, %rows), kind=kInput, calls=%scattered\n"
+    "  %gemm.1 =",
+    1,
+  ).replace(
+    "\n%sum",
+    "\n%scattered (table: f32[100,8], place: s32[3,1], rows: bf16[3,8]) -> f32[100,8] {\n"
+    "  %table.1 = f32[100,8]{1,0} parameter(0)\n  %place.1 = s32[3,1]{1,0} parameter(1)\n"
+    "  %rows.1 = bf16[3,8]{1,0} parameter(2)\n  %wide = f32[3,8]{1,0} convert(%rows.1)\n"
+    "  ROOT %out = f32[100,8]{1,0} scatter(%table.1, %place.1, %wide), to_apply=%sum\n}\n\n%sum",
+    1,
+  )
+  kernels = [u for u, _ in program.flat(program.read(text, golden.MESH).entry)]
+  (kernel,) = (u for u in kernels if u.name == "added")
+  assert kernel.work.num_bytes == 3 * 4 + 3 * 8 * 2 + 2 * 3 * 8 * 4
+
+
 def test_a_kernel_counts_by_its_declared_formula():
   call = (
     '%call.1 = bf16[4]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton",'

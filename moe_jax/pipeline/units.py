@@ -1,0 +1,230 @@
+"""Forward and backward units of a tick, and one layer of each on its way, step by step.
+
+A layer reads its weights and what it saved, and adds what it makes to the stage's totals, where
+they lie. Knows layers as steps; must not know what runs beside them, ticks, stages or the model.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.pipeline import buffers
+from moe_jax.pipeline.saving import SavedLayer
+from moe_jax.pipeline.weights import Coming, Streamed, Whole
+
+Tree = Any
+
+_LARGE = 1 / 8  # of a layer's weights
+
+
+class Totals(NamedTuple):
+  """What layers add to, or write into.
+
+  Attributes:
+    stash: [slots, layers of a chunk, ...] what layers saved. A slot holds the layers first to last,
+      or last to first.
+    statistics: `buffers.packed`, [micro-batches, layers of this stage, ...], of the forward units
+      that ran; once the micro-batch was at its head, their cotangents.
+    reports: `buffers.packed`, [layers of this stage, ...].
+    g_layers: [layers of this stage, ...].
+    g_shared: of the parameters outside the layers.
+    rings: weights gathered ahead, for forward and for backward units.
+  """
+
+  stash: Tree
+  statistics: list[jax.Array]
+  reports: Tree
+  g_layers: Tree
+  g_shared: Tree
+  rings: tuple[Tree, Tree]
+
+
+class Forward(NamedTuple):
+  """A forward unit.
+
+  Attributes:
+    x: of the first layer.
+    inputs: of the micro-batch.
+    micro: its number.
+    first: number of the chunk's first layer.
+    coming: what it gathers, where weights lie in shares.
+    slot: of the stash, where the layers save; may be the one that the backward unit beside it
+      reads, if one of the two is reversed.
+    is_reversed: whether the slot holds the layers last to first.
+    runs: whether the cell is busy; None where every stage's is, so that nothing needs a mask.
+    is_masked: whether what an idle cell saves needs one, for its slot may be in use.
+  """
+
+  x: Tree
+  inputs: Tree
+  micro: jax.Array
+  first: jax.Array
+  coming: Coming | None
+  slot: jax.Array
+  is_reversed: jax.Array
+  runs: jax.Array | None
+  is_masked: bool
+
+
+class Backward(NamedTuple):
+  """A backward unit; one of an idle cell has cotangents of zero, and so adds nothing.
+
+  Attributes:
+    gy: cotangent of the last layer's y.
+    g_statistics: cotangents of the layers' statistics, `buffers.packed`, [layers of a chunk, ...].
+    inputs: of the micro-batch.
+    first: number of the chunk's first layer.
+    coming: what it gathers, where weights lie in shares.
+    slot: of the stash, where the layers saved.
+    is_reversed: whether the slot holds the layers last to first.
+  """
+
+  gy: Tree
+  g_statistics: list[jax.Array]
+  inputs: Tree
+  first: jax.Array
+  coming: Coming | None
+  slot: jax.Array
+  is_reversed: jax.Array
+
+
+class Layers(NamedTuple):
+  """What all layers of this stage share.
+
+  Attributes:
+    steps: of a layer, with what they save.
+    weights: of all of them.
+    shared: parameters outside the layers.
+    statistics: shapes of those of a layer.
+    num_layers: of a chunk.
+    adds: whether gradients add to those of other units; else they are written.
+  """
+
+  steps: SavedLayer
+  weights: Whole | Streamed
+  shared: Tree
+  statistics: Tree
+  num_layers: int
+  adds: bool
+
+
+class ForwardLayer:
+  """One layer on its way forwards."""
+
+  def __init__(self, stage: Layers, unit: Forward, l: jax.Array, x: Tree, ring: Tree):
+    self.stage, self.unit, self.l = stage, unit, l
+    # With x, or XLA cuts the weights of all layers of both units out of the stack at once, and the
+    # first product waits for all of them.
+    self.carry, number = both(x, unit.first + l)
+    self.weights, self.ring, self.coming = stage.weights.take(number, l, unit.coming, ring)
+    self.kept: list[list[jax.Array]] = []
+    self.num_written = 0
+
+  def run(self) -> None:
+    """Runs the next step."""
+    step = self.stage.steps.forward[len(self.kept)]
+    self.carry, kept = step(self.weights, self.stage.shared, self.carry, self.unit.inputs)
+    self.kept.append(kept)
+
+  @property
+  def is_done(self) -> bool:
+    """Whether all steps ran, so that the carry is (y, statistics, report)."""
+    return len(self.kept) == len(self.stage.steps.forward)
+
+  def write(self, stash: Tree, end: int | None = None) -> Tree:
+    """Returns the stash with what the steps keep that ran since the last call, up to step `end`."""
+    end = len(self.kept) if end is None else max(end, self.num_written)
+    place = (self.unit.slot, place_of(self.l, self.unit.is_reversed, self.stage.num_layers))
+    keep = self._keep if self.unit.is_masked else lambda new, old: new
+    put = lambda leaf, new: buffers.put(leaf, place, keep(new, lambda: leaf[place]))
+    stash = list(stash)
+    for i in range(self.num_written, end):
+      stash[i] = jax.tree.map(put, stash[i], self.kept[i])
+    self.num_written = end
+    return tuple(stash)
+
+  def finish(self, totals: Totals) -> tuple[Totals, Tree]:
+    y, statistics, report = self.carry
+    number = self.unit.first + self.l
+    stash = self.write(totals.stash)
+    or_nothing = lambda new: self._keep(new, lambda: jnp.zeros_like(new))
+    reports = buffers.add_packed(totals.reports, number, report, or_nothing)
+    place = (self.unit.micro, number)
+    found = buffers.put_packed(totals.statistics, place, statistics, self.unit.runs)
+    return totals._replace(stash=stash, statistics=found, reports=reports), y
+
+  def _keep(self, new: jax.Array, old: Callable[[], jax.Array]) -> jax.Array:
+    return new if self.unit.runs is None else jnp.where(self.unit.runs, new, old())
+
+
+class BackwardLayer:
+  """One layer on its way backwards."""
+
+  def __init__(
+    self, stage: Layers, unit: Backward, place: jax.Array, gy: Tree, saved: Tree, ring: Tree
+  ):
+    self.stage, self.unit = stage, unit
+    self.number = unit.first + (stage.num_layers - 1 - place)
+    gy, number = both(gy, self.number)  # as of a forward layer
+    self.weights, self.ring, self.coming = stage.weights.take(number, place, unit.coming, ring)
+    self.restored = stage.steps.restore(self.weights, stage.shared, unit.inputs, saved)
+    self.gy_tree = jax.tree.structure(gy)
+    of_layer = buffers.at(unit.g_statistics, stage.num_layers - 1 - place)
+    g_statistics = buffers.unpacked(of_layer, stage.statistics)
+    self.gradients = [*jax.tree.leaves(gy), *jax.tree.leaves(g_statistics)]
+    self.of_parameters: list[dict[int, jax.Array]] = []
+
+  def run(self) -> None:
+    """Runs the next step."""
+    step = self.stage.steps.backward[-1 - len(self.of_parameters)]
+    of_parameters, self.gradients = step(
+      self.weights, self.stage.shared, self.unit.inputs, self.restored, self.gradients
+    )
+    self.of_parameters.append(of_parameters)
+
+  def cut_weights(self) -> None:
+    """Has the large weights cut out of their stack before the next step; what is smaller is read
+    where it lies.
+    """
+    leaves, tree = jax.tree.flatten(self.weights)
+    least = _LARGE * sum(leaf.size for leaf in leaves)
+    large = [i for i, leaf in enumerate(leaves) if leaf.size >= least]
+    self.gradients, cut = both(self.gradients, [leaves[i] for i in large])
+    for i, leaf in zip(large, cut, strict=True):
+      leaves[i] = leaf
+    self.weights = jax.tree.unflatten(tree, leaves)
+
+  @property
+  def is_done(self) -> bool:
+    """Whether all steps ran."""
+    return len(self.of_parameters) == len(self.stage.steps.backward)
+
+  def finish(self, totals: Totals) -> tuple[Totals, Tree]:
+    sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))
+    num_weights = len(jax.tree.leaves(totals.g_layers))
+    for i, total in enumerate(sums):
+      parts = [part[i] for part in self.of_parameters if i in part]
+      if not parts:
+        continue
+      gradient = sum(parts[1:], parts[0])
+      if i >= num_weights:
+        sums[i] = total + gradient.astype(total.dtype)
+      elif self.stage.adds:
+        sums[i] = buffers.add(total, self.number, gradient)
+      else:
+        sums[i] = buffers.put(total, self.number, gradient)
+    g_layers, g_shared = jax.tree.unflatten(tree, sums)
+    gx = jax.tree.unflatten(self.gy_tree, self.gradients)
+    return totals._replace(g_layers=g_layers, g_shared=g_shared), gx
+
+
+def both(one: Tree, other: Tree) -> tuple[Tree, Tree]:
+  """Returns both; nothing that reads either runs before both are there."""
+  return jax.lax.optimization_barrier((one, other))
+
+
+def place_of(l: jax.Array, is_reversed: jax.Array, num_layers: int) -> jax.Array:
+  """Returns where a layer's part lies in its slot."""
+  return jnp.where(is_reversed, num_layers - 1 - l, l)
