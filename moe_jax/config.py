@@ -100,7 +100,7 @@ class Pipeline:
   save: str = "inputs"  # of a layer, from little memory to little computed again: SAVE
   gradient_dtype: str = "float32"  # of the sums over micro-batches
   # Layers whose attention weights are gathered along mesh.expert before they are used; until then
-  # each rank holds a share (ZeRO-3). 0: each holds them whole.
+  # each rank holds a share (ZeRO-3). 0: each holds them whole, once gathered.
   prefetch_layers: int = 0
 
   def __post_init__(self):

@@ -58,13 +58,14 @@ def zeros_like(tree):
 
 
 def gather(x, axis_name: str, dimension: int):
-  """Returns the parts of all devices along `axis_name`, joined at `dimension`.
+  """Returns the parts of all devices along `axis_name`, joined at `dimension`; counted from the
+  last one where it is negative.
 
   Communication: all-gather over `axis_name`, (n - 1) * x.size elements.
   """
   if jax.lax.axis_size(axis_name) == 1:
     return x
-  return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True)
+  return jax.lax.all_gather(x, axis_name, axis=dimension % x.ndim, tiled=True)
 
 
 def stack(x, axis_names: tuple[str, ...]):
@@ -79,13 +80,14 @@ def stack(x, axis_names: tuple[str, ...]):
 
 
 def reduce_scatter(x, axis_name: str, dimension: int):
-  """Returns this device's piece, along `dimension`, of the sum over `axis_name`.
+  """Returns this device's piece, along `dimension`, counted as `gather` does, of the sum over
+  `axis_name`.
 
   Communication: reduce-scatter over `axis_name`, (n - 1) / n * x.size elements.
   """
   if jax.lax.axis_size(axis_name) == 1:
     return x
-  return jax.lax.psum_scatter(x, axis_name, scatter_dimension=dimension, tiled=True)
+  return jax.lax.psum_scatter(x, axis_name, scatter_dimension=dimension % x.ndim, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -337,6 +339,26 @@ def shift(tree, axis_name: str, by: int):
     return tree
   ring = [(i, (i + by) % size) for i in range(size)]
   return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, ring), tree)
+
+
+def shift_both(ahead, back, axis_name: str):
+  """Returns what the device before this one on the ring of `axis_name` holds as `ahead`, and what
+  the one behind it holds as `back`.
+
+  Two devices are each other's neighbour on either side: one message carries both, where mostly it
+  is latency that counts.
+
+  Args:
+    ahead, back: trees of one structure, shapes and dtypes; None where nothing goes that way.
+
+  Communication: collective-permute over `axis_name`, the size of each tree in elements, of two
+  devices in one.
+  """
+  if ahead is None or back is None or jax.lax.axis_size(axis_name) != 2:
+    return shift(ahead, axis_name, +1), shift(back, axis_name, -1)
+  joined = jax.tree.map(lambda one, other: jnp.stack([one, other]), ahead, back)
+  arrived = shift(joined, axis_name, +1)
+  return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], arrived) for i in (0, 1))
 
 
 def broadcast_from(tree, axis_name: str, index: int):

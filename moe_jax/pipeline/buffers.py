@@ -23,7 +23,8 @@ def put(array: jax.Array, place: Place, new: jax.Array) -> jax.Array:
   against the range, and so read what it writes over.
 
   Args:
-    place: indices of the first dimensions, within the range.
+    place: indices of the first dimensions, within the range; of none, `new` may be smaller and
+      lies at the beginning.
   """
   starts = _starts(array, place)
   new = new.astype(array.dtype)[(None,) * (array.ndim - new.ndim)]

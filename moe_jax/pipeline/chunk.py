@@ -43,6 +43,8 @@ class Chunk(NamedTuple):
       each slot.
     due_alone: likewise of a backward unit without a forward one, each of whose steps is a slot.
     quiet: first and last of the slots beside which weights to come are gathered.
+    quiet_alone: likewise of a forward and of a backward unit alone, each of whose steps is a slot;
+      beside the latter gradients leave too.
     reads: the slot beside which is read what the backward unit's next layer saved; of a backward
       unit alone it is the first.
     inside_s: of each step of a layer, about how long it sends inside the host.
@@ -53,21 +55,24 @@ class Chunk(NamedTuple):
   due: tuple[int, ...]
   due_alone: tuple[int, ...]
   quiet: tuple[int, int]
+  quiet_alone: tuple[tuple[int, int], tuple[int, int]]
   reads: int
   inside_s: tuple[float, ...]
 
   def run(
-    self, totals: Totals, forward: Forward | None, backward: Backward | None
+    self, totals: Totals, forward: Forward | None, backward: Backward | None, saved: Tree
   ) -> tuple[Totals, Tree, Tree]:
     """Returns the totals, `y` of the forward unit and `gx` of the backward unit, None for one that
     is not there.
+
+    Args:
+      saved: by the backward unit's first layer to run, as `read` found it.
 
     Communication: that of the layer, and of what the weights gather for each.
     """
     layer = functools.partial(self._layer, forward, backward)
     last = self.layers.num_layers - 1
     body = lambda carry, l: (layer(l, False, *carry), None)
-    saved, totals = self._read(backward, last, totals)
     carry = (totals, forward and forward.x, backward and backward.gy, saved)
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
@@ -85,20 +90,27 @@ class Chunk(NamedTuple):
     # gradients may be missing yet.
     sums_pending = is_last and self.layers.num_layers == 2
     rings = totals.rings
+    leaving, totals = self._leaving(backward, l, totals)
     ahead = forward and ForwardLayer(self.layers, forward, l, x, rings[0])
-    back = backward and BackwardLayer(self.layers, backward, l, gy, saved, rings[1])
-    coming = [each.coming for each in (ahead, back) if each]
+    back = backward and BackwardLayer(self.layers, backward, l, gy, saved, rings[1], leaving)
+    units = [each for each in (ahead, back) if each]
+    coming = [each.coming for each in units]
     slots, due, quiet, reads = self.slots, self.due, self.quiet, self.reads
     alone = ahead is None
     if alone:
-      slots, due, quiet, reads = ((0, 1),) * len(self.due_alone), self.due_alone, (0, 0), 0
+      slots, due, reads = ((0, 1),) * len(self.due_alone), self.due_alone, 0
+    elif back is None:
+      slots, due = ((1, 0),) * len(self.inside_s), (0,) * len(self.inside_s)
+    if len(units) == 1:
+      quiet = self.quiet_alone[alone]
     saved = None
     for number, (num_ahead, num_back) in enumerate(slots):
       num_done = due[number - 1] if number else 0
-      if number == reads and not is_last:
-        saved, totals = self._read(backward, self.layers.num_layers - 2 - l, totals)
+      if back and number == reads and not is_last:
+        earlier = self.layers.num_layers - 2 - l
+        saved, totals = self.read(backward.slot, backward.is_reversed, earlier, totals)
       if number == quiet[0]:
-        coming = [self.layers.weights.gather(shares) for shares in coming]
+        coming = [each.send(given) for each, given in zip(units, coming, strict=True)]
       if ahead:
         totals = totals._replace(stash=ahead.write(totals.stash))
         totals = self._run_ahead(
@@ -113,25 +125,25 @@ class Chunk(NamedTuple):
         totals = self._run_back(
           back, num_back, totals, alone=alone, sums_pending=sums_pending, num_done=num_done
         )
+      is_tied = number in (quiet[0] - 1, quiet[1]) and bool(jax.tree.leaves(coming))
+      there = coming if is_tied else []
       if ahead and back:
         x, *others = ahead.carry if ahead.is_done else (ahead.carry,)
-        is_tied = number in (quiet[0] - 1, quiet[1])
         num_due = due[number]
         tied = (x, totals.stash, back.gradients, back.of_parameters[:num_due])
-        tied, there = both(tied, coming if is_tied else [])
+        tied, there = both(tied, there)
         x, stash, back.gradients, back.of_parameters[:num_due] = tied
-        coming = there if is_tied else coming
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
       elif back:
-        there = slice(due[number])
-        back.gradients, back.of_parameters[there] = both(back.gradients, back.of_parameters[there])
-    found = iter(coming)
-    put = lambda each, ring: (
-      self.layers.weights.put(l, each.unit.coming, each.ring, next(found)) if each else ring
-    )
-    rings = (put(ahead, rings[0]), put(back, rings[1]))
-    totals = totals._replace(rings=rings)
+        num_due = due[number]
+        tied = (back.gradients, back.of_parameters[:num_due])
+        (back.gradients, back.of_parameters[:num_due]), there = both(tied, there)
+      elif is_tied:
+        ahead.carry, there = both(ahead.carry, there)
+      coming = there if is_tied else coming
+    for each, brought in zip(units, coming, strict=True):
+      totals = each.receive(totals, brought)
     if back:
       totals, gy = back.finish(totals)
     if ahead:
@@ -214,11 +226,23 @@ class Chunk(NamedTuple):
         back.gradients, back.of_parameters[left] = both(back.gradients, back.of_parameters[left])
     return totals
 
-  def _read(self, backward, l, totals: Totals) -> tuple[Tree, Totals]:
-    """Returns what a layer saved, and the totals, whose stash is to be written only now."""
-    if backward is None:
-      return None, totals
-    place = (backward.slot, place_of(l, backward.is_reversed, self.layers.num_layers))
+  def _leaving(self, backward, l, totals: Totals) -> tuple[list[jax.Array], Totals]:
+    """Returns the gradients that leave beside a layer, and the totals, to which is to be added only
+    now.
+    """
+    if backward is None or backward.leaving is None:
+      return [], totals
+    leaving = self.layers.leaving(totals.g_layers, backward.leaving + l)
+    leaving, g_layers = both(leaving, totals.g_layers)
+    return leaving, totals._replace(g_layers=g_layers)
+
+  def read(
+    self, slot: jax.Array, is_reversed: jax.Array, l: jax.Array | int, totals: Totals
+  ) -> tuple[Tree, Totals]:
+    """Returns what layer `l` of a chunk saved in a slot, and the totals, whose stash is to be
+    written only now.
+    """
+    place = (slot, place_of(l, is_reversed, self.layers.num_layers))
     saved = buffers.at(totals.stash, place)
     # XLA does not order a read before a write that does not need it, and would copy the stash.
     saved, stash = both(saved, totals.stash)

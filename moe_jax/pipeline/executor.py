@@ -12,7 +12,7 @@ Must not know the model: it is given `functions.Functions`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns, tie
+from moe_jax.pipeline import buffers, columns, ends, tie
 from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
@@ -30,7 +30,7 @@ from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
 from moe_jax.pipeline.units import Backward, Forward, Layers, Totals
-from moe_jax.pipeline.weights import Coming, Streamed, Whole
+from moe_jax.pipeline.weights import Arriving, Coming, Streamed, Whole
 
 Tree = Any
 
@@ -51,23 +51,26 @@ class _Found(NamedTuple):
 class _State(NamedTuple):
   """What a tick hands to the next; buffers are indexed by slot."""
 
-  sent: Tree  # output of this stage's last forward unit, not yet on its way
+  made: Tree  # output of this stage's last forward unit
+  arrived: Tree  # that of the stage before, where the head reads it
   inbox: Tree  # [inbox slots, ...] activations that wait for a forward unit or the head
   cotangent_inbox: Tree  # [cotangent slots, ...]
   found: _Found
   totals: Totals
+  saved: Tree  # by the layer that the next backward unit begins with; () before there is one
   ticks: jax.Array
 
 
 def run(
   functions: Functions,
   table: Table,
-  layers: Tree | Streamed,
+  layers: Tree | Streamed | Arriving,
   shared: Tree,
   inputs: Tree,
   *,
   save: str = "inputs",
   gradient_dtype: jnp.dtype = jnp.float32,
+  reduces: Sequence[Callable[[jax.Array], jax.Array] | None] | None = None,
 ) -> Result:
   """Returns the result of a step, inside the manual region.
 
@@ -75,31 +78,37 @@ def run(
     functions: the model.
     table: the schedule; with backward units gradients are returned, without them none.
     layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major; with
-      backward units they may be `Streamed`.
+      backward units they may be `Streamed` or `Arriving`.
     shared: parameters outside the layers.
     inputs: leaves [micro-batches, ...].
     save: what each layer keeps for its backward unit, a key of `saving.SAVE`.
     gradient_dtype: of the accumulated gradients.
+    reduces: of each leaf of the layers' gradients, what sums a layer's, or several stacked, over
+      ranks; None, or all of them, where the gradient is this device's own. Those of chunks that are
+      done are summed while the pipeline drains.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
-  of a cotangent backwards; per micro-batch an all-reduce of the head's cotangent, and one of an
-  activation for the head where `Table.head_needs_broadcast`. And what the functions do, and the
-  gathers of streamed layers: of each layer of a forward or backward unit, and of the rings' once.
+  of a cotangent backwards, of two stages both in one; per micro-batch an all-reduce of the head's
+  cotangent, and one of an activation for the head where `Table.head_needs_broadcast`. And what the
+  functions do; the gathers of streamed layers, of each layer of a forward or backward unit, and of
+  the rings' once; those of layers that arrive, and what `reduces` does, once of each layer.
   """
   if table.is_forward_only:
     return evaluate(functions, table, layers, shared, inputs)
-  weights = layers if isinstance(layers, Streamed) else Whole(layers)
-  return _Executor(functions, table, weights, shared, inputs, save, gradient_dtype).run()
+  weights = layers if isinstance(layers, Streamed | Arriving) else Whole(layers)
+  given = (functions, table, weights, shared, inputs, save, gradient_dtype, reduces)
+  return _Executor(*given).run()
 
 
 class _Executor:
   """The pieces of a tick; holds what every tick shares."""
 
-  def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype):
+  def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, reduces=None):
     self.functions, self.table = functions, table
     self.shared, self.inputs = shared, inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
+    self.head_reads_arrived = table.num_stages > 1 and not table.head_needs_broadcast
     of_layer = example(functions, weights, shared, inputs)
     _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
     steps = cut(functions.layer, of_layer)
@@ -117,6 +126,7 @@ class _Executor:
       num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
+      reduces=reduces or [None] * len(jax.tree.leaves(weights.layers)),
     )
     self.chunk = Chunk(
       self.layers,
@@ -124,28 +134,65 @@ class _Executor:
       tie.due(slots, *given),
       tie.due_alone(given[1]),
       tie.quiet(slots, *given),
+      (
+        tie.quiet(((1, 0),) * len(steps), given[0], ()),
+        tie.quiet(((0, 1),) * len(steps), (), given[1]),
+      ),
       tie.reads(slots, *given, copying_s),
       tuple(each.inside_s for each in given[0]),
     )
     self.layer, _, self.x, _ = of_layer
+    self.some_leave = any(self.layers.reduces) and bool((ends.leaving(table) >= 0).any())
     self.num_layers = table.num_chunks * self.layers.num_layers
     self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
-    coming = self.layers.weights.coming(self.table, self.stage)
     for segment in segments(self.table):
       self.units = segment.presence()
+      state = self._have_arrived(state)
+      coming = self.layers.weights.coming(self.table, self.stage)
       body = lambda state, given: (self._tick(state, *given), None)
       piece = jax.tree.map(lambda a: a[segment.ticks], (rows, coming))
+      if self.units["backward"] != "never" and state.saved == ():
+        first = buffers.at(piece[0], 0)
+        state = self._read(first.backward_slot, first.backward_is_reversed, state)
       state, _ = jax.lax.scan(body, state, piece)
     totals = state.totals
-    gradients = (totals.g_layers, totals.g_shared)
+    gradients = (self._summed(totals), totals.g_shared)
     reports = buffers.unpacked(totals.reports, self.report)
     loss, auxiliary_loss, auxiliary, outputs = state.found
     found = (loss, auxiliary_loss, auxiliary, reports, outputs, gradients)
     return Result(*collectives.after(found, found), state.ticks)
+
+  def _have_arrived(self, state: _State) -> _State:
+    """Takes weights for whole when none of them is still to come."""
+    weights = self.layers.weights
+    if isinstance(weights, Arriving) and self.units["comes"] == "never":
+      ring, _ = state.totals.rings
+      self.layers = self.layers._replace(weights=weights.arrived(ring))
+      self.chunk = self.chunk._replace(layers=self.layers)
+      state = state._replace(totals=state.totals._replace(rings=((), ())))
+    return state
+
+  def _summed(self, totals: Totals) -> Tree:
+    """Returns the layers' gradients, those summed over ranks that are to be: of layers that left,
+    and of the others now.
+    """
+    if self.some_leave:
+      here = self.layers.leaving(totals.g_layers, slice(self.layers.num_layers))
+      put = lambda leaf, new: buffers.put(leaf, (), new)
+      sums = [*map(put, totals.sums, self.layers.reduced(here))]
+    else:
+      sums = self.layers.reduced(self.layers.leaving(totals.g_layers, slice(None)))
+    leaves, tree = jax.tree.flatten(totals.g_layers)
+    given = iter(sums)
+    found = [
+      next(given) if reduce else leaf
+      for reduce, leaf in zip(self.layers.reduces, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, found)
 
   def _start(self) -> _State:
     table, layers, zeros = self.table, self.layers, collectives.zeros_like
@@ -156,9 +203,11 @@ class _Executor:
     scalar = lambda: zeros(jax.ShapeDtypeStruct((), jnp.float32))
     packed = lambda tree, *sizes: zeros(stacked(jax.eval_shape(buffers.packed, tree), *sizes))
     of_layers = stacked(layers.statistics, self.num_layers)
+    g_layers = gradient(stacked(self.layer, self.num_layers))
     auxiliary = jax.eval_shape(lambda given: self.functions.auxiliary(given)[1], of_layers)
     return _State(
-      sent=collectives.after((layers.weights.layers, self.shared, self.inputs), zeros(self.x)),
+      made=collectives.after((layers.weights.layers, self.shared, self.inputs), zeros(self.x)),
+      arrived=zeros(self.x) if self.head_reads_arrived else (),
       inbox=zeros(stacked(self.x, table.num_inbox_slots)),
       cotangent_inbox=zeros(stacked(self.x, table.num_cotangent_slots)),
       found=_Found(
@@ -171,34 +220,31 @@ class _Executor:
         stash=zeros(stacked(layers.steps.saved, table.peak_in_flight, layers.num_layers)),
         statistics=packed(layers.statistics, table.num_micro_batches, self.num_layers),
         reports=packed(self.report, self.num_layers),
-        g_layers=zeros(gradient(stacked(self.layer, self.num_layers))),
+        g_layers=zeros(g_layers),
         g_shared=zeros(gradient(self.shared)),
         rings=layers.weights.start(table, self.stage),
+        sums=zeros(self._shapes_of_sums(g_layers)) if self.some_leave else [],
       ),
+      saved=(),
       ticks=jnp.zeros((), jnp.int32),
     )
 
   def _tick(self, state: _State, row: Row, coming: tuple[Coming | None, Coming | None]) -> _State:
     has_forward, has_backward = (self.units[kind] != "never" for kind in ("forward", "backward"))
-    # An output that has just been made is read where it was made: were the head to wait for it on
-    # stage 0, it would wait for the transfer.
+    # An output that has just been made is read where it was made.
     y = buffers.select(
       row.head_is_fresh > 0,
-      state.sent,
+      state.made,
       buffers.at(state.inbox, jnp.maximum(row.head_inbox_slot, 0)),
     )
-    made, x = state.sent, None
+    if self.head_reads_arrived:
+      y = buffers.select(self.stage == 1, y, state.arrived)
+    x = None
     if has_forward:
       _, x = self._where_due("embed", self._embed, row.embed_micro, None, None)
       # A first tick may reach its layers before what only later ones need is gathered.
       x = collectives.after((self.layers.weights.layers, self.shared), x)
-      made, y = collectives.after(x, (made, y))
-    if self.units["arrival"] != "never":
-      arrived = collectives.shift(made, STAGE, +1)
-      state = state._replace(inbox=buffers.write(state.inbox, row.arrival_slot, arrived))
-      y = collectives.after(arrived, y)
-      if not self.table.head_needs_broadcast:
-        y = buffers.select(self.stage == self.table.num_stages - 1, y, arrived)
+      y = collectives.after(x, y)
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
     state, gy = self._where_due("head", head, row.head_micro, state, y)
@@ -207,18 +253,29 @@ class _Executor:
     back = None
     if has_backward:
       back, state = self._backward(state, of_units, gy, coming[1])
-    totals, sent, gx = self.chunk.run(state.totals, ahead, back)
+    totals, made, gx = self.chunk.run(state.totals, ahead, back, state.saved if back else None)
     state = state._replace(totals=totals)
-    if has_forward:
-      state = state._replace(sent=sent)
     if has_backward:
-      arrived = collectives.shift(gx, STAGE, -1)
-      inbox = buffers.write(state.cotangent_inbox, row.cotangent_arrival_slot, arrived)
+      state = self._read(row.next_backward_slot, row.next_backward_is_reversed, state)
+    if has_forward:
+      state = state._replace(made=made)
+    departs = self.units["departure"] != "never"
+    arrived, returned = collectives.shift_both(made if departs else None, gx, STAGE)
+    if departs:
+      inbox = buffers.write(state.inbox, row.next_arrival_slot, arrived)
+      state = state._replace(inbox=inbox, arrived=arrived if self.head_reads_arrived else ())
+    if has_backward:
+      inbox = buffers.write(state.cotangent_inbox, row.next_cotangent_slot, returned)
       state = state._replace(cotangent_inbox=inbox)
-      gx = collectives.after((arrived, state.sent, totals.statistics, totals.reports), gx)
+      gx = collectives.after((arrived, returned, made, totals.statistics, totals.reports), gx)
       unit = self._embed_gradient
       state, _ = self._where_due("embed_gradient", unit, row.embed_gradient_micro, state, gx)
     return state._replace(ticks=state.ticks + 1)
+
+  def _shapes_of_sums(self, g_layers: Tree) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of those gradients of all layers that leave, summed."""
+    of_all = lambda tree: self.layers.leaving(collectives.varying(tree), slice(None))
+    return jax.eval_shape(lambda tree: self.layers.reduced(of_all(tree)), g_layers)
 
   def _where_due(self, kind: str, unit: Callable, micro, state: _State | None, x):
     """Runs a unit that every stage takes part in, in the ticks that have it; else it makes
@@ -301,7 +358,7 @@ class _Executor:
     """The backward unit of this stage: its layers in reverse, from what they saved; and the state,
     whose statistics are to be written only now.
     """
-    runs = row.backward_micro >= 0
+    runs, leaves = row.backward_micro >= 0, self.units["leaves"] != "never"
     last = (self.stage == self.table.num_stages - 1) & (
       row.backward_chunk == self.table.num_chunks - 1
     )
@@ -327,8 +384,15 @@ class _Executor:
       coming=coming,
       slot=jnp.maximum(row.backward_slot, 0),
       is_reversed=row.backward_is_reversed > 0,
+      leaving=row.leaving_chunk * self.layers.num_layers if leaves else None,
     )
     return backward, state
+
+  def _read(self, slot: jax.Array, is_reversed: jax.Array, state: _State) -> _State:
+    """Reads what the layer saved that a backward unit begins with."""
+    last = self.layers.num_layers - 1
+    saved, totals = self.chunk.read(jnp.maximum(slot, 0), is_reversed > 0, last, state.totals)
+    return state._replace(saved=saved, totals=totals)
 
   def _forward(self, state: _State, row: Row, x_embedded, coming: Coming | None) -> Forward:
     """The forward unit of this stage: its chunk of layers, saving what the backward unit needs."""

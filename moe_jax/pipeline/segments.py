@@ -1,8 +1,9 @@
 """Which units the ticks of a table run, where they save, and the runs of ticks that are alike.
 
-Ticks that agree on having a forward and having a backward unit become one loop, whose body holds
-only what its ticks need. The executor makes the loops, the plan counts them, the rehearsal finds
-them again in the compiled program. Knows tables; must not know jax, or what a unit computes.
+Ticks that agree on having a forward and a backward unit, and weights that come or gradients that
+leave, become one loop, whose body holds only what its ticks need. The executor makes the loops, the
+plan counts them, the rehearsal finds them again in the compiled program. Knows tables; must not
+know jax, or what a unit computes.
 """
 
 import itertools
@@ -11,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.pipeline import ends
 from moe_jax.pipeline.table import Table
 
 
 class Segment(NamedTuple):
-  """A run of ticks that agree on having a forward and having a backward unit.
+  """A run of ticks that agree on which halves they have, and on what comes or leaves beside them.
 
   Attributes:
     ticks: of the table.
@@ -33,8 +35,8 @@ class Segment(NamedTuple):
 def segments(table: Table) -> Iterator[Segment]:
   """Yields the longest such runs, in their order."""
   at = units(table)
-  halves = np.stack([at["forward"], at["backward"]], 1)
-  edges = np.flatnonzero((halves[1:] != halves[:-1]).any(1)) + 1
+  kinds = np.stack([at[kind] for kind in ("forward", "backward", "comes", "leaves")], 1)
+  edges = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1)) + 1
   for start, stop in itertools.pairwise([0, *edges.tolist(), table.num_ticks]):
     ticks = slice(start, stop)
     yield Segment(ticks, {kind: at_Q[ticks] for kind, at_Q in at.items()})
@@ -43,10 +45,14 @@ def segments(table: Table) -> Iterator[Segment]:
 def units(table: Table) -> dict[str, np.ndarray]:
   """Returns, for each kind of unit, in which ticks any stage runs it.
 
-  full: all run a forward unit; free: those that do not have a slot to write.
+  arrival: an output is there at the tick's start; departure: one arrives at its end. comes: a
+  chunk's weights do; leaves: a chunk's gradients. full: all run a forward unit; free: those that do
+  not have a slot to write.
   """
   return {
     "arrival": (table.arrival_slot_QZ >= 0).any(1),
+    "departure": np.roll((table.arrival_slot_QZ >= 0).any(1), -1),
+    "comes": ends.coming(table) >= 0,
     "head": table.head_micro_Q >= 0,
     "backward": (table.backward_micro_QZ >= 0).any(1),
     "embed_gradient": (table.embed_gradient_micro_Q >= 0) & (not table.is_forward_only),
@@ -54,6 +60,7 @@ def units(table: Table) -> dict[str, np.ndarray]:
     "forward": (table.forward_micro_QZ >= 0).any(1),
     "full": (table.forward_micro_QZ >= 0).all(1),
     "free": (stash_slots(table) >= 0).all(1),
+    "leaves": ends.leaving(table) >= 0,
   }
 
 

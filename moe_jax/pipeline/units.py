@@ -4,7 +4,7 @@ A layer reads its weights and what it saved, and adds what it makes to the stage
 they lie. Knows layers as steps; must not know what runs beside them, ticks, stages or the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ class Totals(NamedTuple):
     g_layers: [layers of this stage, ...].
     g_shared: of the parameters outside the layers.
     rings: weights gathered ahead, for forward and for backward units.
+    sums: [layers of this stage, ...] those of `g_layers` that left, summed over ranks.
   """
 
   stash: Tree
@@ -39,6 +40,7 @@ class Totals(NamedTuple):
   g_layers: Tree
   g_shared: Tree
   rings: tuple[Tree, Tree]
+  sums: list[jax.Array]
 
 
 class Forward(NamedTuple):
@@ -79,6 +81,8 @@ class Backward(NamedTuple):
     coming: what it gathers, where weights lie in shares.
     slot: of the stash, where the layers saved.
     is_reversed: whether the slot holds the layers last to first.
+    leaving: number of the first layer of the chunk whose gradients leave beside it; None where none
+      do.
   """
 
   gy: Tree
@@ -88,6 +92,7 @@ class Backward(NamedTuple):
   coming: Coming | None
   slot: jax.Array
   is_reversed: jax.Array
+  leaving: jax.Array | None
 
 
 class Layers(NamedTuple):
@@ -100,6 +105,8 @@ class Layers(NamedTuple):
     statistics: shapes of those of a layer.
     num_layers: of a chunk.
     adds: whether gradients add to those of other units; else they are written.
+    reduces: of each leaf of `g_layers`, what sums a layer's, or those of several stacked, over the
+      ranks that hold its parameter alike; None where that is not done beside layers.
   """
 
   steps: SavedLayer
@@ -108,6 +115,20 @@ class Layers(NamedTuple):
   statistics: Tree
   num_layers: int
   adds: bool
+  reduces: Sequence[Callable[[jax.Array], jax.Array] | None]
+
+  def leaving(self, g_layers: Tree, number: jax.Array | slice) -> list[jax.Array]:
+    """Returns the gradients of a layer, or of several, that are to be summed over ranks."""
+    leaves = jax.tree.leaves(g_layers)
+    return [leaf[number] for reduce, leaf in zip(self.reduces, leaves, strict=True) if reduce]
+
+  def reduced(self, gradients: list[jax.Array]) -> list[jax.Array]:
+    """Returns what `leaving` gave, summed.
+
+    Communication: that of `reduces`.
+    """
+    present = filter(None, self.reduces)
+    return [reduce(leaf) for reduce, leaf in zip(present, gradients, strict=True)]
 
 
 class ForwardLayer:
@@ -132,6 +153,15 @@ class ForwardLayer:
   def is_done(self) -> bool:
     """Whether all steps ran, so that the carry is (y, statistics, report)."""
     return len(self.kept) == len(self.stage.steps.forward)
+
+  def send(self, coming: Tree) -> Tree:
+    """Returns what the messages beside the layer bring."""
+    return self.stage.weights.gather(coming)
+
+  def receive(self, totals: Totals, brought: Tree) -> Totals:
+    """Puts away what they brought."""
+    ring = self.stage.weights.put(self.l, self.unit.coming, self.ring, brought)
+    return totals._replace(rings=(ring, totals.rings[1]))
 
   def write(self, stash: Tree, end: int | None = None) -> Tree:
     """Returns the stash with what the steps keep that ran since the last call, up to step `end`."""
@@ -163,12 +193,14 @@ class BackwardLayer:
   """One layer on its way backwards."""
 
   def __init__(
-    self, stage: Layers, unit: Backward, place: jax.Array, gy: Tree, saved: Tree, ring: Tree
-  ):
-    self.stage, self.unit = stage, unit
+    self, stage: Layers, unit: Backward, place: jax.Array, gy: Tree, saved: Tree, ring: Tree,
+    leaving: list[jax.Array],
+  ):  # fmt: skip
+    self.stage, self.unit, self.place = stage, unit, place
     self.number = unit.first + (stage.num_layers - 1 - place)
     gy, number = both(gy, self.number)  # as of a forward layer
-    self.weights, self.ring, self.coming = stage.weights.take(number, place, unit.coming, ring)
+    self.weights, self.ring, shares = stage.weights.take(number, place, unit.coming, ring)
+    self.coming = (shares, leaving)
     self.restored = stage.steps.restore(self.weights, stage.shared, unit.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
     of_layer = buffers.at(unit.g_statistics, stage.num_layers - 1 - place)
@@ -183,6 +215,22 @@ class BackwardLayer:
       self.weights, self.stage.shared, self.unit.inputs, self.restored, self.gradients
     )
     self.of_parameters.append(of_parameters)
+
+  def send(self, coming: Tree) -> Tree:
+    """As of a forward layer."""
+    shares, leaving = coming
+    return self.stage.weights.gather(shares), self.stage.reduced(leaving) if leaving else []
+
+  def receive(self, totals: Totals, brought: Tree) -> Totals:
+    """As of a forward layer."""
+    gathered, reduced = brought
+    ring = self.stage.weights.put(self.place, self.unit.coming, self.ring, gathered)
+    totals = totals._replace(rings=(totals.rings[0], ring))
+    if self.unit.leaving is None:
+      return totals
+    number = self.unit.leaving + self.place
+    sums = [buffers.put(leaf, number, new) for leaf, new in zip(totals.sums, reduced, strict=True)]
+    return totals._replace(sums=sums)
 
   def cut_weights(self) -> None:
     """Has the large weights cut out of their stack before the next step; what is smaller is read

@@ -1,4 +1,5 @@
-"""The weights of a stage's layers: whole, or in shares, gathered a few layers ahead (ZeRO-3).
+"""The weights of a stage's layers: whole, or in shares, which are gathered while the pipeline fills
+(ZeRO-1), or a few layers ahead of each use (ZeRO-3).
 
 The layers that a stage runs forwards, tick after tick, are a sequence that the schedule's table
 knows, and so are those that it runs backwards. A ring holds the next few layers of each whole. A
@@ -19,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.pipeline import buffers
+from moe_jax.parallel import collectives
+from moe_jax.pipeline import buffers, ends
 from moe_jax.pipeline.table import Table
 
 Tree = Any
@@ -29,11 +31,12 @@ class Coming(NamedTuple):
   """What a unit gathers beside its layers.
 
   Attributes:
-    slot: of the ring, where the weights of the unit's first layer wait.
-    layers: [layers of a chunk] which layer's weights take the place of those that are used up.
+    slot: of the ring, where the weights of the unit's first layer wait; None where every layer's
+      weights have a place of their own.
+    layers: [layers of a chunk] which layer's weights come beside each of the unit's.
   """
 
-  slot: jax.Array
+  slot: jax.Array | None
   layers: jax.Array
 
 
@@ -73,29 +76,148 @@ class Whole(NamedTuple):
     return ()
 
 
-class Streamed(NamedTuple):
+class Shares(NamedTuple):
   """Weights of which some lie in shares.
 
   Attributes:
     layers: [layers of this stage, ...], whole or this device's share.
-    gathers: of each leaf, what makes a layer's share the whole; None where it is whole.
-    ahead: layers of a ring.
+    gathers: of each leaf, what makes a layer's share, or those of several stacked, whole; None
+      where it is whole.
   """
 
   layers: Tree
   gathers: Sequence[Callable[[jax.Array], jax.Array] | None]
-  ahead: int
+
+  def at(self, number: jax.Array | int | slice) -> list[jax.Array]:
+    """Returns those weights of a layer, or of several, that lie in shares."""
+    leaves = jax.tree.leaves(self.layers)
+    return [leaf[number] for gather, leaf in zip(self.gathers, leaves, strict=True) if gather]
+
+  def gather(self, shares: list[jax.Array]) -> list[jax.Array]:
+    """Returns whole what `at` gave.
+
+    Communication: that of the gathers.
+    """
+    present = filter(None, self.gathers)
+    return [gather(share) for gather, share in zip(present, shares, strict=True)]
+
+  def joined(
+    self, gathered: list[jax.Array], rest: Callable[[jax.Array], jax.Array] = lambda leaf: leaf
+  ) -> Tree:
+    """Returns the tree with what was gathered where shares lie, and `rest` of the other leaves."""
+    leaves, tree = jax.tree.flatten(self.layers)
+    given = iter(gathered)
+    whole = [
+      next(given) if gather else rest(leaf)
+      for gather, leaf in zip(self.gathers, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, whole)
+
+  def layer(self, number: jax.Array | int, gathered: list[jax.Array] | None = None) -> Tree:
+    """Returns a layer's weights, with what was gathered of it, or gathered now.
+
+    Communication: that of the gathers, if they are to be.
+    """
+    gathered = self.gather(self.at(number)) if gathered is None else gathered
+    return self.joined(gathered, lambda leaf: leaf[number])
+
+
+class Arriving(NamedTuple):
+  """Weights in shares, each chunk's to be whole when it first runs, as `ends.coming` says.
+
+  In place of a ring stand the whole weights of all layers, of which the first chunk's are there.
+  """
+
+  shares: Shares
+
+  @property
+  def layers(self) -> Tree:
+    """[layers of this stage, ...], whole or this device's share."""
+    return self.shares.layers
 
   def layer(self, number: jax.Array | int) -> Tree:
     """Returns a layer's weights, gathered now.
 
     Communication: that of the gathers.
     """
-    return self._with(number, self._gathered(number))
+    return self.shares.layer(number)
+
+  def coming(self, table: Table, stage: jax.Array) -> tuple[Coming, None]:
+    """Returns what forward units gather in each tick, leaves [ticks, ...]."""
+    num_layers = _num_layers(self.layers, table)
+    first_Q = np.maximum(ends.coming(table), 0) * num_layers
+    layers_QL = jnp.asarray(first_Q[:, None] + np.arange(num_layers), jnp.int32)
+    return Coming(None, layers_QL), None
+
+  def start(self, table: Table, stage: jax.Array) -> tuple[list, tuple]:
+    """Returns the whole weights of all layers before the first tick, but for those to come.
+
+    Communication: that of the gathers, once for the first chunk's layers.
+    """
+    gathered = self.shares.gather(self.shares.at(slice(_num_layers(self.layers, table))))
+    num_layers = len(jax.tree.leaves(self.layers)[0])
+    whole = lambda leaf: jax.ShapeDtypeStruct((num_layers, *leaf.shape[1:]), leaf.dtype)
+    stacks = collectives.zeros_like([whole(leaf) for leaf in gathered])
+    return [buffers.put(stack, (), leaf) for stack, leaf in zip(stacks, gathered, strict=True)], ()
+
+  def take(
+    self, number: jax.Array, place: int, coming: Coming, ring: list
+  ) -> tuple[Tree, list, list]:
+    """Returns a layer's weights, the ring, which may be written only now, and this device's shares
+    of those of the layer to come.
+
+    Args:
+      number: of the layer.
+      place: of the layer in its unit.
+      coming: of the unit.
+      ring: all layers' weights.
+    """
+    taken, ring = jax.lax.optimization_barrier((buffers.at(ring, number), ring))
+    return self.shares.layer(number, taken), ring, self.shares.at(coming.layers[place])
+
+  def gather(self, shares: list) -> list:
+    """Returns whole what `take` gave.
+
+    Communication: that of the gathers.
+    """
+    return self.shares.gather(shares)
+
+  def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
+    """Returns the ring with what was gathered."""
+    number = coming.layers[place]
+    return [buffers.put(leaf, number, new) for leaf, new in zip(ring, gathered, strict=True)]
+
+  def arrived(self, ring: list) -> Whole:
+    """Returns the weights when all have come."""
+    return Whole(self.shares.joined(ring))
+
+
+class Streamed(NamedTuple):
+  """Weights in shares, gathered a few layers ahead of each use.
+
+  Attributes:
+    shares: of the layers.
+    ahead: layers of a ring.
+  """
+
+  shares: Shares
+  ahead: int
+
+  @property
+  def layers(self) -> Tree:
+    """[layers of this stage, ...], whole or this device's share."""
+    return self.shares.layers
+
+  def layer(self, number: jax.Array | int) -> Tree:
+    """Returns a layer's weights, gathered now.
+
+    Communication: that of the gathers.
+    """
+    return self.shares.layer(number)
 
   def coming(self, table: Table, stage: jax.Array) -> tuple[Coming, Coming]:
     """Returns what forward and backward units gather in each tick, leaves [ticks, ...]."""
-    num_layers = self._num_layers(table)
+    num_layers = _num_layers(self.layers, table)
     found = []
     for order_P, runs_Q in self._orders(table):
       num_places = len(order_P)
@@ -116,7 +238,7 @@ class Streamed(NamedTuple):
     for order_P, _ in self._orders(table):
       first = np.minimum(np.arange(self.ahead), len(order_P) - 1)
       numbers = jnp.asarray(order_P[first], jnp.int32)[:, stage]
-      each = [self._gathered(numbers[i]) for i in range(self.ahead)]
+      each = [self.shares.gather(self.shares.at(numbers[i])) for i in range(self.ahead)]
       found.append([jnp.stack(leaves) for leaves in zip(*each, strict=True)])
     forward, backward = found
     return forward, backward
@@ -136,15 +258,14 @@ class Streamed(NamedTuple):
     taken = buffers.at(ring, self._slot(place, coming))
     # XLA does not order a read before a write that does not need it, and would copy the ring.
     taken, ring = jax.lax.optimization_barrier((taken, ring))
-    return self._with(number, taken), ring, self._shares(coming.layers[place])
+    return self.shares.layer(number, taken), ring, self.shares.at(coming.layers[place])
 
   def gather(self, shares: list) -> list:
     """Returns whole what `take` gave.
 
     Communication: that of the gathers.
     """
-    present = filter(None, self.gathers)
-    return [gather(share) for gather, share in zip(present, shares, strict=True)]
+    return self.shares.gather(shares)
 
   def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
     """Returns the ring with what was gathered, where `take` took."""
@@ -154,31 +275,11 @@ class Streamed(NamedTuple):
   def _slot(self, place: int, coming: Coming) -> jax.Array:
     return (coming.slot + place) % self.ahead
 
-  def _shares(self, number: jax.Array | int) -> list[jax.Array]:
-    """Returns those weights of a layer that lie in shares."""
-    leaves = jax.tree.leaves(self.layers)
-    return [leaf[number] for gather, leaf in zip(self.gathers, leaves, strict=True) if gather]
-
-  def _gathered(self, number: jax.Array | int) -> list[jax.Array]:
-    return self.gather(self._shares(number))
-
-  def _with(self, number: jax.Array | int, gathered: list[jax.Array]) -> Tree:
-    leaves, tree = jax.tree.flatten(self.layers)
-    given = iter(gathered)
-    whole = [
-      next(given) if gather else leaf[number]
-      for gather, leaf in zip(self.gathers, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, whole)
-
-  def _num_layers(self, table: Table) -> int:
-    return jax.tree.leaves(self.layers)[0].shape[0] // table.num_chunks
-
   def _orders(self, table: Table) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns, of forward and of backward units, the layers in the order in which each stage runs
     them, [places, stages], and which ticks have such a unit on any stage, bool [ticks].
     """
-    of_chunk = np.arange(self._num_layers(table))
+    of_chunk = np.arange(_num_layers(self.layers, table))
     found = []
     for micro_QZ, chunk_QZ, order in (
       (table.forward_micro_QZ, table.forward_chunk_QZ, of_chunk),
@@ -189,3 +290,8 @@ class Streamed(NamedTuple):
       numbers_QLZ = first_QZ[:, None, :] + order[None, :, None]
       found.append((numbers_QLZ.reshape(-1, chunk_QZ.shape[1]), runs_Q))
     return found
+
+
+def _num_layers(layers: Tree, table: Table) -> int:
+  """Returns the layers of a chunk."""
+  return jax.tree.leaves(layers)[0].shape[0] // table.num_chunks

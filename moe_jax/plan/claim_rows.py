@@ -12,8 +12,8 @@ from moe_jax.plan import links, steps
 from moe_jax.plan.leaves import DTYPE_BYTES
 
 PREFETCH = (
-  "experts' weights are resident, and routing is not known ahead; attention's are gathered ahead"
-  " with pipeline.prefetch_layers"
+  "experts' weights are resident, and routing is not known ahead; attention's are gathered while an"
+  " interleaved pipeline fills, or layer by layer with pipeline.prefetch_layers"
 )
 
 # The plan's figures of exchanges by link, and which messages are of rows: those that hold this

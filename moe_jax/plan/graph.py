@@ -14,14 +14,14 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.pipeline.table import Table
-from moe_jax.plan import memory, phases, units
+from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.steps import Step
 
 DATA, TRANSFER, COLLECTIVE, PREFETCH = range(4)
 EDGE_KINDS = ("data", "transfer", "collective", "weight prefetch")
 UNITS = (
   "begin", "embed", "forward", "arrive", "head", "backward", "return", "embed_gradient", "end",
-  "prefetch",
+  "prefetch", "leave",
 )  # fmt: skip
 
 
@@ -96,8 +96,10 @@ class _Builder:
 
   def build(self) -> Graph:
     settings, table, virtuals = self.settings, self.table, self.table.num_virtual_stages
-    begin = self.unit("begin", self.all_stages, [(s, -1) for s in units.begin(settings)])
-    ends = []
+    gathered, summed = program.shares(settings)
+    begin = self.unit("begin", self.all_stages, [(s, -1) for s in units.begin(settings, gathered)])
+    come = [self.come(begin, w) for w in range(virtuals)] if gathered < 1 else []
+    ends, last = [], []
     for micro in range(table.num_micro_batches):
       embed = self.shared("embed", micro)
       forward = [self.layers("forward", micro, w) for w in range(virtuals)]
@@ -115,10 +117,16 @@ class _Builder:
       self.after(backward[0], gradient, DATA)
       for unit in (embed, head, *forward, *backward):
         self.after(begin, unit, PREFETCH)
-      for unit in (*forward, *backward):
-        self.prefetch(begin, unit)
+      for w, *both in zip(range(virtuals), forward, backward, strict=True):
+        for unit in both:
+          self.prefetch(begin, unit)
+          if come and come[w]:
+            self.after(come[w], unit, PREFETCH)
       ends += [*backward, head, gradient]
-    end = self.unit("end", self.all_stages, [(s, -1) for s in units.end(settings)])
+      last = backward
+    if summed < 1:
+      ends += filter(None, map(self.leave, range(virtuals), last))
+    end = self.unit("end", self.all_stages, [(s, -1) for s in units.end(settings, summed)])
     for unit in ends:
       self.after(unit, end, DATA)
     return self.graph()
@@ -149,6 +157,29 @@ class _Builder:
       ahead = self.unit("prefetch", unit.stages, chain)
       self.after(begin, ahead, DATA)
       self.after(ahead, unit, PREFETCH)
+
+  def come(self, begin: _Unit, virtual: int) -> _Unit | None:
+    """Appends the gathers of the weights of a chunk, if they come beside ticks."""
+    stage = virtual % self.mesh.stage
+    chain = [(s, -1) for s in phases.gather_layer(self.settings)]
+    if virtual < self.mesh.stage or not chain:
+      return None
+    num_layers = units.layers_per_unit(self.settings)
+    made = self.unit("prefetch", range(stage, stage + 1), chain * num_layers, virtual=virtual)
+    self.after(begin, made, DATA)
+    return made
+
+  def leave(self, virtual: int, backward: _Unit) -> _Unit | None:
+    """Appends the sums over ranks of a chunk's gradients, if they leave beside ticks, behind the
+    last of its backward units.
+    """
+    chain = [(s, -1) for s in phases.scatter_layer(self.settings)]
+    if virtual < self.mesh.stage or not chain:
+      return None
+    num_layers = units.layers_per_unit(self.settings)
+    made = self.unit("leave", backward.stages, chain * num_layers, virtual=virtual)
+    self.after(backward, made, DATA)
+    return made
 
   def move(self, kind: str, micro: int, virtual: int, source: _Unit, target: _Unit) -> None:
     """Appends the transfer of what a unit made to the unit of another stage."""

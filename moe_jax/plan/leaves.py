@@ -68,14 +68,19 @@ class Leaf:
     """Whether ZeRO-1 splits the leaf's state over `expert` as well."""
     return self.zero_dimension(mesh) is not None
 
-  def is_streamed(self, settings: Config) -> bool:
-    """Whether a step's copy lies in the shares of ZeRO-1, and is gathered layer by layer.
+  def is_by_layer(self, mesh: Mesh) -> bool:
+    """Whether the pipeline may gather it, and sum its gradient, layer by layer: a large matrix that
+    every rank of `expert` holds alike.
 
     Source: as train.streaming.
     """
-    if not settings.pipeline.prefetch_layers or self.axes[0] != "layers" or self.is_float32:
+    if mesh.expert == 1 or self.axes[0] != "layers" or self.is_float32:
       return False
-    return bool(self.zero_dimension(settings.mesh))
+    return bool(self.zero_dimension(mesh))
+
+  def is_streamed(self, settings: Config) -> bool:
+    """Whether a step's copy lies in the shares of ZeRO-1, and each use gathers a layer's."""
+    return settings.pipeline.prefetch_layers > 0 and self.is_by_layer(settings.mesh)
 
   def state_axes(self, mesh: Mesh) -> list[frozenset[str]]:
     """Returns, for each dimension, the mesh axes of more than one device that its state is split

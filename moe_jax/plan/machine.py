@@ -49,10 +49,10 @@ class BlockRun(NamedTuple):
 
 
 def stream(step: Step) -> str:
-  """Returns the stream that a step runs on; of several axes the outermost but `stage` names it."""
+  """Returns the stream that a step runs on; of several axes `expert` names it, or else `stage`."""
   if not step.is_communication:
     return "compute"
-  return f"{next((a for a in ('expert', 'tensor') if a in step.axes), 'stage')} link"
+  return f"{next(axis for axis in ('expert', 'stage', 'tensor') if axis in step.axes)} link"
 
 
 def seconds(step: Step, settings: Config, machine: Machine) -> float:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 from moe_jax.config import Config, Pipeline
+from moe_jax.pipeline import ends
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import saving, steps, units, workspace
@@ -79,8 +80,14 @@ def train(settings: Config) -> Memory:
   state = sum(leaf.state_elements(mesh) for leaf in held) * FLOAT32_BYTES
   elements = sum(leaf.elements(mesh) for leaf in held)
   schedule = table(settings.pipeline, mesh.stage)
+  # Gradients that leave beside ticks, summed.
+  left = sum(leaf.state_elements(mesh) for leaf in held if leaf.is_by_layer(mesh))
+  left *= bool((ends.leaving(schedule) >= 0).any())
   activation = at.tokens * model.d_model * at.dtype_bytes
   kept = saving.saved_bytes(settings, at) - saving.merged_bytes(settings, at)
+  # Between ticks: what waits in inboxes, what was made, and what the head reads where it arrived.
+  num_activations = schedule.num_inbox_slots + schedule.num_cotangent_slots + 1
+  num_activations += mesh.stage > 1 and not schedule.head_needs_broadcast
   needed, peak_unit = workspace.train(settings, at, schedule)
   return Memory(
     parameters=state,
@@ -89,7 +96,7 @@ def train(settings: Config) -> Memory:
     gradients=elements * DTYPE_BYTES[settings.pipeline.gradient_dtype],
     compute_copies=sum(workspace.copy_bytes(settings, leaf) for leaf in held),
     stash=schedule.peak_in_flight * units.layers_per_unit(settings) * kept,
-    buffers=(schedule.num_inbox_slots + schedule.num_cotangent_slots + 1) * activation,
+    buffers=num_activations * activation + left * DTYPE_BYTES[settings.pipeline.gradient_dtype],
     kv_cache=0,
     workspace=needed,
     peak_unit=peak_unit,

@@ -32,7 +32,7 @@ KERNEL_BLOCK = 128
 _STASH_KERNELS = {"inputs": 11, "exchanges": 17, "residuals": 30, "everything": 50}
 _FLOAT32 = FLOAT32_BYTES
 # Of a layer that runs later: what stands beside it does not wait.
-AHEAD = frozenset({"gather ahead", "put and take"})
+AHEAD = frozenset({"gather ahead", "put and take", "scatter ahead", "take and put"})
 # What waits for nothing in its layer: it is written a step later, and read a layer before.
 STASHED = frozenset({"keep", "take"})
 # What nothing in the layer waits for: weights' gradients and their sums.
@@ -72,21 +72,41 @@ def _further_rounds(settings: Config, steps: Sequence[Step]) -> list[Step]:
 
 def stream(settings: Config) -> tuple[Step, ...]:
   """Returns the gather of one layer's streamed weights, as pipeline.weights makes it."""
-  share = sum(
-    leaf.state_elements(settings.mesh)
-    for leaf in leaves(settings.model)
-    if leaf.is_streamed(settings)
-  )
-  of_layer = share * settings.mesh.stage // settings.model.layers
-  if not of_layer:
-    return ()
-  num_bytes = of_layer * DTYPE_BYTES[settings.model.dtype]
+  return gather_layer(settings) if settings.pipeline.prefetch_layers else ()
+
+
+def gather_layer(settings: Config) -> tuple[Step, ...]:
+  """Returns the gather of one layer's weights that lie in shares."""
+  num_bytes = _by_layer(settings) // settings.mesh.expert * DTYPE_BYTES[settings.model.dtype]
   whole = num_bytes * settings.mesh.expert
+  if not num_bytes:
+    return ()
   return (
     Step("gather ahead", "other", "all-gather", axes=("expert",), operand_bytes=num_bytes),
     # Into the ring and out of it.
     Step("put and take", "other", num_bytes=4 * whole, kernels=2),
   )
+
+
+def scatter_layer(settings: Config) -> tuple[Step, ...]:
+  """Returns the sum over `expert` of one layer's gradients of those weights."""
+  num_bytes = _by_layer(settings) * DTYPE_BYTES[settings.pipeline.gradient_dtype]
+  if not num_bytes:
+    return ()
+  return (
+    Step("scatter ahead", "other", "reduce-scatter", BACKWARD, ("expert",), num_bytes),
+    # Out of the sums, and what comes back into those of the ranks.
+    Step("take and put", "other", part=BACKWARD, num_bytes=4 * num_bytes, kernels=2),
+  )
+
+
+def _by_layer(settings: Config) -> int:
+  """Returns the elements of one layer's weights that are gathered, or whose gradients are summed,
+  layer by layer.
+  """
+  held = [leaf for leaf in leaves(settings.model) if leaf.is_by_layer(settings.mesh)]
+  elements = sum(leaf.elements(settings.mesh) for leaf in held)
+  return elements * settings.mesh.stage // settings.model.layers
 
 
 def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:

@@ -20,8 +20,10 @@ from moe_jax.pipeline.table import Table
 from moe_jax.plan import memory, phases, units
 from moe_jax.plan.steps import Step
 
-# Before and after the ticks; and the two directions between stages.
-BEGIN, END, ARRIVE, RETURN = "begin", "end", "arrive", "return"
+# Before and after the ticks, and at the begin of each; and transfers to the next stage, to the one
+# before, and both in one.
+BEGIN, END, TICK = "begin", "end", "tick"
+ARRIVE, RETURN, BOTH = "arrive", "return", "arrive and return"
 NOT_WAITED_FOR = units.NOT_WAITED_FOR | phases.AHEAD
 _MOST_PIECES = 4
 
@@ -50,14 +52,16 @@ class Tick(NamedTuple):
   cost alike.
   """
 
-  arrive: bool
   broadcast: bool
   head: bool
   backward: bool
   embed_gradient: bool
-  returns: bool
   embed: bool
   forward: bool
+  sends: bool  # to the next stage
+  returns: bool
+  comes: bool  # weights of a chunk
+  leaves: bool  # gradients of a chunk
 
 
 def ticks(table: Table) -> list[Tick]:
@@ -67,18 +71,21 @@ def ticks(table: Table) -> list[Tick]:
   unit; a transfer that any tick of a loop needs is in all of them.
   """
   at, has_others = segments.units(table), table.num_stages > 1
-  arrives = [
-    np.full(each.at["arrival"].shape, each.at["arrival"].any()) for each in segments.segments(table)
+  sends = [
+    np.full(each.at["departure"].shape, each.at["departure"].any())
+    for each in segments.segments(table)
   ]
   columns = (
-    np.concatenate(arrives) & has_others,
     at["head"] & table.head_needs_broadcast,
     at["head"],
     at["backward"],
     at["embed_gradient"] & at["backward"],
-    at["backward"] & has_others,
     at["embed"],
     at["forward"],
+    np.concatenate(sends) & has_others,
+    at["backward"] & has_others,
+    at["comes"],
+    at["leaves"],
   )
   return [Tick(*row) for row in np.stack(columns, 1).tolist()]
 
@@ -92,23 +99,22 @@ def train(settings: Config, tied: bool = True) -> list[tuple[int, tuple[Block, .
     settings: the deployment.
     tied: whether the layers of a tick's forward unit run beside those of its backward unit.
   """
-  table = memory.table(settings.pipeline, settings.mesh.stage)
+  table, (begin, end) = memory.table(settings.pipeline, settings.mesh.stage), ends(settings)
   return [
-    (-1, begin(settings)),
+    (-1, (begin,)),
     *((tick, tick_blocks(settings, runs, tied)) for tick, runs in enumerate(ticks(table))),
-    (table.num_ticks, end(settings)),
+    (table.num_ticks, (end,)),
   ]
 
 
 def counted(settings: Config, tied: bool = True) -> list[tuple[int, tuple[Block, ...]]]:
   """Returns the same as (how often, blocks), alike ticks together, in no order."""
   return [
-    (1, begin(settings)),
+    (1, ends(settings)),
     *(
       (times, tick_blocks(settings, runs, tied))
       for runs, times in tick_counts(settings.pipeline, settings.mesh.stage)
     ),
-    (1, end(settings)),
   ]
 
 
@@ -122,14 +128,27 @@ def tick_counts(pipeline: Pipeline, stages: int) -> tuple[tuple[Tick, int], ...]
   )
 
 
-def begin(settings: Config) -> tuple[Block, ...]:
-  """Returns the blocks before the first tick: compute copies of the weights."""
-  return (_chains((BEGIN, 0, units.begin(settings))),)
+def ends(settings: Config) -> tuple[Block, Block]:
+  """Returns the block before the first tick, compute copies of the weights, and the one after the
+  last: gradients summed, weights updated.
+  """
+  return ends_of(settings, *shares(settings))
 
 
-def end(settings: Config) -> tuple[Block, ...]:
-  """Returns the blocks after the last tick: gradients summed, weights updated."""
-  return (_chains((END, 0, units.end(settings))),)
+def ends_of(settings: Config, gathered: float, summed: float) -> tuple[Block, Block]:
+  """Returns the same with these `shares`."""
+  begin, end = units.begin(settings, gathered), units.end(settings, summed)
+  return _chains((BEGIN, 0, begin)), _chains((END, 0, end))
+
+
+def shares(settings: Config) -> tuple[float, float]:
+  """Returns which share of the weights that may come beside ticks is gathered before them, and
+  which share of their gradients is summed behind them: the first chunk's, or all.
+  """
+  of_ticks = tick_counts(settings.pipeline, settings.mesh.stage)
+  share = lambda some: 1 / settings.pipeline.chunks if some else 1.0
+  comes, leaves = (any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves"))
+  return share(comes and not settings.pipeline.prefetch_layers), share(leaves)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -143,48 +162,64 @@ def tick_blocks(settings: Config, runs: Tick, tied: bool) -> tuple[Block, ...]:
   else:
     if runs.backward:
       blocks += [
-        one_layer(settings, "backward", layer, tied) for layer in reversed(range(num_layers))
+        one_layer(settings, "backward", layer, tied, runs.leaves)
+        for layer in reversed(range(num_layers))
       ]
     if runs.forward:
-      blocks += [one_layer(settings, "forward", layer, tied) for layer in range(num_layers)]
+      blocks += [
+        one_layer(settings, "forward", layer, tied, runs.comes) for layer in range(num_layers)
+      ]
   blocks.append(behind_layers(settings, runs))
   return tuple(block for block in blocks if block)
 
 
 def before_layers(settings: Config, runs: Tick) -> Block:
-  """Returns a tick's head and embedding, and beside them the transfer from the stage before, which
-  the head waits for unless it has a broadcast of its own.
-  """
+  """Returns a tick's begin, and beside each other its head and embedding."""
   head = (units.broadcast(settings),) if runs.broadcast else ()
-  chains = []
-  if runs.arrive:
-    chains.append((ARRIVE, 0, (units.transfer(settings, "to the next stage"),)))
+  chains = [(TICK, 0, (units.tick(settings),))]
   if runs.head:
     chains.append(("head", 0, (*head, *units.unit(settings, "head"))))
   if runs.embed:
     chains.append(("embed", 0, units.unit(settings, "embed")))
-  block = _chains(*chains)
-  if runs.arrive and runs.head and not runs.broadcast:
-    arrival, first, *others = block
-    block = (arrival, first._replace(after=(0,)), *others)
-  return block
-
-
-def behind_layers(settings: Config, runs: Tick) -> Block:
-  """Returns a tick's embedding gradient, and beside it the transfer to the stage before."""
-  chains = []
-  if runs.embed_gradient:
-    chains.append(("embed_gradient", 0, units.unit(settings, "embed_gradient")))
-  if runs.returns:
-    chains.append((RETURN, 0, (units.transfer(settings, "to the previous stage"),)))
   return _chains(*chains)
 
 
-def one_layer(settings: Config, kind: str, layer: int = 0, tied: bool = True) -> Block:
-  """Returns a layer of a forward or backward unit by itself; not tied, step after step."""
-  return _chains(
-    (kind, layer, units.unit(settings, kind)), late=phases.LATE if tied else frozenset()
-  )
+def behind_layers(settings: Config, runs: Tick) -> Block:
+  """Returns a tick's embedding gradient, and beside it the transfers between stages: two stages'
+  are one message.
+  """
+  chains = []
+  if runs.embed_gradient:
+    chains.append(("embed_gradient", 0, units.unit(settings, "embed_gradient")))
+  step = units.transfer(settings, "to the next stage")
+  back = units.transfer(settings, "to the previous stage")
+  if runs.sends and runs.returns and settings.mesh.stage == 2:
+    both = dataclasses.replace(step, name="both ways", operand_bytes=2 * step.operand_bytes)
+    chains.append((BOTH, 0, (both,)))
+  else:
+    chains += [(ARRIVE, 0, (step,))] * runs.sends + [(RETURN, 0, (back,))] * runs.returns
+  return _chains(*chains)
+
+
+def one_layer(
+  settings: Config, kind: str, layer: int = 0, tied: bool = True, moves: bool = False
+) -> Block:
+  """Returns a layer of a forward or backward unit by itself.
+
+  Args:
+    settings: the deployment.
+    kind: of the unit.
+    layer: of the unit's chunk.
+    tied: whether what waits for nothing runs beside the others; else step after step.
+    moves: whether a layer's weights come beside the forward unit, or gradients leave beside the
+      backward unit, behind its first exchange.
+  """
+  steps = units.unit(settings, kind)
+  if moves and not (kind == "forward" and settings.pipeline.prefetch_layers):
+    beside = phases.gather_layer if kind == "forward" else phases.scatter_layer
+    first = next((i for i, step in enumerate(steps) if "expert" in step.axes), 0)
+    steps = (*steps[: first + 1], *beside(settings), *steps[first + 1 :])
+  return _chains((kind, layer, steps), late=phases.LATE if tied else frozenset())
 
 
 def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:

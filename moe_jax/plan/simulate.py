@@ -98,7 +98,7 @@ def step_seconds(settings: Config, machine: Machine, tied: bool = True) -> float
   """Returns the seconds of a training step, alike ticks once: what the search ranks by."""
   cost = _costs(_unscheduled(settings), machine, tied)
   num_layers = units.layers_per_unit(settings)
-  step_s = cost.ends
+  step_s = cost.ends(*program.shares(settings))
   for runs, times in program.tick_counts(settings.pipeline, settings.mesh.stage):
     layers_s = num_layers * cost.layer(runs)
     step_s += times * (cost.before(runs) + layers_s + cost.behind(runs))
@@ -111,27 +111,35 @@ class _Costs:
   def __init__(self, settings: Config, machine: Machine, tied: bool):
     self.settings, self.machine, self.tied = settings, machine, tied
     self.known: dict[tuple, float] = {}
-    self.ends = self._of([*program.begin(settings), *program.end(settings)])
+
+  def ends(self, gathered: float, summed: float) -> float:
+    """Of what stands before and after the ticks, with `program.shares`."""
+    key = ("ends", gathered, summed)
+    return self._known(key, lambda: program.ends_of(self.settings, gathered, summed))
 
   def before(self, runs: program.Tick) -> float:
     """Of what stands before the layers of a tick."""
-    key = ("before", runs.arrive, runs.broadcast, runs.head, runs.embed)
+    key = ("before", runs.broadcast, runs.head, runs.embed)
     return self._known(key, lambda: [program.before_layers(self.settings, runs)])
 
   def behind(self, runs: program.Tick) -> float:
     """Of what stands behind them."""
-    key = ("behind", runs.embed_gradient, runs.returns)
+    key = ("behind", runs.embed_gradient, runs.sends, runs.returns)
     return self._known(key, lambda: [program.behind_layers(self.settings, runs)])
 
   def layer(self, runs: program.Tick) -> float:
     """Of one layer of each unit of a tick."""
-    key = ("layer", runs.forward, runs.backward)
+    key = ("layer", runs.forward, runs.backward, runs.comes, runs.leaves)
 
     def blocks():
       if self.tied and runs.forward and runs.backward:
         return [program.tied_layers(self.settings)]
-      kinds = [kind for kind in ("backward", "forward") if getattr(runs, kind)]
-      return [program.one_layer(self.settings, kind, tied=self.tied) for kind in kinds]
+      ways = {"backward": runs.leaves, "forward": runs.comes}
+      return [
+        program.one_layer(self.settings, kind, tied=self.tied, moves=moves)
+        for kind, moves in ways.items()
+        if getattr(runs, kind)
+      ]
 
     return self._known(key, blocks)
 

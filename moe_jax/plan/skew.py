@@ -9,7 +9,7 @@ from moe_jax.config import Config
 from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.load import Load
 from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
-from moe_jax.plan.program import ARRIVE, RETURN
+from moe_jax.plan.program import ARRIVE, BOTH, RETURN
 from moe_jax.plan.steps import AGAIN, ROWS, Step, even_rounds
 
 _AXIS_OF = {"stage": 0, "expert": 1}
@@ -81,8 +81,8 @@ def _times(settings: Config, step: Step, load: Load, layer_Z: np.ndarray):
 
 def _meet(start_ZX: np.ndarray, op: program.Op, ranks_per_host: int) -> np.ndarray:
   """Returns when a collective begins: when the last of its group is ready."""
-  if op.unit in (ARRIVE, RETURN):
-    by = 1 if op.unit == ARRIVE else -1
+  if op.unit in (ARRIVE, RETURN, BOTH):
+    by = -1 if op.unit == RETURN else 1
     return np.maximum(start_ZX, np.roll(start_ZX, by, axis=0))
   if op.step.among:
     start_ZHG = start_ZX.reshape(len(start_ZX), -1, ranks_per_host)

@@ -22,6 +22,8 @@ _FLOAT32 = FLOAT32_BYTES
 _INSIDE_STAGE = ("expert", "tensor")
 _ALL = ("stage", "expert", "tensor")
 _STAGE = ("stage",)
+# Times that a tick's begin reads or writes an activation; as its kernels, of pod64 and pod64_10b.
+_MOVED = 16
 # Numbers of a layer's report beside its assignments by expert: seven counts and two losses.
 REPORTED = 9
 # What nothing in its unit waits for: counts are the load-balancing loss's.
@@ -58,13 +60,28 @@ def transfer(settings: Config, name: str, at: Sizes | None = None) -> Step:
   )
 
 
-def begin(settings: Config) -> tuple[Step, ...]:
-  """Returns the steps before the first tick: master weights, split by ZeRO-1, to compute copies."""
+def tick(settings: Config) -> Step:
+  """Returns what a tick begins with: rows of the table are read, and activations put where its
+  units, and the loops round those that are not always due, take them from.
+  """
+  moved = _MOVED * activation_bytes(settings, sizes(settings))
+  return Step("begin the tick", "other", num_bytes=moved, kernels=14)
+
+
+def begin(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
+  """Returns the steps before the first tick: master weights, split by ZeRO-1, to compute copies.
+
+  Args:
+    settings: the deployment.
+    share: of those weights that may be gathered layer by layer, what is gathered here.
+  """
   mesh = settings.mesh
   held = leaves(settings.model)
   dtype = DTYPE_BYTES[settings.model.dtype]
   gathered_bytes = sum(
-    leaf.state_elements(mesh) * (_FLOAT32 if leaf.is_float32 else dtype)
+    leaf.state_elements(mesh)
+    * (_FLOAT32 if leaf.is_float32 else dtype)
+    * (share if leaf.is_by_layer(mesh) else 1.0)
     for leaf in held
     if leaf.is_zero_split(mesh) and not leaf.is_streamed(settings)
   )
@@ -86,14 +103,19 @@ def begin(settings: Config) -> tuple[Step, ...]:
   )
 
 
-def end(settings: Config) -> tuple[Step, ...]:
-  """Returns the steps after the last tick: gradients summed once, losses, norm, AdamW."""
+def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
+  """Returns the steps after the last tick: gradients summed once, losses, norm, AdamW.
+
+  Args:
+    settings: the deployment.
+    share: of those gradients that may be summed over `expert` layer by layer, what is summed here.
+  """
   mesh, held = settings.mesh, leaves(settings.model)
   dtype = DTYPE_BYTES[settings.pipeline.gradient_dtype]
-  scattered, summed = 0, {}
+  scattered, summed = 0.0, {}
   for leaf in held:
     is_split = leaf.is_zero_split(mesh)
-    scattered += is_split * leaf.elements(mesh)
+    scattered += is_split * leaf.elements(mesh) * (share if leaf.is_by_layer(mesh) else 1.0)
     absent = {"stage", "expert", "tensor"} - leaf.mesh_axes() - ({"expert"} if is_split else set())
     axes = tuple(name for name in _ALL if name in absent and getattr(mesh, name) > 1)
     if axes:

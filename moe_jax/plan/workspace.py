@@ -17,7 +17,8 @@ from moe_jax.plan.packing import Array, alive_bytes, packed_bytes
 from moe_jax.plan.steps import Sizes, activation_bytes, logits_bytes, vocabulary
 
 # Counters, addresses and rows of the table, of each time that a layer's code stands in the program.
-SMALL_BYTES = 14 * 1024
+SMALL_BYTES = 12 * 1024
+_BORDER = (Moment.BETWEEN, Moment.HEAD)  # of two ticks
 _PEAK = {Moment.HEAD: "head", Moment.BETWEEN: "between loops"}
 
 
@@ -40,6 +41,8 @@ def train(settings: Config, at: Sizes, table: Table) -> tuple[int, str]:
       # A head in every tick is no branch, and the gradient of its weights waits.
       *_head(settings, at, waits=bool((table.head_micro_Q[at_Q] >= 0).all())),
       *_between(settings, at, table),
+      # What the next backward unit begins with, read when the one before is through.
+      *[Array(saving.saved_bytes(settings, at), each, each) for each in _BORDER],
     ]
     for kind, at_Q in ticks.items()
     if at_Q.any()
@@ -58,8 +61,11 @@ def copy_bytes(settings: Config, leaf: Leaf) -> int:
   mesh, dtype = settings.mesh, DTYPE_BYTES[settings.model.dtype]
   is_cast = not leaf.is_float32 and dtype != FLOAT32_BYTES
   is_gathered = mesh.expert > 1 and leaf.is_zero_split(mesh)
+  share = is_cast * leaf.state_elements(mesh) * dtype
   if leaf.is_streamed(settings):
-    return is_cast * leaf.state_elements(mesh) * dtype + _ring_bytes(settings, leaf)
+    return share + _ring_bytes(settings, leaf)
+  if leaf.is_by_layer(mesh) and settings.pipeline.chunks > 1:
+    return share + leaf.elements(mesh) * dtype
   if not is_cast and not is_gathered:
     return 0
   return leaf.elements(mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)

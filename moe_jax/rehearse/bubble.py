@@ -47,8 +47,10 @@ def unit_seconds(
     for branch in by_table:
       with_s = turn_seconds({**none, branch.name: (1,)})
       costs[kind_of(branch)] = max(costs[kind_of(branch)], with_s - bare_s)
+    # Without what comes and leaves beside some, where there are others.
+    least = lambda kind, bare_s=bare_s: min(bare_s, costs[kind] or bare_s)
     if piece["forward"].all() and not piece["backward"].any():
-      costs["forward"] = bare_s
+      costs["forward"] = least("forward")
     if piece["backward"].all() and not piece["forward"].any():
-      costs["backward"] = bare_s
+      costs["backward"] = least("backward")
   return costs if costs["forward"] and (costs["backward"] or table.is_forward_only) else None

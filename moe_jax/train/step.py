@@ -98,16 +98,20 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   gradient_specs = jax.tree.map(lambda s, a: sharding.zero_spec(s, a.shape, mesh), specs, shapes)
   functions = transformer.loss_functions(settings)
   schedule = table(settings)
-  to_weights = streaming.streamed(settings, mesh)
+  to_weights = streaming.to_weights(settings, mesh)
+  reduces = streaming.reduces(settings, mesh)
+  of_layers = jax.tree.unflatten(jax.tree.structure(specs.layers), map(bool, reduces))
+  are_summed = Parameters(of_layers, jax.tree.map(lambda _: False, specs.shared))
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
     result = executor.run(
       functions, schedule, to_weights(layers), shared, inputs,
       save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
+      reduces=reduces,
     )  # fmt: skip
     gradients = jax.tree.map(
-      functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes
+      functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes, are_summed
     )
     squares = jax.tree.map(functools.partial(_squares, mesh), gradients, gradient_specs)
     losses, squares = _sum_losses(result, sum(jax.tree.leaves(squares)))
@@ -230,12 +234,22 @@ def _squares(mesh: Mesh, gradient: jax.Array, spec: P) -> jax.Array:
   return collectives.varying(jnp.sum(jnp.square(gradient)) / alike)
 
 
-def _reduce(mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruct) -> jax.Array:
-  """Returns the gradient summed over the axes on which the parameter is replicated."""
+def _reduce(
+  mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruct, is_summed: bool
+) -> jax.Array:
+  """Returns the gradient summed over the axes on which the parameter is replicated.
+
+  Args:
+    mesh: of the step.
+    gradient: this device's.
+    spec, shape: of the parameter.
+    is_summed: whether the pipeline summed it over `expert`.
+  """
   axes = sharding.replicated_axes(spec)
   dimension = sharding.zero_dimension(spec, shape.shape, mesh)
   if dimension is not None:
-    gradient = collectives.reduce_scatter(gradient, EXPERT, dimension)
+    if not is_summed:
+      gradient = collectives.reduce_scatter(gradient, EXPERT, dimension)
     axes = tuple(name for name in axes if name != EXPERT)
   gradient = jax.lax.psum(gradient, axes) if axes else gradient
   return gradient.astype(jnp.float32)

@@ -1,9 +1,12 @@
-"""Which weights of a layer lie in shares over `expert` in a step, and how they become whole.
+"""Which weights of a layer lie in shares over `expert` in a step, and how they become whole; and
+which gradients are summed there layer by layer.
 
-ZeRO-1 leaves the master weights in shares already; with `pipeline.prefetch_layers` the copy that
-the step computes with stays in the same shares, and the pipeline gathers one layer at a time. It is
-the large matrices that every rank of `expert` would hold alike, attention's; norms and routers,
-float32 and small, stay whole. Knows parameters and the mesh; must not know schedules.
+ZeRO-1 leaves the master weights in shares already, and wants gradients summed in the same shares.
+Where the schedule lets them come while the pipeline fills, or with `pipeline.prefetch_layers`, the
+copy that the step computes with enters the region in those shares too, and the pipeline gathers
+one layer at a time. It is the large matrices that every rank of `expert` holds alike, attention's;
+norms and routers, float32 and small, stay whole. Knows parameters, the mesh and of a schedule
+whether weights may come late.
 """
 
 import functools
@@ -19,7 +22,9 @@ from moe_jax.model import transformer
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives, sharding
 from moe_jax.parallel.axes import EXPERT
-from moe_jax.pipeline.weights import Streamed
+from moe_jax.pipeline import ends
+from moe_jax.pipeline.schedules import SCHEDULES
+from moe_jax.pipeline.weights import Arriving, Shares, Streamed
 
 
 def specs(settings: config.Config, mesh: Mesh) -> Parameters:
@@ -30,7 +35,7 @@ def specs(settings: config.Config, mesh: Mesh) -> Parameters:
   """
   whole = transformer.specs(settings.model)
   ahead, model = settings.pipeline.prefetch_layers, settings.model
-  if not ahead:
+  if not ahead and not _arrive(settings, mesh):
     return whole
   if set(_dimensions(settings, mesh)) == {None}:
     raise ValueError(
@@ -51,22 +56,53 @@ def specs(settings: config.Config, mesh: Mesh) -> Parameters:
   return whole._replace(layers=jax.tree.unflatten(tree, placed))
 
 
-def streamed(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Streamed]:
+def to_weights(
+  settings: config.Config, mesh: Mesh
+) -> Callable[[nnx.State], nnx.State | Streamed | Arriving]:
   """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
 
   Communication: none; the pipeline's gathers are, for each weight that lies in shares, an
-  all-gather over `expert` of a layer.
+  all-gather over `expert` of a layer, or of several.
   """
-  if not settings.pipeline.prefetch_layers:
+  ahead = settings.pipeline.prefetch_layers
+  if not ahead and not _arrive(settings, mesh):
     return lambda layers: layers
-  gathers = [
-    # Of one layer: the dimension of the layers is gone.
+  gathers = _of_shares(settings, mesh, collectives.gather)
+  if ahead:
+    return lambda layers: Streamed(Shares(layers, gathers), ahead)
+  return lambda layers: Arriving(Shares(layers, gathers))
+
+
+def reduces(settings: config.Config, mesh: Mesh) -> list[Callable[[jax.Array], jax.Array] | None]:
+  """Returns, of each leaf of the layers, what sums gradients over `expert` where its weights lie,
+  or might, in shares: those of a layer, or of several stacked; None for the others.
+
+  Communication: none; that of each is a reduce-scatter over `expert`.
+  """
+  return _of_shares(settings, mesh, collectives.reduce_scatter)
+
+
+def _of_shares(settings: config.Config, mesh: Mesh, collective: Callable) -> list[Callable | None]:
+  """Returns the collective along the dimension in which each leaf lies in shares, counted from the
+  last one, for one of layers may stand before the others; None where it lies in none.
+  """
+  ranks = [len(leaf.shape) for leaf in jax.tree.leaves(_shapes(settings.model))]
+  return [
     None if dimension is None else functools.partial(
-      collectives.gather, axis_name=EXPERT, dimension=dimension - 1
+      collective, axis_name=EXPERT, dimension=dimension - rank
     )
-    for dimension in _dimensions(settings, mesh)
+    for dimension, rank in zip(_dimensions(settings, mesh), ranks, strict=True)
   ]  # fmt: skip
-  return lambda layers: Streamed(layers, gathers, settings.pipeline.prefetch_layers)
+
+
+def _arrive(settings: config.Config, mesh: Mesh) -> bool:
+  """Says whether weights come while the pipeline fills."""
+  pipeline = settings.pipeline
+  schedule = SCHEDULES[pipeline.schedule](
+    settings.mesh.stage, pipeline.micro_batches, pipeline.chunks
+  )
+  come = bool((ends.coming(schedule) >= 0).any())
+  return come and mesh.shape[EXPERT] > 1 and set(_dimensions(settings, mesh)) != {None}
 
 
 def _dimensions(settings: config.Config, mesh: Mesh) -> list[int | None]:

@@ -1,5 +1,6 @@
-"""The collectives of a whole step: gradients of parameters are summed once, outside every loop,
-streamed weights gathered once a layer, and the executor sends what its docstring declares.
+"""The collectives of a whole step: gradients of parameters are summed once, outside every loop but
+one that sends those of chunks which are done, weights are gathered once, or streamed once for each
+layer of a unit, and the executor sends what its docstring declares.
 """
 
 import collections
@@ -10,14 +11,16 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.model import transformer
 from moe_jax.parallel import sharding
 from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.pipeline import ends
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
-from moe_jax.train import step
+from moe_jax.train import step, streaming
 from tests.contracts import program
 from tests.contracts.small import SEQUENCE, settings_of, struct
 from tests.pipeline import toy
@@ -60,7 +63,7 @@ def is_shape(node):
   ("mesh", "schedule", "chunks", "save", "ahead"),
   [
     ((2, 2, 2), "1f1b", 1, "inputs", 0),
-    ((2, 2, 2), "interleaved", 2, "everything", 0),
+    ((1, 2, 2), "interleaved", 2, "everything", 0),
     ((2, 2, 2), "gpipe", 1, "residuals", 0),
     ((4, 2, 1), "1f1b", 1, "inputs", 0),
     ((2, 1, 4), "1f1b", 1, "everything", 0),
@@ -71,6 +74,31 @@ def test_no_gradient_of_a_parameter_is_summed_in_a_loop(mesh, schedule, chunks, 
   settings, on, found = step_program(mesh, schedule, chunks, save, ahead)
   assert summed_in_loops(found, parameter_shapes(settings, on)) == []
   assert [c for c in found if c.kind == "all-to-all" and c.num_loops]  # loops are looked into
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_weights_come_and_gradients_leave_a_layer_at_a_time(ahead):
+  """4 stages' chunks of one layer: of the attention of chunk 0 weights are gathered before the
+  ticks, and gradients summed behind them; of chunk 1 beside a tick, which is a loop of one turn.
+  With weights streamed they come layer by layer anyway.
+  """
+  settings, on, found = step_program((2, 2, 2), "interleaved", 2, "inputs", ahead)
+  assert settings.model.layers == 4
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
+  specs = transformer.specs(settings.model)
+  of_layer = lambda leaf, spec: jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)[1:]
+  is_by_layer = [each is not None for each in streaming.reduces(settings, on)]
+  leaves = zip(jax.tree.leaves(shapes.layers), jax.tree.leaves(specs.layers), strict=True)
+  whole = [of_layer(*leaf) for leaf, by in zip(leaves, is_by_layer, strict=True) if by]
+  assert len(whole) == 4  # query, key, value and output
+  sent = lambda kind: collections.Counter(
+    (c.num_loops, math.prod(c.shape)) for c in found if c.kind == kind and c.axes == (EXPERT,)
+  )
+  scattered, gathered = sent("reduce-scatter"), sent("all-gather")
+  for size, times in collections.Counter(map(math.prod, whole)).items():
+    assert scattered[1, size] == scattered[0, size] == times
+    if not ahead:
+      assert gathered[1, size // 2] == gathered[0, size // 2] == times
 
 
 def summed_in_loops(found, shapes):
@@ -153,16 +181,14 @@ def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule,
     sent[gather.num_loops] += gather.elements
   of_layer = (X - 1) / X * attention_size
   layers = model.layers // (settings.mesh.stage * chunks)
-  has_forward, has_backward = (
-    (of >= 0).any(1)
-    for of in (step.table(settings).forward_micro_QZ, step.table(settings).backward_micro_QZ)
-  )
-  loops = [both for both, _ in itertools.groupby(zip(has_forward, has_backward, strict=True))]
-  num_units = sum(int(f) + int(b) for f, b in loops)
+  table = step.table(settings)
+  num_units = sum(has_forward + has_backward for (has_forward, has_backward, *_), _ in runs(table))
   expected = {0: 2 * ahead * of_layer, 1: num_units * of_layer, 2: num_units * of_layer}
   assert sent == {loops: n for loops, n in expected.items() if loops < 2 or layers > 1}
   without = step_program(mesh, schedule, chunks, "inputs")[2]
-  assert not any(map(is_gather, without))
+  if chunks == 1:
+    assert not any(map(is_gather, without))
+  without = itertools.filterfalse(is_gather, without)
   assert collections.Counter(itertools.filterfalse(is_gather, found)) == (
     collections.Counter(without)
   )
@@ -172,7 +198,9 @@ def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule,
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("stages", [2, 4])
 def test_executor_sends_what_it_declares(stages, schedule, is_forward_only):
-  """Along `stage`: a transfer each way in a tick, and all-reduces for head and embedding."""
+  """Along `stage`: a transfer each way in a tick, of two stages in one message; and all-reduces for
+  head and embedding.
+  """
   case = toy.Case(schedule, stages=stages, micro_batches=8, chunks=1 + (schedule == "interleaved"))
   mesh = toy.make_mesh(case)
   table = forward_only(case.table()) if is_forward_only else case.table()
@@ -180,34 +208,52 @@ def test_executor_sends_what_it_declares(stages, schedule, is_forward_only):
   found = program.collectives(toy.pipelined(mesh, table), *arrays, mesh=mesh)
   activation = (toy.NUM_ROWS, toy.WIDTH)
   in_loops = [c for c in found if c.num_loops and c.axes == (STAGE,)]
-  assert {c.shape for c in in_loops} == {activation}
+  both = (2, *activation)
+  assert {c.shape for c in in_loops} <= {activation, both}
   # The loop over ticks, not that over layers; and for head and embedding, where not every tick has
   # one, a loop of at most one turn.
   deepest = {"collective-permute": 1, "all-reduce": 1 if is_forward_only else 2}
   assert all(1 <= c.num_loops <= deepest[c.kind] for c in in_loops)
 
-  # Each run of ticks that have the same halves is a loop of its own.
-  halves = [
-    (bool((f >= 0).any()), bool((b >= 0).any()))
-    for f, b in zip(table.forward_micro_QZ, table.backward_micro_QZ, strict=True)
-  ]
-  runs = [
-    [tick for tick, _ in run]
-    for _, run in itertools.groupby(enumerate(halves), key=operator.itemgetter(1))
-  ]
-  loops_with = lambda at_Q: sum(bool(at_Q[run].any()) for run in runs)
-  arrivals = loops_with((table.arrival_slot_QZ >= 0).any(1))
-  backwards = loops_with((table.backward_micro_QZ >= 0).any(1))
+  of_ticks = [ticks for _, ticks in runs(table)]
+  loops_with = lambda at_Q: sum(bool(at_Q[ticks].any()) for ticks in of_ticks)
+  arrives_Q, has_backward_Q = (
+    (table.arrival_slot_QZ >= 0).any(1),
+    (table.backward_micro_QZ >= 0).any(1),
+  )
+  # In training what a tick made travels at its end, for the next one.
+  departs_Q = arrives_Q if is_forward_only else np.roll(arrives_Q, -1)
+  sends = [bool(departs_Q[ticks].any()) for ticks in of_ticks]
+  returns = [bool(has_backward_Q[ticks].any()) for ticks in of_ticks]
+  joined = sum(s and r for s, r in zip(sends, returns, strict=True)) * (stages == 2)
   heads, embeds = loops_with(table.head_micro_Q >= 0), loops_with(table.embed_micro_Q >= 0)
   embed_gradients = loops_with(table.embed_gradient_micro_Q >= 0) * (not is_forward_only)
   count = collections.Counter(c.kind for c in in_loops)
-  assert count["collective-permute"] == arrivals + backwards
+  assert count["collective-permute"] == sum(sends) + sum(returns) - joined
+  assert sum(c.shape == both for c in in_loops) == joined
   # The head broadcasts its activation, unless two stages hold it, and sums that one's cotangent;
   # the embedding gradient broadcasts a cotangent; the embedding of the toy, as the model's, sums
   # over stages.
   broadcasts = heads if is_forward_only or table.head_needs_broadcast else 0
   head_cotangents = 0 if is_forward_only else heads
   assert count["all-reduce"] == broadcasts + head_cotangents + embed_gradients + embeds
+
+
+def runs(table):
+  """Returns the ticks that make a loop, those in a row which have the same halves and beside which
+  weights come, or gradients leave, alike: (has forward, has backward, comes, leaves) and ticks.
+  """
+  kinds = zip(
+    (table.forward_micro_QZ >= 0).any(1).tolist(),
+    (table.backward_micro_QZ >= 0).any(1).tolist(),
+    (ends.coming(table) >= 0).tolist(),
+    (ends.leaving(table) >= 0).tolist(),
+    strict=True,
+  )
+  return [
+    (kind, [tick for tick, _ in run])
+    for kind, run in itertools.groupby(enumerate(kinds), key=operator.itemgetter(1))
+  ]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_on_the_timeline_no_stream_does_two_things_and_nothing_runs_too_early(se
   events = simulate.events(settings, on, tied)
   for stream in machine.STREAMS:
     mine = sorted((e.start_s, e.end_s) for e in events if e.stream == stream)
-    assert mine, stream
+    assert mine or (stream == "tensor link" and settings.mesh.tensor == 1), stream
     assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
 
 
