@@ -248,12 +248,12 @@ class _Executor:
     owner = jnp.where(row.head_is_fresh > 0, self.table.num_stages - 1, 0)
     head = functools.partial(self._head, owner)
     state, gy = self._where_due("head", head, row.head_micro, state, y)
-    of_units, coming = collectives.after(gy, (row, coming))
+    of_units, coming, saved = collectives.after(gy, (row, coming, state.saved))
     ahead = self._forward(state, of_units, x, coming[0]) if has_forward else None
     back = None
     if has_backward:
       back, state = self._backward(state, of_units, gy, coming[1])
-    totals, made, gx = self.chunk.run(state.totals, ahead, back, state.saved if back else None)
+    totals, made, gx = self.chunk.run(state.totals, ahead, back, saved if back else None)
     state = state._replace(totals=totals)
     if has_backward:
       state = self._read(row.next_backward_slot, row.next_backward_is_reversed, state)

@@ -6,8 +6,9 @@ plan counts them, the rehearsal finds them again in the compiled program. Knows 
 know jax, or what a unit computes.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ def segments(table: Table) -> Iterator[Segment]:
     yield Segment(ticks, {kind: at_Q[ticks] for kind, at_Q in at.items()})
 
 
-def units(table: Table) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=256)
+def units(table: Table) -> Mapping[str, np.ndarray]:
   """Returns, for each kind of unit, in which ticks any stage runs it.
 
   arrival: an output is there at the tick's start; departure: one arrives at its end. comes: a

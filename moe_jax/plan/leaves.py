@@ -40,8 +40,7 @@ class Leaf:
 
   def split(self, mesh: Mesh) -> tuple[int, ...]:
     """Returns in how many parts each dimension lies."""
-    of = lambda axis: math.prod(getattr(mesh, name) for name in _RULES.get(axis, ()))
-    return tuple(map(of, self.axes))
+    return _split(self.axes, mesh)
 
   def elements(self, mesh: Mesh) -> int:
     """Returns the elements that a device computes with."""
@@ -57,12 +56,7 @@ class Leaf:
 
     Source: as parallel.sharding.zero_dimension.
     """
-    if "expert" in self.mesh_axes():
-      return None
-    parts = self.split(mesh)
-    by_size = sorted(range(len(parts)), key=lambda dimension: -self.shape[dimension])
-    fits = lambda dimension: self.shape[dimension] % (parts[dimension] * mesh.expert) == 0
-    return next(filter(fits, by_size), None)
+    return _zero_dimension(self.shape, self.axes, mesh)
 
   def is_zero_split(self, mesh: Mesh) -> bool:
     """Whether ZeRO-1 splits the leaf's state over `expert` as well."""
@@ -96,6 +90,23 @@ class Leaf:
     """Returns the elements that a device holds of master weights, and of each moment."""
     whole = self.elements(mesh)
     return whole // mesh.expert if self.is_zero_split(mesh) else whole
+
+
+# A search asks for the same arrays on the same meshes again and again.
+@functools.lru_cache(maxsize=4096)
+def _split(axes: tuple[str, ...], mesh: Mesh) -> tuple[int, ...]:
+  of = lambda axis: math.prod(getattr(mesh, name) for name in _RULES.get(axis, ()))
+  return tuple(map(of, axes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _zero_dimension(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> int | None:
+  if any("expert" in _RULES.get(axis, ()) for axis in axes):
+    return None
+  parts = _split(axes, mesh)
+  by_size = sorted(range(len(parts)), key=lambda dimension: -shape[dimension])
+  fits = lambda dimension: shape[dimension] % (parts[dimension] * mesh.expert) == 0
+  return next(filter(fits, by_size), None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from moe_jax.config import Config, Pipeline
-from moe_jax.pipeline import ends
+from moe_jax.pipeline import segments
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import saving, steps, units, workspace
@@ -82,7 +82,7 @@ def train(settings: Config) -> Memory:
   schedule = table(settings.pipeline, mesh.stage)
   # Gradients that leave beside ticks, summed.
   left = sum(leaf.state_elements(mesh) for leaf in held if leaf.is_by_layer(mesh))
-  left *= bool((ends.leaving(schedule) >= 0).any())
+  left *= bool(segments.units(schedule)["leaves"].any())
   activation = at.tokens * model.d_model * at.dtype_bytes
   kept = saving.saved_bytes(settings, at) - saving.merged_bytes(settings, at)
   # Between ticks: what waits in inboxes, what was made, and what the head reads where it arrived.

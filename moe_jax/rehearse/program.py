@@ -108,11 +108,16 @@ class Done:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-  """Runs its body `trips` times."""
+  """Runs its body `trips` times.
+
+  Attributes:
+    op_name: of the loop: the scopes that it stands in.
+  """
 
   name: str
   trips: int
   body: "Block"
+  op_name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +257,7 @@ class _Reader:
       body = self.block(self.module.called(each, "body"))
       if self._is_branch(each):
         return [Branch(each.name, (Block("", (), frozenset()), body), each.op_name)]
-      return [Loop(each.name, self._trips(computation, each), body)]
+      return [Loop(each.name, self._trips(computation, each), body, each.op_name)]
     if opcode == "conditional":
       names = each.called["branches"]
       branches = tuple(self.block(self.module.computations[n]) for n in names)

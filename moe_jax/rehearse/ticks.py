@@ -116,8 +116,14 @@ def _kinds_of_turn(loop: Loop, branch_of_turn: Mapping) -> list[tuple[int, int]]
 
 
 def loops_over_ticks(program: Program) -> list[Loop]:
-  """Returns the loops of the program itself, but for those that are taken not to turn."""
-  return [unit for unit in program.entry.units if isinstance(unit, Loop) and unit.trips]
+  """Returns the loops of the program itself, but for those that are taken not to turn, and for what
+  stood inside a loop of one tick, of which XLA has made straight code.
+  """
+  is_outermost = lambda loop: (
+    loop.op_name.split("/")[-1] in ("while", "") and "while/" not in loop.op_name
+  )
+  loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
+  return [loop for loop in loops if loop.trips and is_outermost(loop)]
 
 
 def _branches(block: Block, outside_loops: bool = False):

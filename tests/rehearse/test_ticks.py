@@ -35,6 +35,19 @@ def test_executions_follow_the_branches_of_each_turn():
   assert found == simulated.times
 
 
+def test_what_stood_in_a_loop_of_one_tick_is_no_loop_over_ticks():
+  """XLA made straight code of the first: what is left of it are its layers, and rows that are
+  added one by one.
+  """
+  path = "jit(step)/shard_map/while"
+  over_ticks, layers, rows = (
+    Loop("loop", 4, block("body"), name)
+    for name in (path, f"{path}/body/closed_call/while", f"{path}/body/where_due/scatter-add")
+  )
+  found = Program(block("main", layers, rows, over_ticks), {})
+  assert ticks.loops_over_ticks(found) == [over_ticks]
+
+
 @pytest.mark.parametrize("text", golden.FORMS.values(), ids=golden.FORMS)
 def test_executions_of_the_golden_program_are_the_simulators(text):
   found = program.read(text, golden.MESH)
