@@ -95,15 +95,8 @@ class Chunk(NamedTuple):
     back = backward and BackwardLayer(self.layers, backward, l, gy, saved, rings[1], leaving)
     units = [each for each in (ahead, back) if each]
     coming = [each.coming for each in units]
-    slots, due, quiet, reads = self.slots, self.due, self.quiet, self.reads
-    alone = ahead is None
-    if alone:
-      slots, due, reads = ((0, 1),) * len(self.due_alone), self.due_alone, 0
-    elif back is None:
-      slots, due = ((1, 0),) * len(self.inside_s), (0,) * len(self.inside_s)
-    if len(units) == 1:
-      quiet = self.quiet_alone[alone]
-    saved = None
+    slots, due, quiet, reads = self._slots_of(ahead, back)
+    alone, saved = ahead is None, None
     for number, (num_ahead, num_back) in enumerate(slots):
       num_done = due[number - 1] if number else 0
       if back and number == reads and not is_last:
@@ -153,6 +146,16 @@ class Chunk(NamedTuple):
       x, stash = both(x, totals.stash)
       totals = totals._replace(stash=stash)
     return totals, x, gy, saved
+
+  def _slots_of(self, ahead, back) -> tuple[tuple, tuple, tuple, int]:
+    """Returns `slots`, `due`, `quiet` and `reads` of the units that there are."""
+    if ahead and back:
+      return self.slots, self.due, self.quiet, self.reads
+    num_steps = len(self.inside_s)
+    of_forward, of_backward = self.quiet_alone
+    if back:
+      return ((0, 1),) * num_steps, self.due_alone, of_backward, 0
+    return ((1, 0),) * num_steps, (0,) * num_steps, of_forward, 0
 
   def _run_ahead(
     self, ahead, back, num_steps: int, totals: Totals, *, sums_pending: bool, due: slice

@@ -94,6 +94,16 @@ CASES = {
       },
     },
   ),
+  # As pod64: weights of three chunks of two layers come beside ticks, and their gradients leave.
+  "4x1x2-interleaved-4-residuals": (
+    (4, 1, 2),
+    {
+      "model": {"layers": 16},
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 4, "micro_batches": 5, "save": "residuals",
+      },
+    },
+  ),
   "2x2x2-ragged-exchanges": (
     (2, 2, 2), {"moe": {"dispatch": "ragged"}, "pipeline": {"save": "exchanges"}},
   ),
