@@ -13,6 +13,7 @@ those of a layer are gathered where it is used.
 Knows tables and trees; must not know which weights lie in shares, or along which axis.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,10 +123,12 @@ class Shares(NamedTuple):
     return self.joined(gathered, lambda leaf: leaf[number])
 
 
-class Arriving(NamedTuple):
-  """Weights in shares, each chunk's to be whole when it first runs, as `ends.coming` says.
+@dataclasses.dataclass(frozen=True)
+class _InShares:
+  """Weights in shares.
 
-  In place of a ring stand the whole weights of all layers, of which the first chunk's are there.
+  Attributes:
+    shares: of the layers.
   """
 
   shares: Shares
@@ -141,6 +144,20 @@ class Arriving(NamedTuple):
     Communication: that of the gathers.
     """
     return self.shares.layer(number)
+
+  def gather(self, shares: list) -> list:
+    """Returns whole what `take` gave.
+
+    Communication: that of the gathers.
+    """
+    return self.shares.gather(shares)
+
+
+class Arriving(_InShares):
+  """Weights in shares, each chunk's to be whole when it first runs, as `ends.coming` says.
+
+  In place of a ring stand the whole weights of all layers, of which the first chunk's are there.
+  """
 
   def coming(self, table: Table, stage: jax.Array) -> tuple[Coming, None]:
     """Returns what forward units gather in each tick, leaves [ticks, ...]."""
@@ -175,13 +192,6 @@ class Arriving(NamedTuple):
     taken, ring = jax.lax.optimization_barrier((buffers.at(ring, number), ring))
     return self.shares.layer(number, taken), ring, self.shares.at(coming.layers[place])
 
-  def gather(self, shares: list) -> list:
-    """Returns whole what `take` gave.
-
-    Communication: that of the gathers.
-    """
-    return self.shares.gather(shares)
-
   def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
     """Returns the ring with what was gathered."""
     number = coming.layers[place]
@@ -192,7 +202,8 @@ class Arriving(NamedTuple):
     return Whole(self.shares.joined(ring))
 
 
-class Streamed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Streamed(_InShares):
   """Weights in shares, gathered a few layers ahead of each use.
 
   Attributes:
@@ -200,20 +211,7 @@ class Streamed(NamedTuple):
     ahead: layers of a ring.
   """
 
-  shares: Shares
   ahead: int
-
-  @property
-  def layers(self) -> Tree:
-    """[layers of this stage, ...], whole or this device's share."""
-    return self.shares.layers
-
-  def layer(self, number: jax.Array | int) -> Tree:
-    """Returns a layer's weights, gathered now.
-
-    Communication: that of the gathers.
-    """
-    return self.shares.layer(number)
 
   def coming(self, table: Table, stage: jax.Array) -> tuple[Coming, Coming]:
     """Returns what forward and backward units gather in each tick, leaves [ticks, ...]."""
@@ -259,13 +257,6 @@ class Streamed(NamedTuple):
     # XLA does not order a read before a write that does not need it, and would copy the ring.
     taken, ring = jax.lax.optimization_barrier((taken, ring))
     return self.shares.layer(number, taken), ring, self.shares.at(coming.layers[place])
-
-  def gather(self, shares: list) -> list:
-    """Returns whole what `take` gave.
-
-    Communication: that of the gathers.
-    """
-    return self.shares.gather(shares)
 
   def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
     """Returns the ring with what was gathered, where `take` took."""

@@ -67,8 +67,8 @@ class Tick(NamedTuple):
 def ticks(table: Table) -> list[Tick]:
   """Returns what each tick runs.
 
-  The executor makes one loop of each run of ticks that agree on having a forward and a backward
-  unit; a transfer that any tick of a loop needs is in all of them.
+  The executor makes one loop of each of `segments.segments`; a transfer that any tick of a loop
+  needs is in all of them.
   """
   at, has_others = segments.units(table), table.num_stages > 1
   sends = [

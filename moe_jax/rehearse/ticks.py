@@ -48,8 +48,8 @@ def branches_taken(program: Program, table: Table) -> Taken:
   """Returns which branches run: those of loops over ticks from the table, the first one where
   nothing is stolen, the last one elsewhere.
 
-  The executor makes one loop of each longest run of ticks that agree on having forward and backward
-  units; XLA makes straight code of a loop of one tick, in which nothing is conditional.
+  The executor makes one loop of each of `segments.segments`; XLA makes straight code of a loop of
+  one tick, in which nothing is conditional.
   """
   every = list(_all_branches(program.entry))
   idle = {branch.name: (0,) * turns for branch, turns in every if _asks_for_stolen(branch)}
