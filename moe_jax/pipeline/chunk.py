@@ -13,12 +13,14 @@ Knows layers as steps; must not know ticks, stages or the model.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.pipeline import buffers, tie
+from moe_jax.pipeline.steps import Step
 from moe_jax.pipeline.units import (
   Backward,
   BackwardLayer,
@@ -58,6 +60,27 @@ class Chunk(NamedTuple):
   quiet_alone: tuple[tuple[int, int], tuple[int, int]]
   reads: int
   inside_s: tuple[float, ...]
+
+  @classmethod
+  def of(cls, layers: Layers, steps: Sequence[Step]) -> "Chunk":
+    """Returns that of layers cut into such steps, tied as `tie` finds it."""
+    forward, turned = ([tie.cost(step, is_back) for step in steps] for is_back in (False, True))
+    backward = turned[::-1]
+    slots = tie.side_by_side(forward, backward)
+    bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in layers.steps.saved]
+    quiet_forward = tie.quiet(((1, 0),) * len(steps), forward, ())
+    quiet_backward = tie.quiet(((0, 1),) * len(steps), (), backward)
+    return cls(
+      layers,
+      slots,
+      tie.due(slots, forward, backward),
+      tie.due_alone(backward, is_followed=layers.num_layers > 1),
+      tie.quiet(slots, forward, backward),
+      (quiet_forward, quiet_backward),
+      tie.reads(slots, forward, backward, copying_s),
+      tuple(each.inside_s for each in forward),
+    )
 
   def run(
     self, totals: Totals, forward: Forward | None, backward: Backward | None, saved: Tree
@@ -235,7 +258,7 @@ class Chunk(NamedTuple):
     """
     if backward is None or backward.leaving is None:
       return [], totals
-    leaving = self.layers.leaving(totals.g_layers, backward.leaving + l)
+    leaving = self.layers.reduction.of_layers(totals.g_layers, backward.leaving + l)
     leaving, g_layers = both(leaving, totals.g_layers)
     return leaving, totals._replace(g_layers=g_layers)
 

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns, ends, tie
+from moe_jax.pipeline import buffers, columns
 from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
 from moe_jax.pipeline.functions import Functions, Result, example
+from moe_jax.pipeline.reduction import Reduce, Reduction
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
@@ -70,7 +71,7 @@ def run(
   *,
   save: str = "inputs",
   gradient_dtype: jnp.dtype = jnp.float32,
-  reduces: Sequence[Callable[[jax.Array], jax.Array] | None] | None = None,
+  reduces: Sequence[Reduce | None] | None = None,
 ) -> Result:
   """Returns the result of a step, inside the manual region.
 
@@ -112,37 +113,21 @@ class _Executor:
     of_layer = example(functions, weights, shared, inputs)
     _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
     steps = cut(functions.layer, of_layer)
-    costs = [[tie.cost(step, is_backward) for step in steps] for is_backward in (False, True)]
-    given = costs[0], costs[1][::-1]
-    slots = tie.side_by_side(*given)
-    saved = SAVE[save](steps, of_layer)
-    bytes_of = lambda leaves: [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-    copying_s = [tie.copy_s(bytes_of(of_step)) for of_step in saved.saved]
+    layers_per_chunk = jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks
     self.layers = Layers(
-      saved,
+      SAVE[save](steps, of_layer),
       weights,
       shared,
       statistics,
-      num_layers=jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks,
+      num_layers=layers_per_chunk,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
-      reduces=reduces or [None] * len(jax.tree.leaves(weights.layers)),
-    )
-    self.chunk = Chunk(
-      self.layers,
-      slots,
-      tie.due(slots, *given),
-      tie.due_alone(given[1]),
-      tie.quiet(slots, *given),
-      (
-        tie.quiet(((1, 0),) * len(steps), given[0], ()),
-        tie.quiet(((0, 1),) * len(steps), (), given[1]),
+      reduction=Reduction.of(
+        reduces or [None] * len(jax.tree.leaves(weights.layers)), table, layers_per_chunk
       ),
-      tie.reads(slots, *given, copying_s),
-      tuple(each.inside_s for each in given[0]),
     )
+    self.chunk = Chunk.of(self.layers, steps)
     self.layer, _, self.x, _ = of_layer
-    self.some_leave = any(self.layers.reduces) and bool((ends.leaving(table) >= 0).any())
     self.num_layers = table.num_chunks * self.layers.num_layers
     self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
 
@@ -160,7 +145,8 @@ class _Executor:
         state = self._read(first.backward_slot, first.backward_is_reversed, state)
       state, _ = jax.lax.scan(body, state, piece)
     totals = state.totals
-    gradients = (self._summed(totals), totals.g_shared)
+    g_layers = self.layers.reduction.finish(totals.g_layers, totals.sums)
+    gradients = (g_layers, totals.g_shared)
     reports = buffers.unpacked(totals.reports, self.report)
     loss, auxiliary_loss, auxiliary, outputs = state.found
     found = (loss, auxiliary_loss, auxiliary, reports, outputs, gradients)
@@ -175,24 +161,6 @@ class _Executor:
       self.chunk = self.chunk._replace(layers=self.layers)
       state = state._replace(totals=state.totals._replace(rings=((), ())))
     return state
-
-  def _summed(self, totals: Totals) -> Tree:
-    """Returns the layers' gradients, those summed over ranks that are to be: of layers that left,
-    and of the others now.
-    """
-    if self.some_leave:
-      here = self.layers.leaving(totals.g_layers, slice(self.layers.num_layers))
-      put = lambda leaf, new: buffers.put(leaf, (), new)
-      sums = [*map(put, totals.sums, self.layers.reduced(here))]
-    else:
-      sums = self.layers.reduced(self.layers.leaving(totals.g_layers, slice(None)))
-    leaves, tree = jax.tree.flatten(totals.g_layers)
-    given = iter(sums)
-    found = [
-      next(given) if reduce else leaf
-      for reduce, leaf in zip(self.layers.reduces, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, found)
 
   def _start(self) -> _State:
     table, layers, zeros = self.table, self.layers, collectives.zeros_like
@@ -223,7 +191,7 @@ class _Executor:
         g_layers=zeros(g_layers),
         g_shared=zeros(gradient(self.shared)),
         rings=layers.weights.start(table, self.stage),
-        sums=zeros(self._shapes_of_sums(g_layers)) if self.some_leave else [],
+        sums=layers.reduction.start(g_layers),
       ),
       saved=(),
       ticks=jnp.zeros((), jnp.int32),
@@ -271,11 +239,6 @@ class _Executor:
       unit = self._embed_gradient
       state, _ = self._where_due("embed_gradient", unit, row.embed_gradient_micro, state, gx)
     return state._replace(ticks=state.ticks + 1)
-
-  def _shapes_of_sums(self, g_layers: Tree) -> list[jax.ShapeDtypeStruct]:
-    """Returns the shapes of those gradients of all layers that leave, summed."""
-    of_all = lambda tree: self.layers.leaving(collectives.varying(tree), slice(None))
-    return jax.eval_shape(lambda tree: self.layers.reduced(of_all(tree)), g_layers)
 
   def _where_due(self, kind: str, unit: Callable, micro, state: _State | None, x):
     """Runs a unit that every stage takes part in, in the ticks that have it; else it makes

@@ -11,6 +11,7 @@ stream waits for, go where a slot has room; so does reading what the next layer 
 Knows what steps cost; must not know what they do.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,8 +112,8 @@ def due(
   the end of each slot: those of a step one slot after it, in its own slot where its stream sends
   inside the host after it, or later where more of them is hidden.
 
-  XLA would put them as late as it may. They are wanted beside communication, in the first slot that
-  has room for half of them beside what its streams compute themselves, else in the emptiest.
+  XLA would put them as late as it may. They are wanted beside communication: in slots that have
+  room for them beside what their streams compute themselves.
 
   Args:
     slots: as `side_by_side` returns them.
@@ -165,8 +166,12 @@ def parted(bytes_of: Sequence[int], seconds: float) -> tuple[list[int], list[int
   return first, order
 
 
-def _filled(slots, forward, backward) -> tuple[tuple[int, ...], list[float]]:
-  """Returns `due`, and the room that weights' gradients leave in each slot."""
+def _filled(
+  slots, forward, backward, is_followed: bool = False
+) -> tuple[tuple[int, ...], list[float]]:
+  """Returns `due`, and the room that weights' gradients leave in each slot; the last one has also
+  that of the first, if another layer follows.
+  """
   room_s, made = [], []  # of each slot; (first slot, seconds) of each backward step
   for number, (ahead, back) in enumerate(_of_slots(slots, forward, backward)):
     own_s = 0.0
@@ -176,16 +181,39 @@ def _filled(slots, forward, backward) -> tuple[tuple[int, ...], list[float]]:
       is_hidden = 0.0 < sends_s >= _OF_GRADIENTS * own_s
       made.append((number if is_hidden else number + 1, each.free_s))
     back = [_without_free(each) for each in back]
+    busy_s = _SLOT_S + sum(each.compute_s for each in (*ahead, *back))
     # A slot that must not be, as none of `side_by_side` is, has no room.
-    room_s.append((_slot_s(ahead, back) or 0.0) - sum(each.compute_s for each in (*ahead, *back)))
-  last, due_in = len(slots) - 1, []
-  for first, seconds in made:
-    later = range(min(max([first, *due_in[-1:]]), last), last + 1)
-    fits = (slot for slot in later if room_s[slot] >= seconds / 2)
-    slot = next(fits, max(later, key=lambda slot: (room_s[slot], -slot)))
+    room_s.append((_slot_s(ahead, back) or 0.0) - busy_s)
+  if is_followed:
+    room_s[-1] += room_s[0]
+  due_in = _laid(made, room_s)
+  for slot, (_, seconds) in zip(due_in, made, strict=True):
     room_s[slot] -= seconds
-    due_in.append(slot)
   return tuple(sum(slot <= number for slot in due_in) for number in range(len(slots))), room_s
+
+
+def _laid(made: Sequence[tuple[int, float]], room_s: Sequence[float]) -> list[int]:
+  """Returns the slots of pieces, (first slot, seconds), in their order: of all ways to fill the
+  most room the one in which they come earliest.
+  """
+  last = len(room_s) - 1
+  firsts = [*itertools.accumulate((min(first, last) for first, _ in made), max)]
+  pieces = [(first, seconds) for first, (_, seconds) in zip(firsts, made, strict=True) if seconds]
+
+  def rank(way: tuple[int, ...]) -> tuple[int, int]:
+    laid_s = [0.0] * len(room_s)
+    for slot, (_, seconds) in zip(way, pieces, strict=True):
+      laid_s[slot] += seconds
+    filled_s = sum(map(min, room_s, laid_s))
+    return round(filled_s * 1e9), -sum(way)
+
+  ways = itertools.combinations_with_replacement(range(len(room_s)), len(pieces))
+  is_legal = lambda way: all(slot >= first for slot, (first, _) in zip(way, pieces, strict=True))
+  of_pieces = iter(max(filter(is_legal, ways), key=rank))
+  slots: list[int] = []
+  for first, (_, seconds) in zip(firsts, made, strict=True):
+    slots.append(next(of_pieces) if seconds else max(first, *slots[-1:], 0))
+  return slots
 
 
 def _of_slots(slots, forward, backward):
@@ -200,12 +228,16 @@ def _without_free(step: Cost) -> Cost:
   return step._replace(compute_s=step.compute_s - step.free_s)
 
 
-def due_alone(backward: Sequence[Cost]) -> tuple[int, ...]:
-  """Returns `due` of a backward stream with no other beside it, each step a slot; what is left for
-  the last slot need not be there: it may go beside the next layer's first exchange.
+def due_alone(backward: Sequence[Cost], is_followed: bool) -> tuple[int, ...]:
+  """Returns `due` of a backward stream with no other beside it, each step a slot.
+
+  Args:
+    backward: as `side_by_side` takes it.
+    is_followed: whether the unit has a layer more. What is left for the last slot need not be there
+      at its end then: it may go beside that layer's first exchange.
   """
-  found = due(((0, 1),) * len(backward), (), backward)
-  return (*found[:-1], *(found[-2:-1] or (0,)))
+  found, _ = _filled(((0, 1),) * len(backward), (), backward, is_followed)
+  return (*found[:-1], *(found[-2:-1] or (0,))) if is_followed else found
 
 
 def quiet(

@@ -4,13 +4,14 @@ A layer reads its weights and what it saved, and adds what it makes to the stage
 they lie. Knows layers as steps; must not know what runs beside them, ticks, stages or the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.pipeline import buffers
+from moe_jax.pipeline.reduction import Reduction
 from moe_jax.pipeline.saving import SavedLayer
 from moe_jax.pipeline.weights import Coming, Streamed, Whole
 
@@ -105,8 +106,7 @@ class Layers(NamedTuple):
     statistics: shapes of those of a layer.
     num_layers: of a chunk.
     adds: whether gradients add to those of other units; else they are written.
-    reduces: of each leaf of `g_layers`, what sums a layer's, or those of several stacked, over the
-      ranks that hold its parameter alike; None where that is not done beside layers.
+    reduction: what sums gradients over ranks.
   """
 
   steps: SavedLayer
@@ -115,20 +115,7 @@ class Layers(NamedTuple):
   statistics: Tree
   num_layers: int
   adds: bool
-  reduces: Sequence[Callable[[jax.Array], jax.Array] | None]
-
-  def leaving(self, g_layers: Tree, number: jax.Array | slice) -> list[jax.Array]:
-    """Returns the gradients of a layer, or of several, that are to be summed over ranks."""
-    leaves = jax.tree.leaves(g_layers)
-    return [leaf[number] for reduce, leaf in zip(self.reduces, leaves, strict=True) if reduce]
-
-  def reduced(self, gradients: list[jax.Array]) -> list[jax.Array]:
-    """Returns what `leaving` gave, summed.
-
-    Communication: that of `reduces`.
-    """
-    present = filter(None, self.reduces)
-    return [reduce(leaf) for reduce, leaf in zip(present, gradients, strict=True)]
+  reduction: Reduction
 
 
 class ForwardLayer:
@@ -219,7 +206,9 @@ class BackwardLayer:
   def send(self, coming: Tree) -> Tree:
     """As of a forward layer."""
     shares, leaving = coming
-    return self.stage.weights.gather(shares), self.stage.reduced(leaving) if leaving else []
+    return self.stage.weights.gather(shares), self.stage.reduction.summed(
+      leaving
+    ) if leaving else []
 
   def receive(self, totals: Totals, brought: Tree) -> Totals:
     """As of a forward layer."""

@@ -23,6 +23,7 @@ from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives, sharding
 from moe_jax.parallel.axes import EXPERT
 from moe_jax.pipeline import ends
+from moe_jax.pipeline.reduction import Reduce
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.weights import Arriving, Shares, Streamed
 
@@ -73,7 +74,7 @@ def to_weights(
   return lambda layers: Arriving(Shares(layers, gathers))
 
 
-def reduces(settings: config.Config, mesh: Mesh) -> list[Callable[[jax.Array], jax.Array] | None]:
+def reduces(settings: config.Config, mesh: Mesh) -> list[Reduce | None]:
   """Returns, of each leaf of the layers, what sums gradients over `expert` where its weights lie,
   or might, in shares: those of a layer, or of several stacked; None for the others.
 

@@ -75,6 +75,15 @@ def test_gradients_of_weights_wait_for_a_slot_that_has_room():
   assert tie.due([(1, 1), (1, 0), (1, 0)], forward, backward) == (0, 0, 1)
 
 
+def test_a_gradient_makes_way_for_a_larger_one_behind_it():
+  small, large = (Cost(2 * us * 1e-6, 0.0, 0.0, free_s=us * 1e-6) for us in (10, 40))
+  # The first of the two would fit beside the last exchange, which the second fills alone.
+  forward = [COMPUTE, COMPUTE, Cost(0.0, 4e-6, 0.0), EXCHANGE]
+  slots = [(1, 1), (1, 1), (1, 0), (1, 0)]
+  assert tie.due(slots, forward, [small, large]) == (0, 0, 1, 2)
+  assert tie.due(slots, forward, [small, small]) == (0, 0, 0, 2)
+
+
 def test_gradients_of_weights_are_due_in_their_slot_where_its_stream_sends_inside_the_host_later():
   product = Cost(20e-6, 0.0, 0.0, free_s=10e-6)
   due = lambda *backward: tie.due([(1, 2), (0, 1)], [EXCHANGE], [*backward, COMPUTE])
@@ -96,8 +105,12 @@ def test_what_was_saved_is_read_beside_the_first_exchange_that_has_room_else_in_
 
 def test_alone_gradients_of_weights_go_beside_the_next_exchange_and_the_last_ones_are_not_due():
   product = Cost(60e-6, 0.0, 0.0, free_s=30e-6)
-  assert tie.due_alone([product, INSIDE, EXCHANGE, product, COMPUTE]) == (0, 0, 2, 3, 3)
-  assert tie.due_alone([product]) == (0,)
+  stream = [product, INSIDE, EXCHANGE, product, COMPUTE]
+  assert tie.due_alone(stream, is_followed=True) == (0, 0, 2, 3, 3)
+  assert tie.due_alone([product], is_followed=True) == (0,)
+  # Behind the last layer there is nothing that they could stand beside.
+  assert tie.due_alone(stream, is_followed=False) == (0, 0, 2, 3, 5)
+  assert tie.due_alone([product], is_followed=False) == (1,)
 
 
 @hypothesis.given(STREAM, STREAM)
