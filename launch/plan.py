@@ -48,6 +48,12 @@ _SEQUENCES = flags.DEFINE_integer(
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 10_240, "Of each sequence served.", lower_bound=1)
 _OUTPUT = flags.DEFINE_integer("output_tokens", 256, "Of each sequence served.", lower_bound=1)
 _TTFT = flags.DEFINE_float("ttft_s", 10.0, "Target: seconds to the first token.", lower_bound=0)
+_BUBBLE = flags.DEFINE_float(
+  "bubble",
+  None,
+  "Target: share of a training step that a stage is idle; by default anything.",
+  lower_bound=0,
+)
 _RATE = flags.DEFINE_float(
   "tokens_per_ms", None, "Target: of the whole cluster; by default 100 for each GPU of the config.",
   lower_bound=0,
@@ -73,6 +79,8 @@ _MISSED = 1
 
 
 def main(settings: config_lib.Config) -> int:
+  if _WORKLOAD.value == "serve" and _BUBBLE.value is not None:
+    raise ValueError("--bubble is of a training step, which --workload=serve has not; leave it out")
   begin = time.perf_counter()
   progress = lambda what: print(f"[{time.perf_counter() - begin:5.1f} s] {what}", file=sys.stderr)
   gpus = settings.mesh.num_devices
@@ -95,6 +103,7 @@ def main(settings: config_lib.Config) -> int:
   options = {
     "workload": workload,
     "ttft_s": ttft_s,
+    "bubble": _BUBBLE.value,
     "calibration": reached,
     "tied": _TIED.value,
   }

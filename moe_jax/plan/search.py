@@ -86,6 +86,7 @@ def search(
   *,
   workload: serve.Workload | None = None,
   ttft_s: float | None = None,
+  bubble: float | None = None,
   with_replicas: bool = False,
   calibration: Calibration = NONE,
   tied: bool = True,
@@ -98,14 +99,17 @@ def search(
     cluster: all its GPUs are used.
     workload: to serve; None trains.
     ttft_s: until the first token, at most; slower plans are left out.
+    bubble: share of a training step that a stage may be idle, at most; plans with more are left
+      out.
     with_replicas: whether copies of the mesh may share the batch (on paper: nothing runs them yet).
     calibration: of the machine.
     tied: as in program.train.
 
   Raises:
-    ValueError: no plan is legal, or none fits into memory; says what is missing or by how much.
+    ValueError: no plan is legal, or none fits into memory or keeps to a limit; says what is missing
+      or by how much.
   """
-  rank = _Ranking(settings, cluster, workload, ttft_s, calibration, tied)
+  rank = _Ranking(settings, cluster, workload, ttft_s, bubble, calibration, tied)
   for mesh, replicas in meshes(settings, cluster.num_gpus, with_replicas, workload):
     rank.mesh(mesh, replicas)
   if not rank.considered:
@@ -114,6 +118,11 @@ def search(
     raise ValueError(
       f"no plan gives the first token within {ttft_s:g} s: the fastest takes"
       f" {rank.least_ttft_s:.3f} s; give more GPUs, fewer sequences or shorter prompts"
+    )
+  if not rank.best and rank.least_bubble < math.inf:
+    raise ValueError(
+      f"no plan has a bubble of {bubble:.2%} at most: the least is {rank.least_bubble:.2%}; allow"
+      " more, or give a larger train.batch for more micro-batches"
     )
   if not rank.best:
     have = cluster.chip.memory_bytes
@@ -216,10 +225,10 @@ def ranks_per_host(mesh: Mesh, cluster: Cluster) -> int:
 class _Ranking:
   """The best plans so far."""
 
-  def __init__(self, settings, cluster, workload, ttft_s, calibration, tied):
+  def __init__(self, settings, cluster, workload, ttft_s, bubble, calibration, tied):
     self.settings, self.cluster = settings, cluster
-    self.workload, self.ttft_s = workload, ttft_s
-    self.least_ttft_s = math.inf
+    self.workload, self.ttft_s, self.bubble = workload, ttft_s, bubble
+    self.least_ttft_s = self.least_bubble = math.inf
     self.calibration, self.tied = calibration, tied
     self.best: dict[Config, Plan] = {}
     self.slowest: list[float] = []  # a heap of the negated seconds of the best
@@ -239,9 +248,7 @@ class _Ranking:
         self.least_bytes = plan.memory_bytes
       if plan.memory_bytes > self.cluster.chip.memory_bytes:
         self.too_large += 1
-      elif self._is_late(plan):
-        continue
-      elif plan.seconds < self._limit():
+      elif not self._is_late(plan) and plan.seconds < self._limit() and not self._is_idle(plan):
         self._keep(plan)
 
   def _is_late(self, plan: Plan) -> bool:
@@ -249,6 +256,13 @@ class _Ranking:
       return False
     self.least_ttft_s = min(self.least_ttft_s, plan.served.ttft_s)
     return plan.served.ttft_s > self.ttft_s
+
+  def _is_idle(self, plan: Plan) -> bool:
+    if plan.served is not None or self.bubble is None:
+      return False
+    found = simulate.bubble_fraction(plan.settings, plan.machine, self.tied)
+    self.least_bubble = min(self.least_bubble, found)
+    return found > self.bubble
 
   def _layouts(self, mesh: Mesh, replicas: int) -> Iterator[Config]:
     given, model = self.settings, self.settings.model

@@ -171,6 +171,12 @@ def unit_seconds(settings: Config, machine: Machine, tied: bool = True) -> dict[
   return {kind: alone(kind) * (num_layers if kind in _OF_LAYERS else 1) for kind in KINDS}
 
 
+def bubble_fraction(settings: Config, machine: Machine, tied: bool = True) -> float:
+  """Returns which share of a training step a stage is idle, by the executed table."""
+  table = memory.table(settings.pipeline, settings.mesh.stage)
+  return table.bubble_fraction(unit_seconds(settings, machine, tied))
+
+
 def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
   """Returns a training step under an even load."""
   totals: collections.Counter = collections.Counter()
@@ -193,14 +199,12 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
         sent[to.link] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, to.size)
         hidden[stream(op.step)] += times * _overlap(kernels, start_s, end_s)
   replica_s = replica_seconds(settings, machine)
-  costs = unit_seconds(settings, machine, tied)
-  table = memory.table(settings.pipeline, settings.mesh.stage)
   return Run(
     step_s=totals["step"] + replica_s,
     launch_s=totals["kernels"] * machine.calibration.launch_s,
     compute_s=totals["compute"],
-    bubble_fraction=table.bubble_fraction(costs),
-    unit_s=costs,
+    bubble_fraction=bubble_fraction(settings, machine, tied),
+    unit_s=unit_seconds(settings, machine, tied),
     compute_s_by_phase=dict(by_phase),
     seconds_by_stream=dict(by_stream),
     seconds_by_link=dict(by_link),

@@ -127,6 +127,8 @@ def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
     ),
     (["--config.model.d_model=400000000"], "too little; give more GPUs"),
     (["--workload=serve", "--ttft_s=1e-12"], "error: no plan gives the first token within 1e-12 s"),
+    (["--bubble=-0.1"], "error: --bubble=-0.1 is wrong; expected a non-negative number"),
+    (["--workload=serve", "--bubble=0.1"], "error: --bubble is of a training step, which"),
     (["--zipf=-1"], "error: zipf=-1.0 is not a number from 0 up"),
     (["--trace=nowhere.json"], "error: nowhere.json: No such file"),
     (["--calibration=nowhere.json"], "error: nowhere.json: No such file"),

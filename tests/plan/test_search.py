@@ -121,6 +121,20 @@ def test_serving_drops_nothing_and_keeps_to_its_target():
     search.search(TINY, EIGHT, workload=WORKLOAD, ttft_s=1e-9)
 
 
+def test_training_keeps_to_its_limit_of_the_bubble():
+  search_for = functools.partial(search.search, TINY, EIGHT)
+  bubble = lambda plan: simulate.bubble_fraction(plan.settings, plan.machine)
+  bubbles = {round(bubble(plan), 6) for plan in search_for().best}
+  assert max(bubbles) > 0.05, "a limit would change nothing"
+  kept = search_for(bubble=0.05).best
+  assert kept and all(bubble(plan) <= 0.05 for plan in kept)
+  assert kept[0].seconds >= search_for().best[0].seconds
+  with pytest.raises(
+    ValueError, match=r"no plan has a bubble of -1.00% at most: the least is 0.00%"
+  ):
+    search_for(bubble=-0.01)
+
+
 def test_serving_is_planned_as_the_server_dispatches():
   """Few tokens are gathered, others exchanged without loss, whatever moe.dispatch says."""
   of = lambda dispatch: serve.run(
