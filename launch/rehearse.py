@@ -40,6 +40,12 @@ _PROFILE = flags.DEFINE_string(
   "Also write here the profile that the program was scheduled by; launch.train takes it as"
   " --scheduling_profile.",
 )
+_ONCE = flags.DEFINE_boolean(
+  "once",
+  False,
+  "Compile once, by XLA's own guess, and not again by a profile: in half the time, but of two"
+  " schedules the better one may be missed.",
+)
 _SYMMETRIC_MEMORY = flags.DEFINE_boolean(
   "symmetric_memory", False, "Compile as launch.train --symmetric_memory does."
 )
@@ -47,6 +53,8 @@ _DOES_NOT_FIT = 1
 
 
 def main(config) -> int:
+  if _ONCE.value and _PROFILE.value:
+    raise ValueError("--once compiles by no profile, so that --profile has none; leave one out")
   environment.described_devices(_POD.value, _SYMMETRIC_MEMORY.value)
   # jax takes seconds to import, which a mistyped flag need not wait for.
   from moe_jax.rehearse import memory, picture, pod, report, slice_report, slices, text
@@ -58,7 +66,7 @@ def main(config) -> int:
     _refuse_of_gpus()
     found, tick, profile = slice_report.make(_STEP.value, config, described, progress), None, ""
   else:
-    found, tick, profile = report.make(_STEP.value, config, described, progress)
+    found, tick, profile = report.make(_STEP.value, config, described, progress, _ONCE.value)
   progress("done")
   print(text.render(found))
   if _JSON.value:
@@ -94,6 +102,8 @@ def _refuse_of_gpus() -> None:
         f"--{flag.name} shows times, which are not read for TPUs; leave it out, or choose a pod of"
         " GPUs"
       )
+  if _ONCE.value:
+    raise ValueError("--once is of GPUs: for TPUs nothing is compiled twice; leave it out")
   if _SYMMETRIC_MEMORY.value:
     raise ValueError(
       "--symmetric_memory is of GPUs and NCCL; leave it out, or choose a pod of GPUs"

@@ -47,7 +47,11 @@ class Report(NamedTuple):
 
 
 def make(
-  step: str, settings: config.Config, pod: Pod, progress: Callable[[str], None] = lambda _: None
+  step: str,
+  settings: config.Config,
+  pod: Pod,
+  progress: Callable[[str], None] = lambda _: None,
+  once: bool = False,
 ) -> Report:
   """Returns the report of a step on a pod.
 
@@ -59,13 +63,14 @@ def make(
     settings: the deployment.
     pod: the described pod.
     progress: is told what is being done.
+    once: whether it is compiled only once, by XLA's own guess.
 
   Raises:
     ValueError: the mesh does not fit the pod.
   """
   mesh = pod.mesh(settings.mesh)
   workload = workloads.WORKLOADS[step](settings)
-  best = _scheduled(step, settings, pod, mesh, workload.table, progress)
+  best = _scheduled(step, settings, pod, mesh, workload.table, progress, once)
   parts = {}
   for name, chip in (("compiled", pod.chip), ("planned", _PLANNED)):
     simulator = Simulator(chip, pod.gpus_per_host, best.taken.branch_of_turn)
@@ -115,7 +120,7 @@ class _Simulated(NamedTuple):
 
 
 class _Scheduled(NamedTuple):
-  """The better one of two schedules of a program."""
+  """The better one of two schedules of a program, or the only one."""
 
   compiled: lowering.Compiled
   program: program.Program
@@ -125,20 +130,22 @@ class _Scheduled(NamedTuple):
   schedule_s: dict[str, float]
 
 
-def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress) -> _Scheduled:
-  first = lowering.COMPILED[step](settings, mesh, progress)
+def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress, once: bool) -> _Scheduled:
+  compiled = lowering.COMPILED[step](settings, mesh, progress)
   progress("reading the compiled schedule")
   turns = ticks.turns(step, settings)
-  by_guess = _simulated(first, table, turns, pod, mesh)
-  by = profile.of(by_guess.simulator, by_guess.program)
-  second = lowering.schedule_again(first, by, progress)
-  progress("reading the compiled schedule")
-  by_profile = _simulated(second, table, turns, pod, mesh)
-  schedule_s = {"by_guess": by_guess.run.total_s, "by_profile": by_profile.run.total_s}
-  if by_guess.run.total_s <= by_profile.run.total_s:
-    compiled, best, by = second._replace(text=first.text, memory=first.memory), by_guess, ""
-  else:
-    compiled, best = second, by_profile
+  best, by = _simulated(compiled, table, turns, pod, mesh), ""
+  schedule_s = {"by_guess": best.run.total_s}
+  if not once:
+    profiled = profile.of(best.simulator, best.program)
+    second = lowering.schedule_again(compiled, profiled, progress)
+    progress("reading the compiled schedule")
+    by_profile = _simulated(second, table, turns, pod, mesh)
+    schedule_s["by_profile"] = by_profile.run.total_s
+    if by_profile.run.total_s < best.run.total_s:
+      compiled, best, by = second, by_profile, profiled
+    else:
+      compiled = second._replace(text=compiled.text, memory=compiled.memory)
   return _Scheduled(compiled, best.program, best.taken, best.run, by, schedule_s)
 
 

@@ -66,7 +66,7 @@ def test_the_report_has_the_documented_keys(done):
 @pytest.mark.slow
 def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
   path = tmp_path / "report.json"
-  words = ["--pod=h100:16x4", "--symmetric_memory", f"--json={path}"]
+  words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}"]
   finished = rehearse(pytestconfig.rootpath, *words, config="pod64")
   assert finished.returncode == 0, finished.stderr
   found = json.loads(path.read_text())
@@ -88,7 +88,7 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
 def test_registered_memory_is_read_off_the_program(done, pytestconfig, tmp_path):
   """The same collectives; those inside hosts that gather and sum may take less, and no others."""
   path = tmp_path / "report.json"
-  words = ["--pod=h100:2x4", "--symmetric_memory", f"--json={path}", *BIGGER]
+  words = ["--pod=h100:2x4", "--symmetric_memory", "--once", f"--json={path}", *BIGGER]
   finished = rehearse(pytestconfig.rootpath, *words)
   assert finished.returncode == 0, finished.stderr
   assert "memory registered inside hosts" in finished.stdout
@@ -109,6 +109,14 @@ def test_registered_memory_is_read_off_the_program(done, pytestconfig, tmp_path)
 
 
 @pytest.mark.slow
+def test_of_two_schedules_the_shorter_is_reported(done):
+  finished, report, _, _ = done
+  assert finished.stderr.count("compiled in") == 2
+  assert set(report["schedule_s"]) == {"by_guess", "by_profile"}
+  assert report["prediction"]["step_s"] == min(report["schedule_s"].values())
+
+
+@pytest.mark.slow
 def test_nothing_is_left_unread(done):
   assert done[1]["unknown"] == {}
 
@@ -116,10 +124,11 @@ def test_nothing_is_left_unread(done):
 @pytest.mark.slow
 def test_stealing_is_read_as_if_nothing_were_stolen(pytestconfig, tmp_path):
   path = tmp_path / "report.json"
-  words = ["--pod=h100:2x4", f"--json={path}", "--config.moe.dispatch=stealing"]
+  words = ["--pod=h100:2x4", "--once", f"--json={path}", "--config.moe.dispatch=stealing"]
   finished = rehearse(pytestconfig.rootpath, *words)
   assert finished.returncode == 0, finished.stderr
   found = json.loads(path.read_text())
+  assert finished.stderr.count("compiled in") == 1 and set(found["schedule_s"]) == {"by_guess"}
   assert found["unknown"] == {} and found["prediction"]["bubble_fraction"] > 0
   assert any("nothing is stolen" in what for what in found["assumed"])
 
@@ -187,7 +196,12 @@ def test_the_picture_and_the_trace_show_the_same_tick(done):
 @pytest.mark.slow
 def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
   # A decode step has the fewest kernels to compile; its weights alone are too large.
-  wide = ["--step=decode", "--config.model.d_model=16384", "--config.model.expert_hidden=131072"]
+  wide = [
+    "--step=decode",
+    "--once",
+    "--config.model.d_model=16384",
+    "--config.model.expert_hidden=131072",
+  ]
   finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *wide)
   assert finished.returncode == 1
   assert "DOES NOT FIT" in finished.stdout
@@ -196,14 +210,15 @@ def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
 
 
 @pytest.mark.parametrize(
-  ("pod", "message"),
+  ("words", "message"),
   [
-    ("h100:4x4", "mesh expert=2 x tensor=2 x stage=2 needs 8 GPUs, pod h100:4x4 has 16"),
-    ("h10:2x4", "chip 'h10' is not known; did you mean h100?"),
-    ("64", "--pod=64 is not CHIP:HOSTSxGPUS"),
+    (["--pod=h100:4x4"], "mesh expert=2 x tensor=2 x stage=2 needs 8 GPUs, pod h100:4x4 has 16"),
+    (["--pod=h10:2x4"], "chip 'h10' is not known; did you mean h100?"),
+    (["--pod=64"], "--pod=64 is not CHIP:HOSTSxGPUS"),
+    (["--pod=h100:2x4", "--once", "--profile=x"], "so that --profile has none; leave one out"),
   ],
 )
-def test_mistakes_end_in_one_line(pytestconfig, pod, message):
-  finished = rehearse(pytestconfig.rootpath, f"--pod={pod}")
+def test_mistakes_end_in_one_line(pytestconfig, words, message):
+  finished = rehearse(pytestconfig.rootpath, *words)
   assert finished.returncode == 2 and finished.stdout == ""
   assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr

@@ -29,7 +29,7 @@ PROMPTS, SEQUENCES, GPUS = 2 * 2 * 4, 8 * 2 * 2, 8
 @pytest.fixture(scope="module", params=["prefill", "decode"])
 def done(request, pytestconfig, tmp_path_factory):
   path = tmp_path_factory.mktemp(request.param) / "report.json"
-  words = [f"--step={request.param}", "--pod=h100:2x4", f"--json={path}", *SIZES]
+  words = [f"--step={request.param}", "--pod=h100:2x4", "--once", f"--json={path}", *SIZES]
   finished = subprocess.run(
     [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", *words],
     cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=600,

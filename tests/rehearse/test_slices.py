@@ -150,6 +150,7 @@ def test_operations_are_those_of_the_formulas(done):
   [
     (["--pod=tpu:v5p:2x2x1"], "needs 8 TPUs, pod tpu:v5p:2x2x1 has 4"),
     (["--pod=tpu:v5p:2x2x2", "--picture=tick.html"], "--picture shows times, which are not read"),
+    (["--pod=tpu:v5p:2x2x2", "--once"], "--once is of GPUs"),
     (["--pod=tpu:v5p:2x2x2", "--symmetric_memory"], "--symmetric_memory is of GPUs and NCCL"),
     (
       ["--pod=tpu:v5e:2x4", "--config.model.d_model=8192", "--config.model.expert_hidden=65536"],
