@@ -10,7 +10,8 @@ import pytest
 from moe_jax.moe import order
 
 E, GROUP_SIZE = 6, 2
-EXPERTS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, E))
+# Few sizes, for each is compiled.
+EXPERTS = hnp.arrays(np.int32, st.sampled_from([1, 2, 17, 40]), elements=st.integers(0, E))
 # Few different ones, so that many are equal.
 WEIGHTS = st.sampled_from([-1.0, 0.0, 0.25, 0.5])
 WAYS = {
@@ -20,7 +21,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@hypothesis.given(EXPERTS, st.integers(1, 5), st.data())
+@hypothesis.given(EXPERTS, st.sampled_from([1, 2, 5]), st.data())
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_the_order_is_by_falling_weight_and_equal_ones_stay_in_order(way, expert_A, C, data):
   size = expert_A.size

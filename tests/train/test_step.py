@@ -26,10 +26,6 @@ CASES = {
       },
     },
   ),
-  "4x2x1-1f1b-everything-gqa": (
-    (4, 2, 1),
-    {"model": {"kv_heads": 2}, "pipeline": {"micro_batches": 3, "save": "everything"}},
-  ),
   "2x2x2-1f1b-head_norm-gqa-residuals": (
     (2, 2, 2),
     {
@@ -59,10 +55,6 @@ CASES = {
       "pipeline": {"save": "residuals"},
     },
   ),
-  "2x2x2-dropless-everything": (
-    (2, 2, 2), {"moe": {"dispatch": "dropless"}, "pipeline": {"save": "everything"}},
-  ),
-  "2x2x2-1f1b-streamed-1": ((2, 2, 2), {"pipeline": {"prefetch_layers": 1}}),
   "2x2x2-1f1b-streamed-3-residuals": (
     (2, 2, 2), {"pipeline": {"prefetch_layers": 3, "save": "residuals"}},
   ),
@@ -133,13 +125,10 @@ CASES = {
       "pipeline": {"schedule": "gpipe", "micro_batches": 1, "save": "everything"},
     },
   ),
-  "1x1x8-1f1b-gqa": (
-    (1, 1, 8), {"batch": 18, "model": {"kv_heads": 1}, "pipeline": {"micro_batches": 9}},
-  ),
-  "1x1x8-interleaved-residuals": (
+  "1x1x8-interleaved-residuals-gqa": (
     (1, 1, 8),
     {
-      "model": {"layers": 16},
+      "model": {"layers": 16, "kv_heads": 1},
       "pipeline": {
         "schedule": "interleaved", "chunks": 2, "micro_batches": 3, "save": "residuals",
       },
