@@ -180,7 +180,7 @@ def test_two_levels_are_considered_where_hosts_hold_several_ranks():
   assert search.ranks_per_host(Mesh(expert=4, tensor=2), EIGHT) == 2
   assert search.ranks_per_host(Mesh(expert=2, tensor=4), EIGHT) == 1
   assert search.ranks_per_host(Mesh(expert=2), EIGHT) == 1
-  rank = search._Ranking(DROPLESS, EIGHT, None, None, NONE, True)
+  rank = search._Ranking(DROPLESS, EIGHT, None, None, None, NONE, True)
   of = lambda mesh: {
     moe.expert_ranks_per_host for moe in rank._ways(mesh) if moe.dispatch == "two_level"
   }
@@ -192,7 +192,7 @@ def test_two_levels_are_considered_where_hosts_hold_several_ranks():
 
 def test_a_limit_of_the_router_asks_for_as_many_hosts_on_every_mesh():
   limited = settings("dropless", expert_ranks_per_host=4, hosts_per_token=1)
-  rank = search._Ranking(limited, EIGHT, None, None, NONE, True)
+  rank = search._Ranking(limited, EIGHT, None, None, None, NONE, True)
   of = lambda expert: {
     (moe.expert_ranks_per_host, moe.hosts_per_token) for moe in rank._ways(Mesh(expert=expert))
   }

@@ -65,14 +65,13 @@ def test_compile_time_is_flat(what):
 
 @pytest.mark.slow
 def test_memory_of_the_train_step_is_flat_in_micro_batches():
-  def temporary_bytes(schedule, micro_batches):
-    settings = parity.settings_of(
-      (2, 1, 4), pipeline={"schedule": schedule, "micro_batches": micro_batches}
-    )
+  """Of 1f1b; tests/pipeline/test_cost.py has the other schedules, and that gpipe's is not."""
+
+  def temporary_bytes(micro_batches):
+    settings = parity.settings_of((2, 1, 4), pipeline={"micro_batches": micro_batches})
     return lowered(settings).compile().memory_analysis().temp_size_in_bytes
 
-  assert temporary_bytes("1f1b", 64) <= 1.05 * temporary_bytes("1f1b", 16)
-  assert temporary_bytes("gpipe", 64) > 1.5 * temporary_bytes("gpipe", 16)
+  assert temporary_bytes(64) <= 1.05 * temporary_bytes(16)
 
 
 @functools.cache
