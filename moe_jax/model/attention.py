@@ -33,16 +33,20 @@ class Attention(nnx.Module):
 
 
 def project(
-  weights: Attention, model: config.Model, x_bSD: jax.Array, positions_bS: jax.Array
+  weights: Attention, model: config.Model, x_SbD: jax.Array, positions_bS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns queries `q_bSnH`, keys `k_bSgH` and values `v_bSgH` as attention takes them: normed,
   clipped and turned.
+
+  Args:
+    x_SbD: as `gather` returns it.
+    positions_bS: of all of x.
 
   Communication: `qk_norm.over_projection`'s, for queries and for keys, where `model.qk_norm` is
   projection, else none.
   """
   q_bSnH, k_bSgH, v_bSgH = _products(
-    x_bSD, (weights.query[...], weights.key[...], weights.value[...])
+    x_SbD, (weights.query[...], weights.key[...], weights.value[...])
   )
   q_bSnH = qk_norm.apply(weights.query_norm, model, q_bSnH)
   k_bSgH = qk_norm.apply(weights.key_norm, model, k_bSgH)
@@ -55,22 +59,23 @@ def project(
 
 
 @jax.custom_vjp
-def _products(x_bSD: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-  """Returns the products of x with each of the weights [D, heads, H].
+def _products(x_SbD: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """Returns the products of x with each of the weights [D, heads, H], [b, S, heads, H].
 
   XLA makes one product of them. Not so of x's gradient, a sum of products, so it is written as one.
   """
-  return tuple(jnp.einsum("bsd,dnh->bsnh", x_bSD, weight) for weight in weights)
+  return tuple(swapped(jnp.einsum("sbd,dnh->sbnh", x_SbD, weight)) for weight in weights)
 
 
 def _products_backward(saved, gradients):
-  x_bSD, weights = saved
+  x_SbD, weights = saved
   d_bSj = jnp.concatenate([each.reshape(*each.shape[:2], -1) for each in gradients], -1)
+  d_Sbj = swapped(d_bSj)
   weights_Dj = jnp.concatenate([each.reshape(len(each), -1) for each in weights], -1)
-  d_Dj = jnp.einsum("bsd,bsj->dj", x_bSD, d_bSj)
+  d_Dj = jnp.einsum("sbd,sbj->dj", x_SbD, d_Sbj)
   ends = list(itertools.accumulate(weight[0].size for weight in weights))
   parts = zip(jnp.split(d_Dj, ends[:-1], 1), weights, strict=True)
-  return jnp.einsum("bsj,dj->bsd", d_bSj, weights_Dj), tuple(d.reshape(w.shape) for d, w in parts)
+  return jnp.einsum("sbj,dj->sbd", d_Sbj, weights_Dj), tuple(d.reshape(w.shape) for d, w in parts)
 
 
 _products.defvjp(lambda *given: (_products(*given), given), _products_backward)
@@ -90,11 +95,51 @@ def attend(
     positions_bS: of the whole sequence, restarting at each document.
     segments_bS: of the whole sequence.
 
-  Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
-  `tensor`, as many; between them `project`'s.
+  Communication: that of `gather`, `project` and `output`: all-gather over `tensor`,
+  (tensor - 1) * x.size elements; reduce-scatter over `tensor`, as many; between them `project`'s.
   """
-  x_bSD = residual(collectives.gather(x_bsD, TENSOR, 1))
-  q_bSnH, k_bSgH, v_bSgH = project(weights, model, x_bSD, positions_bS)
-  o_bSnH = attention_core.attention(q_bSnH, k_bSgH, v_bSgH, segments_bS)
-  y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, weights.out[...])
-  return collectives.reduce_scatter(y_bSD, TENSOR, 1)
+  q_bSnH, k_bSgH, v_bSgH = project(weights, model, gather(x_bsD), positions_bS)
+  return output(weights, attention_core.attention(q_bSnH, k_bSgH, v_bSgH, segments_bS))
+
+
+def gather(x_bsD: jax.Array) -> jax.Array:
+  """Returns `x_SbD`, all positions, `swapped`.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * x.size elements.
+  """
+  return residual(collectives.gather(swapped(x_bsD), TENSOR, _axis_of_positions()))
+
+
+def output(weights: Attention, o_bSnH: jax.Array) -> jax.Array:
+  """Returns `y_bsD`, the output of this tensor rank's positions, of what its heads found at all.
+
+  Communication: reduce-scatter over `tensor`, (tensor - 1) * y.size elements.
+  """
+  y_SbD = _product(o_bSnH, weights.out[...])
+  return swapped(collectives.reduce_scatter(y_SbD, TENSOR, _axis_of_positions()))
+
+
+@jax.custom_vjp
+def _product(o_bSnH: jax.Array, out_nHD: jax.Array) -> jax.Array:
+  """Returns `y_SbD`. Its gradient keeps o as attention's own does, or both would be saved."""
+  return jnp.einsum("sbnh,nhd->sbd", swapped(o_bSnH), out_nHD)
+
+
+def _product_backward(saved, dy_SbD):
+  o_bSnH, out_nHD = saved
+  do_SbnH = jnp.einsum("sbd,nhd->sbnh", dy_SbD, out_nHD)
+  return swapped(do_SbnH), jnp.einsum("sbnh,sbd->nhd", swapped(o_bSnH), dy_SbD)
+
+
+_product.defvjp(lambda *given: (_product(*given), given), _product_backward)
+
+
+def swapped(x: jax.Array) -> jax.Array:
+  """Returns `x_bS...` as `x_Sb...`, or back: XLA gathers and sums along the outermost axis, and
+  would turn several sequences round for it. As it is where nothing is gathered, in spite of names.
+  """
+  return x.swapaxes(0, 1) if _axis_of_positions() == 0 else x
+
+
+def _axis_of_positions() -> int:
+  return 0 if jax.lax.axis_size(TENSOR) > 1 else 1

@@ -172,18 +172,16 @@ def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, before, cac
   Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
   `tensor`, as many; between them `attention.project`'s.
   """
-  h_bSD = collectives.gather(h_bsD, TENSOR, 1)
-  S = h_bSD.shape[1]
+  S = h_bsD.shape[1] * jax.lax.axis_size(TENSOR)
   positions_bS = chunk.starts_b[:, None] + jnp.arange(S, dtype=jnp.int32)[None, :]
-  q_bSnH, *own = attention.project(weights.attention, model, h_bSD, positions_bS)
+  q_bSnH, *own = attention.project(weights.attention, model, attention.gather(h_bsD), positions_bS)
   pages_bW = jnp.where(runs, chunk.pages_bW, -1)
   cache = kv_cache.write_pages(cache, index, pages_bW, *own)
-  context = kv_cache.read(cache, index, chunk.context_bW, h_bSD.dtype)
+  context = kv_cache.read(cache, index, chunk.context_bW, h_bsD.dtype)
   keys = [jnp.concatenate(parts, 1) for parts in zip(before, own, strict=True)] if before else own
   num_cached_b = chunk.starts_b - (keys[0].shape[1] - S)
   o_bSnH = cached_attention.chunk(q_bSnH, *keys, *context, num_cached_b)
-  y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, weights.attention.out[...])
-  return collectives.reduce_scatter(y_bSD, TENSOR, 1), cache, tuple(own)
+  return attention.output(weights.attention, o_bSnH), cache, tuple(own)
 
 
 def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: Cache, runs):
@@ -194,7 +192,9 @@ def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: C
   b = tokens.tokens_b.shape[0]
   h_b1D = collectives.gather(h_1cD, TENSOR, 1)[0, :b, None]
   positions_b = tokens.positions_b
-  q_b1nH, k_b1gH, v_b1gH = attention.project(weights.attention, model, h_b1D, positions_b[:, None])
+  q_b1nH, k_b1gH, v_b1gH = attention.project(
+    weights.attention, model, attention.swapped(h_b1D), positions_b[:, None]
+  )
   page_tokens = cache.key_lAgJH.shape[3]
   place_b1 = jnp.minimum(positions_b // page_tokens, tokens.pages_bW.shape[1] - 1)[:, None]
   page_b = jnp.take_along_axis(tokens.pages_bW, place_b1, 1)[:, 0]
