@@ -107,7 +107,7 @@ def gather(x_bsD: jax.Array) -> jax.Array:
 
   Communication: all-gather over `tensor`, (tensor - 1) * x.size elements.
   """
-  return residual(collectives.gather(swapped(x_bsD), TENSOR, _axis_of_positions()))
+  return residual(collectives.gather(swapped(x_bsD), TENSOR, 0))
 
 
 def output(weights: Attention, o_bSnH: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def output(weights: Attention, o_bSnH: jax.Array) -> jax.Array:
   Communication: reduce-scatter over `tensor`, (tensor - 1) * y.size elements.
   """
   y_SbD = _product(o_bSnH, weights.out[...])
-  return swapped(collectives.reduce_scatter(y_SbD, TENSOR, _axis_of_positions()))
+  return swapped(collectives.reduce_scatter(y_SbD, TENSOR, 0))
 
 
 @jax.custom_vjp
@@ -138,8 +138,4 @@ def swapped(x: jax.Array) -> jax.Array:
   """Returns `x_bS...` as `x_Sb...`, or back: XLA gathers and sums along the outermost axis, and
   would turn several sequences round for it. As it is where nothing is gathered, in spite of names.
   """
-  return x.swapaxes(0, 1) if _axis_of_positions() == 0 else x
-
-
-def _axis_of_positions() -> int:
-  return 0 if jax.lax.axis_size(TENSOR) > 1 else 1
+  return x.swapaxes(0, 1) if jax.lax.axis_size(TENSOR) > 1 else x

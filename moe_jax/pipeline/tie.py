@@ -212,7 +212,7 @@ def _laid(made: Sequence[tuple[int, float]], room_s: Sequence[float]) -> list[in
   of_pieces = iter(max(filter(is_legal, ways), key=rank))
   slots: list[int] = []
   for first, (_, seconds) in zip(firsts, made, strict=True):
-    slots.append(next(of_pieces) if seconds else max(first, *slots[-1:], 0))
+    slots.append(next(of_pieces) if seconds else max([first, *slots[-1:]]))
   return slots
 
 

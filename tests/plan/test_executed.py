@@ -72,6 +72,10 @@ DISPATCHED = {
   },
   "flat, exchanges": {"moe": {"exchange": "flat"}, "pipeline": {"save": "exchanges"}},
   "gathered, inputs": {"moe": {"dispatch": "gathered"}},
+  "two_level, two rounds, inputs": {
+    "mesh": {"expert": 4, "tensor": 2, "stage": 1},
+    "moe": {"dispatch": "two_level", "expert_ranks_per_host": 2, "capacity_factor": 0.5},
+  },
   "two_level, two rounds, exchanges": {
     "mesh": {"expert": 4, "tensor": 2, "stage": 1},
     "moe": {"dispatch": "two_level", "expert_ranks_per_host": 2, "capacity_factor": 0.5},

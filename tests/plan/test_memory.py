@@ -55,7 +55,7 @@ def test_the_total_is_the_compiled_programs():
   """Unequal meshes, schedules, policies and dispatches; `python -m tests.plan.agreement memory` has
   them all.
   """
-  names = ["laptop 1x2x4, gpipe", "laptop, dropless", "pod64"]
+  names = ["laptop 1x2x4, gpipe", "laptop, dropless", "laptop, stealing", "pod64"]
   words = [sys.executable, "-m", "tests.plan.agreement", "memory", *names]
   found = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True, timeout=900)
   assert found.returncode == 0, found.stdout + found.stderr
