@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.observe import stretches, trace
 
 _SHADES = " ▁▂▃▄▅▆▇█"
-_AXES = ("stage", "expert", "tensor")  # as parallel.mesh lays devices out, the last innermost
+_AXES = ("data", "stage", "expert", "tensor")  # as parallel.axes.ALL, the last innermost
 
 
 def to_text(folder: pathlib.Path, phase: str) -> str:
@@ -69,9 +69,11 @@ def _ranks(folder: pathlib.Path):
   if not path.is_file():
     raise ValueError(f"{path} is missing; name the folder of a run of launch.train")
   sizes = json.loads(path.read_text(encoding="utf-8"))["mesh"]
+  shown = _AXES if sizes.get("data", 1) > 1 else _AXES[1:]
 
   def name(device: int) -> str:
-    place = np.unravel_index(device, [sizes[axis] for axis in _AXES])
-    return ", ".join(f"{axis} {index}" for axis, index in zip(_AXES, place, strict=True))
+    place = np.unravel_index(device, [sizes.get(axis, 1) for axis in _AXES])
+    known = [(axis, index) for axis, index in zip(_AXES, place, strict=True) if axis in shown]
+    return ", ".join(f"{axis} {index}" for axis, index in known)
 
   return name

@@ -108,15 +108,14 @@ def main(settings: config_lib.Config) -> int:
     "tied": _TIED.value,
   }
   progress("searching")
-  paper = search.search(wanted, cluster, with_replicas=True, **options)
+  found = search.search(wanted, cluster, **options)
   progress(
-    f"{paper.considered:,} plans, {paper.simulated:,} simulated, {paper.too_large:,} too large"
+    f"{found.considered:,} plans, {found.simulated:,} simulated, {found.too_large:,} too large"
   )
-  plans = _columns(settings, wanted, cluster, paper, options)
+  plans = _columns(settings, cluster, found, options)
   print("\nPLANS SIDE BY SIDE" + (f", for {workload}" if workload else ", a training step"))
   print(compare.to_text(compare.table(plans, _TIED.value)))
-  best = plans.get("best", plans.get("best on paper"))
-  changes = []
+  best, changes = plans["best"], []
   if workload is None:
     changes = compare.change_first(best.settings, best.machine, _TIED.value)
     print("\nWHAT TO CHANGE FIRST in the best plan")
@@ -131,8 +130,8 @@ def main(settings: config_lib.Config) -> int:
   if _OUT.value:
     _write(pathlib.Path(_OUT.value), best, plans, progress)
   if _JSON.value:
-    found = _report(settings, rows, plans, changes, least, tried, paper)
-    _save(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
+    report = _report(settings, rows, plans, changes, least, tried, found)
+    _save(pathlib.Path(_JSON.value), json.dumps(report, indent=2) + "\n")
   progress("done")
   return 0 if least is not None else _MISSED
 
@@ -187,7 +186,8 @@ def _scaled(settings: config_lib.Config, gpus: int) -> config_lib.Config:
   # The search chooses the mesh; this one says how many hosts the router tells apart.
   mesh = config_lib.Mesh(expert=settings.router_hosts)
   batch = max(1, settings.train.batch * gpus // settings.mesh.num_devices // mesh.expert)
-  pipeline = dataclasses.replace(settings.pipeline, micro_batches=1, prefetch_layers=0)
+  alone = {"micro_batches": 1, "prefetch_layers": 0, "halves": False}
+  pipeline = dataclasses.replace(settings.pipeline, **alone)
   train = dataclasses.replace(settings.train, batch=batch * mesh.expert)
   moe = settings.moe_on(mesh)
   return dataclasses.replace(settings, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
@@ -213,27 +213,19 @@ def _claims(settings, cluster, reached, loads) -> list[claims.Claim]:
   return claims.rows(found)
 
 
-def _columns(settings, wanted, cluster, paper, options) -> dict[str, search.Plan]:
+def _columns(settings, cluster, found, options) -> dict[str, search.Plan]:
   """Returns the plans to show: as given where its mesh and micro-batches divide what is asked for,
-  the best and the next best that run, the best on paper.
+  the best and the next best.
   """
   plans, workload = {}, options["workload"]
-  shares = settings.mesh.expert * settings.pipeline.micro_batches
+  shares = settings.mesh.sequence_shares * settings.pipeline.micro_batches
   if cluster.num_gpus == settings.mesh.num_devices:
     if workload is None or workload.sequences % shares == 0:
       machine = Machine(cluster, options["calibration"])
       plans["given"] = search.evaluate(settings, machine, workload, options["tied"])
     else:
       print(f"\nThe config as given cuts sequences into {shares} shares: it has no column")
-  runnable = [plan for plan in paper.best if plan.machine.replicas == 1]
-  if len(runnable) < 2 and any(
-    True for _ in search.meshes(wanted, cluster.num_gpus, False, workload)
-  ):
-    runnable = search.search(wanted, cluster, **options).best
-  plans |= dict(zip(("best", "runner-up"), runnable, strict=False))
-  if paper.best[0].machine.replicas > 1:
-    plans["best on paper"] = paper.best[0]
-  return plans
+  return plans | dict(zip(("best", "runner-up"), found.best, strict=False))
 
 
 def _print_claims(rows: list[claims.Claim]) -> None:
@@ -270,13 +262,12 @@ def _print_load(plan: search.Plan, loads: load.Load) -> None:
   )
 
 
-def _report(settings, rows, plans, changes, least, tried, paper) -> dict:
+def _report(settings, rows, plans, changes, least, tried, found) -> dict:
   shown = lambda plan: (
     plan
     and {
       "config": config_lib.as_dict(plan.settings),
       "cluster": plan.machine.cluster.name,
-      "replicas": plan.machine.replicas,
       "seconds": plan.seconds,
       "tokens_per_ms_per_gpu": plan.tokens_per_ms_per_gpu,
       "memory_bytes": plan.memory_bytes,
@@ -288,9 +279,9 @@ def _report(settings, rows, plans, changes, least, tried, paper) -> dict:
     "change_first": [list(row) for row in changes],
     "smallest": shown(least),
     "sizes": [{"gpus": gpus, "plan": shown(plan), "missing": why} for gpus, plan, why in tried],
-    "considered": paper.considered,
-    "simulated": paper.simulated,
-    "too_large": paper.too_large,
+    "considered": found.considered,
+    "simulated": found.simulated,
+    "too_large": found.too_large,
     "config": config_lib.as_dict(settings),
   }
 
@@ -316,14 +307,11 @@ def config_text(plan: search.Plan, path: pathlib.Path) -> str:
   """Returns the Python file of a plan, as in configs/."""
   values = config_lib.as_dict(plan.settings)
   sections = "".join(f'      "{name}": {fields!r},\n' for name, fields in values.items())
-  paper = ""
-  if plan.machine.replicas > 1:
-    paper = f"\nThis is one of {plan.machine.replicas} replicas, which nothing runs together yet."
   return (
     f'"""python -m launch.train --config={path} --workdir=runs/{path.stem}\n\n'
     f"Chosen by launch.plan for {plan.machine.cluster.name}: {plan.seconds * 1e3:.2f} ms,"
     f" {plan.tokens_per_ms_per_gpu:.1f} tokens/ms/GPU,\n{plan.memory_bytes / 1e9:.3f} GB a GPU,"
-    f' predicted.{paper}\n"""\n\nfrom ml_collections import ConfigDict\n\n\n'
+    f' predicted.\n"""\n\nfrom ml_collections import ConfigDict\n\n\n'
     f"def get_config() -> ConfigDict:\n  return ConfigDict(\n    {{\n{sections}    }}\n  )\n"
   )
 

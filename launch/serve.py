@@ -35,7 +35,7 @@ _PORT = flags.DEFINE_integer(
 _NAME = flags.DEFINE_string("name", "", "of the model; default the folder's")
 _MESH = flags.DEFINE_string("mesh", "1x1x1", "expert x tensor x stage devices")
 _SLOTS = flags.DEFINE_integer(
-  "slots", 4, "sequences of each decode micro-batch on each rank of expert", lower_bound=1
+  "slots", 4, "sequences of each decode micro-batch on each rank of data and expert", lower_bound=1
 )
 _QUEUE = flags.DEFINE_integer(
   "queue", 64, "requests that may wait; past it they are refused", lower_bound=1

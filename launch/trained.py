@@ -65,7 +65,9 @@ def settings_of(
   """
   trained = saved(workdir)
   # Of another mesh only the model must fit: nothing is trained.
-  train = dataclasses.replace(trained.train, batch=mesh_sizes.expert, sequence=mesh_sizes.tensor)
+  train = dataclasses.replace(
+    trained.train, batch=mesh_sizes.sequence_shares, sequence=mesh_sizes.tensor
+  )
   # Which hosts a token may choose is the model's; the rest of `moe` is of training.
   router = trained.moe_on(mesh_sizes)
   moe = config.Moe(
@@ -114,11 +116,12 @@ def load(workdir: pathlib.Path, settings: config.Config) -> Trained:
 
 
 def mesh_sizes(text: str) -> config.Mesh:
-  """Returns the mesh that a flag such as 2x4x1 names: expert x tensor x stage.
+  """Returns the mesh that a flag such as 2x4x1 names: expert x tensor x stage, and x data where
+  there are copies.
 
   Raises:
     ValueError: it is not of that form.
   """
-  if not re.fullmatch(r"\d+x\d+x\d+", text):
+  if not re.fullmatch(r"\d+(x\d+){2,3}", text):
     raise ValueError(f"--mesh={text} is not expert x tensor x stage, such as 2x4x1")
   return config.Mesh(*map(int, text.split("x")))

@@ -76,18 +76,24 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices along each axis. All three axes always exist; size 1 is normal."""
+  """Devices along each axis. All four axes always exist; size 1 is normal."""
 
   expert: int = 1
   tensor: int = 1
   stage: int = 1
+  data: int = 1  # copies of the three others, which share a micro-batch's sequences
 
   def __post_init__(self):
-    checks.positive(self, "mesh", "expert", "tensor", "stage")
+    checks.positive(self, "mesh", "expert", "tensor", "stage", "data")
 
   @property
   def num_devices(self) -> int:
-    return self.expert * self.tensor * self.stage
+    return self.data * self.stage * self.expert * self.tensor
+
+  @property
+  def sequence_shares(self) -> int:
+    """Ranks that hold different sequences of a micro-batch."""
+    return self.data * self.expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +105,12 @@ class Pipeline:
   chunks: int = 1  # pieces of consecutive layers on each stage
   save: str = "inputs"  # of a layer, from little memory to little computed again: SAVE
   gradient_dtype: str = "float32"  # of the sums over micro-batches
-  # Layers whose attention weights are gathered along mesh.expert before they are used; until then
-  # each rank holds a share (ZeRO-3). 0: each holds them whole, once gathered.
+  # Whether a layer works a micro-batch's sequences as two halves side by side: one multiplies while
+  # the other exchanges tokens, also where no other micro-batch is there to do so.
+  halves: bool = False
+  # Layers whose weights are gathered before they are used, attention's along mesh.expert and
+  # mesh.data, experts' along mesh.data; until then each rank holds a share (ZeRO-3). 0: each holds
+  # them whole, once gathered.
   prefetch_layers: int = 0
 
   def __post_init__(self):
@@ -242,12 +252,12 @@ class Data:
 class Serve:
   """What a deployment holds while it serves. Sizes in tokens are rounded up to whole pages."""
 
-  slots: int = 4  # sequences of each decode micro-batch on each rank of expert
+  slots: int = 4  # sequences of each decode micro-batch on each rank of data and expert
   max_tokens: int = 1024  # of a sequence, prompt and what is generated
   page: int = 16  # tokens of a page of the key-value cache
   pages_fraction: float = 1.0  # of what all slots would take at max_tokens
   kv_dtype: str = "float32"  # of the cache; int8 and float8 with a scale for each token and head
-  prefill_rows: int = 1  # chunks of prompts in a prefill micro-batch on each rank of expert
+  prefill_rows: int = 1  # chunks of prompts in a prefill micro-batch on such a rank
   prefill_chunk: int = 128  # tokens of a prompt that one row of a prefill call takes
   prefill_micro_batches: int = 2  # of a prefill call
   decode_tokens: int = 1  # tokens of each sequence that a decode call makes
@@ -298,8 +308,16 @@ class Config:
     checks.divides("train.sequence", train.sequence, "mesh.tensor", mesh.tensor)
     checks.divides(
       "train.batch", train.batch,
-      "pipeline.micro_batches x mesh.expert", pipeline.micro_batches * mesh.expert,
+      f"pipeline.micro_batches x mesh.expert{' x mesh.data' * (mesh.data > 1)}",
+      pipeline.micro_batches * mesh.sequence_shares,
     )  # fmt: skip
+    of_rank = train.batch // (pipeline.micro_batches * mesh.sequence_shares)
+    if pipeline.halves and of_rank % 2:
+      raise ValueError(
+        f"pipeline.halves=True halves the sequences of a micro-batch on each rank, got {of_rank}"
+        f" (train.batch={train.batch} on {mesh.sequence_shares} ranks in"
+        f" {pipeline.micro_batches} micro-batches); choose halves=False or fewer micro-batches"
+      )
     if self.data.tokenizer == "bytes" and model.vocab < 256:
       raise ValueError(
         f"model.vocab={model.vocab} cannot hold bytes; data.tokenizer=bytes needs at least 256"
@@ -332,10 +350,11 @@ class Config:
 def _check_prefetch(config: Config):
   """Checks that layers gathered ahead have somebody to be gathered from, and are not all."""
   ahead, mesh = config.pipeline.prefetch_layers, config.mesh
-  if ahead and mesh.expert == 1:
+  if ahead and mesh.sequence_shares == 1:
     raise ValueError(
-      f"pipeline.prefetch_layers={ahead} gathers weights along mesh.expert, got mesh.expert=1,"
-      " which holds them whole; choose prefetch_layers=0 or a larger mesh.expert"
+      f"pipeline.prefetch_layers={ahead} gathers weights along mesh.expert and mesh.data, got"
+      " mesh.expert=1 and mesh.data=1, which hold them whole; choose prefetch_layers=0 or a larger"
+      " mesh.expert"
     )
   of_stage = config.model.layers // mesh.stage
   if ahead and ahead >= of_stage:

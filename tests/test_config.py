@@ -129,6 +129,9 @@ INDIVISIBLE = {
   ("train.batch", "pipeline.micro_batches x mesh.expert"): {
     "train": {"batch": 12}, "pipeline": {"micro_batches": 4}, "mesh": {"expert": 2},
   },
+  ("train.batch", "pipeline.micro_batches x mesh.expert x mesh.data"): {
+    "train": {"batch": 12}, "pipeline": {"micro_batches": 2}, "mesh": {"expert": 2, "data": 2},
+  },
 }  # fmt: skip
 
 
@@ -208,8 +211,13 @@ def test_an_unknown_name_is_refused(name):
     ),
     (
       {"pipeline": {"prefetch_layers": 1}},
-      "pipeline.prefetch_layers=1 gathers weights along mesh.expert, got mesh.expert=1, which holds"
-      " them whole; choose prefetch_layers=0 or a larger mesh.expert",
+      "pipeline.prefetch_layers=1 gathers weights along mesh.expert and mesh.data, got"
+      " mesh.expert=1 and mesh.data=1, which hold them whole; choose prefetch_layers=0",
+    ),
+    (
+      {"pipeline": {"halves": True, "micro_batches": 2}, "mesh": {"expert": 2, "data": 2}},
+      "pipeline.halves=True halves the sequences of a micro-batch on each rank, got 1"
+      " (train.batch=8 on 4 ranks in 2 micro-batches); choose halves=False or fewer micro-batches",
     ),
     (
       {"pipeline": {"prefetch_layers": 4}, "mesh": {"expert": 2}},

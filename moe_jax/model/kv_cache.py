@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import SEQUENCES, STAGE, TENSOR
 
 
 class Cache(NamedTuple):
@@ -52,7 +52,9 @@ def pages_of(num_tokens: int, page_tokens: int) -> int:
 
 
 def num_pages(settings: config.Config) -> int:
-  """Returns A, the pages of each rank of `expert`: at least those of one longest sequence."""
+  """Returns A, the pages of each rank of `data` and `expert`: at least those of one longest
+  sequence.
+  """
   serve = settings.serve
   longest = pages_of(serve.max_tokens, serve.page)
   all_slots = serve.slots * settings.mesh.stage * longest
@@ -63,7 +65,7 @@ def abstract(settings: config.Config) -> Cache:
   """Returns shapes and dtypes of the whole cache."""
   model, serve = settings.model, settings.serve
   format_ = FORMATS[serve.kv_dtype]
-  num = num_pages(settings) * settings.mesh.expert
+  num = num_pages(settings) * settings.mesh.sequence_shares
   shape = (model.layers, num, model.kv_heads, serve.page, model.head_dim)
   numbers = jax.ShapeDtypeStruct(shape, format_.dtype)
   scales = None if format_.largest is None else jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
@@ -72,7 +74,7 @@ def abstract(settings: config.Config) -> Cache:
 
 def specs(settings: config.Config) -> Cache:
   """Returns the PartitionSpec of every array of the cache."""
-  return jax.tree.map(lambda leaf: P(STAGE, EXPERT, TENSOR), abstract(settings))
+  return jax.tree.map(lambda leaf: P(STAGE, SEQUENCES, TENSOR), abstract(settings))
 
 
 def write_pages(

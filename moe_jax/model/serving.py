@@ -5,8 +5,9 @@ In a chunk, positions lie over `tensor` between layers; where each sequence brin
 sequences do, so that both look alike to norms, attention's collectives and the dispatch. What is
 padding, or of an idle cell, is routed to no expert and writes to no page.
 
-Letters: b rows of this rank of `expert`; c rows with empty ones added to a multiple of `tensor`; W
-pages of a row. Knows the model; must not know schedules, requests or who gives out pages.
+Letters: b rows of this rank of `data` and `expert`; c rows with empty ones added to a multiple of
+`tensor`; W pages of a row. Knows the model; must not know schedules, requests or who gives out
+pages.
 """
 
 from collections.abc import Callable

@@ -17,13 +17,14 @@ from moe_jax.model import cross_entropy
 from moe_jax.model.attention import Attention, attend
 from moe_jax.model.layers import rms_norm
 from moe_jax.moe.layer import Experts, Report, Router, auxiliary_loss, moe
-from moe_jax.moe.router import Statistics
+from moe_jax.moe.router import Statistics, joined
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE, TENSOR
+from moe_jax.parallel.mesh import axes_inside_host
 from moe_jax.parallel.parameters import cast as cast_parameters
 from moe_jax.parallel.parameters import parameter, scale
 from moe_jax.parallel.parameters import specs as parameter_specs
-from moe_jax.pipeline.functions import Functions
+from moe_jax.pipeline.functions import Functions, Halves
 from moe_jax.pipeline.saving import residual
 
 
@@ -108,6 +109,12 @@ class Shared(nnx.Module):
   def head_kernel(self) -> jax.Array:
     """Returns the kernel of the head, [D, V] or this device's share of V."""
     return self.embedding.table[...].T if self.is_tied else self.head.kernel[...]
+
+
+def is_of_head(shared: nnx.State) -> list[bool]:
+  """Returns of each leaf of the parameters of `Shared` whether the head alone reads it."""
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shared)]
+  return [not path.startswith("['embedding']") for path in paths]
 
 
 def embed(shared: Shared, tokens_bS: jax.Array) -> jax.Array:
@@ -268,7 +275,27 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
     loss, losses = auxiliary_loss(settings.moe, statistics)
     return loss / (model.layers * micro_batches), losses
 
-  return Functions(embed_inputs, layer, auxiliary, head, add_gradient)
+  return Functions(
+    embed_inputs, layer, auxiliary, head, add_gradient,
+    halves=Halves(_split, _join) if settings.pipeline.halves else None,
+    inside=axes_inside_host(settings),
+  )  # fmt: skip
+
+
+def _split(tree):
+  """Returns two halves of the sequences, the first dimension of every leaf."""
+  leaves, structure = jax.tree.flatten(tree)
+  parts = [jnp.split(leaf, 2) for leaf in leaves]
+  return tuple(jax.tree.unflatten(structure, half) for half in zip(*parts, strict=True))
+
+
+def _join(one, other):
+  (y, statistics, report), (more_y, more_statistics, more_report) = one, other
+  return (
+    jnp.concatenate([y, more_y]),
+    joined(statistics, more_statistics),
+    jax.tree.map(jnp.add, report, more_report),
+  )
 
 
 def _merge_shared(model: config.Model) -> Callable[[nnx.State], Shared]:

@@ -20,7 +20,7 @@ from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.parallel.axes import TOKENS
 from moe_jax.parallel.parameters import offset, parameter
 from moe_jax.pipeline.saving import residual
 
@@ -95,7 +95,7 @@ def moe(
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
     statistics = router.statistics(logits_tE, assigned_E)
     measured = rule.measure(*jax.lax.stop_gradient((bias_E, logits_tE)), num_choices)
-  is_first = jax.lax.axis_index((EXPERT, TENSOR)) == 0
+  is_first = jax.lax.axis_index(TOKENS) == 0
   counts = plan.counts._replace(rounds=jnp.where(is_first, plan.num_rounds, 0))
   return y_tD, statistics, Report(assigned_E, counts, measured)
 
@@ -110,8 +110,8 @@ def auxiliary_loss(
     moe_config: with the weights.
     statistics: of each layer, leaves [n, ...].
 
-  Communication: all-to-all over `expert`, (X - 1) * n * E elements; then all-to-all over `tensor`,
-  (tensor - 1) * n * E elements.
+  Communication: all-to-all over `data`, (data - 1) * n * E elements; then all-to-all over `expert`,
+  (X - 1) * n * E elements; then all-to-all over `tensor`, (tensor - 1) * n * E elements.
   """
   losses = router.auxiliary_losses(statistics)
   total = moe_config.router_z_weight * losses.router_z.sum()

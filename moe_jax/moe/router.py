@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.parallel.axes import EXPERT, TOKENS
 from moe_jax.pipeline.saving import residual
 
 
@@ -158,7 +158,7 @@ def statistics(logits_tE: jax.Array, assigned_E: jax.Array) -> Statistics:
     logits_tE: router logits.
     assigned_E: assignments per expert.
   """
-  num_tokens = logits_tE.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
+  num_tokens = logits_tE.shape[0] * jax.lax.axis_size(TOKENS)
   log_sum_t = jax.nn.logsumexp(logits_tE, axis=-1)
   probability_E = jax.nn.softmax(logits_tE, axis=-1).sum(0) / num_tokens
   return Statistics(
@@ -170,6 +170,12 @@ def statistics(logits_tE: jax.Array, assigned_E: jax.Array) -> Statistics:
   )
 
 
+def joined(one: Statistics, other: Statistics) -> Statistics:
+  """Returns the statistics of tokens from those of two halves of them."""
+  mean = lambda name: (getattr(one, name) + getattr(other, name)) / 2
+  return Statistics(one.assigned_E + other.assigned_E, mean("probability_E"), mean("router_z"))
+
+
 def auxiliary_losses(found: Statistics) -> Losses:
   """Returns this device's share of the load-balancing loss and the router z-loss, of one layer or
   of several in one message: leaves of `found` may have dimensions before their own.
@@ -178,14 +184,15 @@ def auxiliary_losses(found: Statistics) -> Losses:
   counts need the other devices: the probabilities enter linearly, so each device contributes its
   own and the sum over devices is exact.
 
-  Communication: for n layers all-to-all over `expert`, (X - 1) * n * E elements; then all-to-all
-  over `tensor`, (tensor - 1) * n * E elements.
+  Communication: for n layers all-to-all over `data`, (data - 1) * n * E elements; then all-to-all
+  over `expert`, (X - 1) * n * E elements; then all-to-all over `tensor`, (tensor - 1) * n * E
+  elements.
 
   Source: load balance, Switch Transformers (arXiv:2101.03961), equation 4, over K choices; z-loss,
   ST-MoE (arXiv:2202.08906), equation 5.
   """
   assigned_nE = jax.lax.stop_gradient(found.assigned_E).astype(jnp.int32)
-  assigned_nE = collectives.sum_small(assigned_nE, (EXPERT, TENSOR)).astype(jnp.float32)
+  assigned_nE = collectives.sum_small(assigned_nE, TOKENS).astype(jnp.float32)
   num_experts = assigned_nE.shape[-1]
   fraction_nE = assigned_nE / assigned_nE.sum(-1, keepdims=True)
   return Losses(

@@ -1,4 +1,4 @@
-"""Devices arranged on the three axes: live ones, virtual CPU ones, or devices that the caller
+"""Devices arranged on the four axes: live ones, virtual CPU ones, or devices that the caller
 gives.
 
 Knows devices and axis sizes; must not know what is placed on them (that is `parallel.sharding`).
@@ -14,7 +14,7 @@ from moe_jax.parallel import axes
 
 
 def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Returns the mesh over all of `devices`, `tensor` innermost and `stage` outermost.
+  """Returns the mesh over all of `devices`, `tensor` innermost and `data` outermost.
 
   Args:
     sizes: devices along each axis.
@@ -27,16 +27,31 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
   devices = list(jax.devices() if devices is None else devices)
   if len(devices) != sizes.num_devices:
     raise ValueError(
-      f"mesh expert={sizes.expert} x tensor={sizes.tensor} x stage={sizes.stage} needs"
-      f" {sizes.num_devices} devices, found {len(devices)}; {_fitting(sizes, len(devices))}"
+      f"mesh {_text(sizes)} needs {sizes.num_devices} devices, found {len(devices)};"
+      f" {_fitting(sizes, len(devices))}"
     )
-  shape = (sizes.stage, sizes.expert, sizes.tensor)
+  shape = [getattr(sizes, name) for name in axes.ALL]
   return jax.sharding.Mesh(np.array(devices).reshape(shape), axes.ALL)
+
+
+def axes_inside_host(settings: config.Config) -> tuple[str, ...]:
+  """Returns the axes along which all devices are taken to share a host: `tensor`, and `expert`
+  where `moe.expert_ranks_per_host` says so of all its ranks.
+  """
+  is_inside = settings.moe.expert_ranks_per_host == settings.mesh.expert
+  return (axes.EXPERT, axes.TENSOR) if is_inside else (axes.TENSOR,)
+
+
+def _text(sizes: config.Mesh) -> str:
+  """Returns the sizes in words, copies only where there are several."""
+  names = [axes.EXPERT, axes.TENSOR, axes.STAGE, *[axes.DATA] * (sizes.data > 1)]
+  return " x ".join(f"{name}={getattr(sizes, name)}" for name in names)
 
 
 def _fitting(sizes: config.Mesh, num_devices: int) -> str:
   """Returns advice: the change of one axis that makes the mesh fit, or any mesh that does."""
-  for name, size in (("expert", sizes.expert), ("stage", sizes.stage), ("tensor", sizes.tensor)):
+  for name in (axes.EXPERT, axes.STAGE, axes.TENSOR, axes.DATA):
+    size = getattr(sizes, name)
     others = sizes.num_devices // size
     if num_devices % others == 0:
       return (

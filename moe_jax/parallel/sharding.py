@@ -5,10 +5,11 @@ Knows names of axes and shapes; must not know parameters or the model that they 
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jax.sharding import Mesh, PartitionSpec
 
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, SEQUENCES, STAGE, TENSOR
 
 # Logical axis -> mesh axes, outermost first. None keeps the whole dimension on every device.
 RULES: Mapping[str, tuple[str, ...] | None] = {
@@ -24,7 +25,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
   "gate_up": None,
   "all_experts": None,  # the router scores every expert on every device
   "micro_batches": None,
-  "sequences": (EXPERT,),
+  "sequences": SEQUENCES,
   "positions": None,
 }
 
@@ -67,31 +68,48 @@ def replicated_axes(partition: PartitionSpec) -> tuple[str, ...]:
   return tuple(name for name in ALL if name not in axes_of(partition))
 
 
-def zero_dimension(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> int | None:
-  """Returns the dimension that ZeRO-1 splits over `expert` as well, or None where none divides.
+class Shares(NamedTuple):
+  """How ZeRO-1 splits an array further.
 
-  Source: ZeRO (arXiv:1910.02054), section 5.1: optimizer state is split over the data-parallel
-  ranks, which here are the ranks of the `expert` axis.
+  Attributes:
+    dimension: that is split, or None where none divides.
+    axes: along which, the first one major; () where it is not split.
   """
-  if EXPERT in axes_of(partition):
-    return None
-  entries = tuple(partition) + (None,) * (len(shape) - len(partition))
-  for dimension in sorted(range(len(shape)), key=lambda d: -shape[d]):
-    parts = math.prod(mesh.shape[name] for name in _names(entries[dimension]))
-    if shape[dimension] % (parts * mesh.shape[EXPERT]) == 0:
-      return dimension
-  return None
+
+  dimension: int | None
+  axes: tuple[str, ...]
+
+
+def shares(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Shares:
+  """Returns the shares of an array in which the ranks that read different sequences, those of
+  `expert` and of `data`, hold the optimizer's state of what they hold alike: of its largest
+  dimension that divides.
+
+  Where none divides by both axes, by one of them. `data` is minor: so of gradients that are summed
+  along `expert` first, only a share travels between copies.
+
+  Source: ZeRO (arXiv:1910.02054), section 5.1.
+  """
+  taken = axes_of(partition)
+  alike = tuple(n for n in (EXPERT, DATA) if n not in taken and mesh.shape[n] > 1)
+  entries = [*partition, *[None] * (len(shape) - len(partition))]
+  # Which expert lies where is `expert`'s alone.
+  free = [d for d in range(len(shape)) if EXPERT not in _names(entries[d])]
+  for names in (alike, alike[:1], alike[1:]):
+    for dimension in sorted(free, key=lambda d: -shape[d]):
+      parts = math.prod(mesh.shape[name] for name in (*_names(entries[dimension]), *names))
+      if names and shape[dimension] % parts == 0:
+        return Shares(dimension, names)
+  return Shares(None, ())
 
 
 def zero_spec(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns `partition` with the dimension of `zero_dimension` split over `expert` too
-  (innermost).
-  """
-  dimension = zero_dimension(partition, shape, mesh)
+  """Returns `partition` with its `shares` split too (innermost)."""
+  dimension, names = shares(partition, shape, mesh)
   if dimension is None:
     return partition
-  entries = list(tuple(partition) + (None,) * (len(shape) - len(partition)))
-  entries[dimension] = _entry((*_names(entries[dimension]), EXPERT))
+  entries = [*partition, *[None] * (len(shape) - len(partition))]
+  entries[dimension] = _entry((*_names(entries[dimension]), *names))
   return PartitionSpec(*entries)
 
 

@@ -18,6 +18,11 @@ def at(tree: Tree, index: jax.Array | int) -> Tree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def several(tree: Tree, first: jax.Array, number: int) -> Tree:
+  """Returns so many entries of every leaf, from `first` on."""
+  return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, number), tree)
+
+
 def put(array: jax.Array, place: Place, new: jax.Array) -> jax.Array:
   """Returns `array` with `new` at `place`, in place, where `.at[place].set` would guard the place
   against the range, and so read what it writes over.

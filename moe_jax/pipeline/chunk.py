@@ -27,6 +27,7 @@ from moe_jax.pipeline.units import (
   Forward,
   ForwardLayer,
   Layers,
+  Moves,
   Totals,
   both,
   place_of,
@@ -93,6 +94,10 @@ class Chunk(NamedTuple):
 
     Communication: that of the layer, and of what the weights gather for each.
     """
+    moves = self._moves(forward, backward)
+    if moves:
+      brought, totals = moves.begin(totals)
+      forward, backward = moves.others()
     layer = functools.partial(self._layer, forward, backward)
     last = self.layers.num_layers - 1
     body = lambda carry, l: (layer(l, False, *carry), None)
@@ -100,7 +105,19 @@ class Chunk(NamedTuple):
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    return layer(last, True, *carry)[:3]
+    totals, y, gx, _ = layer(last, True, *carry)
+    return (moves.end(totals, brought) if moves else totals), y, gx
+
+  def _moves(self, forward: Forward | None, backward: Backward | None) -> Moves | None:
+    """Returns what comes or leaves in one message beside a unit alone: where its layers send
+    nothing between hosts themselves, so that no part of them is to be kept clear of it.
+    """
+    if forward and backward:
+      return None
+    if self.quiet_alone[backward is not None] != (0, len(self.inside_s) - 1):
+      return None
+    moves = Moves(self.layers, forward, backward)
+    return moves if moves.are_any else None
 
   def _layer(self, forward, backward, l, is_last, totals: Totals, x, gy, saved):
     """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied; and what

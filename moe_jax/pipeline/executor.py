@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns
+from moe_jax.pipeline import buffers, columns, paired
 from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
@@ -31,7 +31,7 @@ from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
 from moe_jax.pipeline.units import Backward, Forward, Layers, Totals
-from moe_jax.pipeline.weights import Arriving, Coming, Streamed, Whole
+from moe_jax.pipeline.weights import Arriving, Coming, Late, Streamed, Whole
 
 Tree = Any
 
@@ -66,7 +66,7 @@ def run(
   functions: Functions,
   table: Table,
   layers: Tree | Streamed | Arriving,
-  shared: Tree,
+  shared: Tree | Late,
   inputs: Tree,
   *,
   save: str = "inputs",
@@ -80,7 +80,7 @@ def run(
     table: the schedule; with backward units gradients are returned, without them none.
     layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major; with
       backward units they may be `Streamed` or `Arriving`.
-    shared: parameters outside the layers.
+    shared: parameters outside the layers; with backward units they may be `Late`.
     inputs: leaves [micro-batches, ...].
     save: what each layer keeps for its backward unit, a key of `saving.SAVE`.
     gradient_dtype: of the accumulated gradients.
@@ -92,7 +92,8 @@ def run(
   of a cotangent backwards, of two stages both in one; per micro-batch an all-reduce of the head's
   cotangent, and one of an activation for the head where `Table.head_needs_broadcast`. And what the
   functions do; the gathers of streamed layers, of each layer of a forward or backward unit, and of
-  the rings' once; those of layers that arrive, and what `reduces` does, once of each layer.
+  the rings' once; those of layers that arrive, and what `reduces` does, once of each layer; what
+  late parameters send.
   """
   if table.is_forward_only:
     return evaluate(functions, table, layers, shared, inputs)
@@ -106,13 +107,19 @@ class _Executor:
 
   def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, reduces=None):
     self.functions, self.table = functions, table
-    self.shared, self.inputs = shared, inputs
+    self.late = shared if isinstance(shared, Late) else None
+    self.shared = shared = self.late.before() if self.late else shared
+    self.inputs = inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
     self.head_reads_arrived = table.num_stages > 1 and not table.head_needs_broadcast
     of_layer = example(functions, weights, shared, inputs)
     _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
-    steps = cut(functions.layer, of_layer)
+    layer, inside = functions.layer, functions.inside
+    if functions.halves:
+      steps = paired.steps(layer, of_layer, functions.halves, inside)
+    else:
+      steps = cut(layer, of_layer, inside=inside)
     layers_per_chunk = jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks
     self.layers = Layers(
       SAVE[save](steps, of_layer),
@@ -134,8 +141,13 @@ class _Executor:
   def run(self) -> Result:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
-    for segment in segments(self.table):
+    found = list(segments(self.table))
+    heads = [number for number, each in enumerate(found) if each.at["head"].any()]
+    for number, segment in enumerate(found):
       self.units = segment.presence()
+      if self.late and number == heads[0] - 1:
+        self.shared, inbox = self.late.come(state.inbox)
+        state = state._replace(inbox=inbox)
       state = self._have_arrived(state)
       coming = self.layers.weights.coming(self.table, self.stage)
       body = lambda state, given: (self._tick(state, *given), None)
@@ -144,6 +156,10 @@ class _Executor:
         first = buffers.at(piece[0], 0)
         state = self._read(first.backward_slot, first.backward_is_reversed, state)
       state, _ = jax.lax.scan(body, state, piece)
+      if self.late and number == heads[-1]:
+        g_shared, inbox = self.late.leave(state.totals.g_shared, state.cotangent_inbox)
+        totals = state.totals._replace(g_shared=g_shared)
+        state = state._replace(cotangent_inbox=inbox, totals=totals)
     totals = state.totals
     g_layers = self.layers.reduction.finish(totals.g_layers, totals.sums)
     gradients = (g_layers, totals.g_shared)

@@ -9,9 +9,22 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax.parallel import collectives
+from moe_jax.parallel.axes import TENSOR
 from moe_jax.pipeline import buffers
 
 Tree = Any
+
+
+class Halves(NamedTuple):
+  """How a micro-batch falls into two halves that need nothing of each other.
+
+  Attributes:
+    split: of x or inputs -> those of either half.
+    join: (y, statistics, report) of either half -> those of the micro-batch.
+  """
+
+  split: Callable[[Tree], tuple[Tree, Tree]]
+  join: Callable[[tuple, tuple], tuple]
 
 
 class Functions(NamedTuple):
@@ -33,6 +46,8 @@ class Functions(NamedTuple):
       tree that is returned for every micro-batch.
     add_embed_gradient: (sums, shared, inputs, gx) -> sums of gradients of `shared` and what this
       device has of the embedding's; `gx` counts on stage 0 alone. It may write where the sums lie.
+    halves: how a layer works a micro-batch as two halves; None where it works it as a whole.
+    inside: mesh axes along which all devices share a host.
   """
 
   embed: Callable[[Tree, Tree], Tree]
@@ -40,6 +55,8 @@ class Functions(NamedTuple):
   auxiliary: Callable[[Tree], tuple[jax.Array, Tree]]
   head: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]
   add_embed_gradient: Callable[[Tree, Tree, Tree, Tree], Tree]
+  halves: Halves | None = None
+  inside: tuple[str, ...] = (TENSOR,)
 
 
 class Result(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import STAGE
+from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import buffers, columns, tie
 from moe_jax.pipeline.forward import Result, Units, check
 from moe_jax.pipeline.steps import Step, cut
@@ -40,6 +40,7 @@ class Functions(NamedTuple):
       counted where `runs` is False.
     pick: (y, inputs) -> picked, what the head needs of the last layer's output.
     head: (shared, picked, inputs, ()) -> ((), outputs); `picked` is the same on every stage.
+    inside: mesh axes along which all devices share a host.
   """
 
   embed: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -47,6 +48,7 @@ class Functions(NamedTuple):
   end: Callable[..., tuple[Tree, Tree]]
   pick: Callable[[tuple[Tree, Tree], Tree], Tree]
   head: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+  inside: tuple[str, ...] = (TENSOR,)
 
 
 class _Cell(NamedTuple):
@@ -121,16 +123,18 @@ class _Halves(Units):
     cell = (jnp.int32(0), self.stage >= 0)
     of_layer = lambda: collectives.varying((weights, inputs, state, *cell))
     weights, inputs, state, index, runs = jax.eval_shape(of_layer)
-    self.begin, self.end, handed = [], [], ()
+    self.begin, self.end, handed, inside = [], [], (), self.functions.inside
     for half, x in enumerate(self.x):
       begin, end = self._begin(half), self._end(half)
       given = (index, inputs, handed, runs)
-      self.begin.append(cut(begin, (weights, (), (x, state), given)))
+      self.begin.append(cut(begin, (weights, (), (x, state), given), inside=inside))
       handed = jax.eval_shape(begin, weights, (), (x, state), given)[2]
-      self.end.append([*cut(end, (weights, (), x, (inputs, runs)), head_apart=True)])
+      example = (weights, (), x, (inputs, runs))
+      self.end.append([*cut(end, example, head_apart=True, inside=inside)])
     # What comes before an exchange of tokens exchanges how many there are.
+    link = "inside_bytes" if EXPERT in inside else "between_bytes"
     for steps in self.end:
-      steps[0] = steps[0]._replace(between_bytes=max(steps[0].between_bytes, 1.0))
+      steps[0] = steps[0]._replace(**{link: max(getattr(steps[0], link), 1.0)})
     self.slots = {
       (is_first, is_last): self._slots(is_first, is_last)
       for is_first in (False, True)

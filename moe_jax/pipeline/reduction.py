@@ -41,6 +41,12 @@ class Reduction(NamedTuple):
     leaves = jax.tree.leaves(g_layers)
     return [leaf[number] for reduce, leaf in zip(self.reduces, leaves, strict=True) if reduce]
 
+  def of_chunk(self, g_layers: Tree, first: jax.Array, number: int) -> list[jax.Array]:
+    """Returns the same of so many layers that follow each other, stacked."""
+    leaves = jax.tree.leaves(g_layers)
+    mine = [leaf for reduce, leaf in zip(self.reduces, leaves, strict=True) if reduce]
+    return buffers.several(mine, first, number)
+
   def summed(self, gradients: list[jax.Array]) -> list[jax.Array]:
     """Returns what `of_layers` gave, summed.
 

@@ -43,6 +43,16 @@ def segments(table: Table) -> Iterator[Segment]:
     yield Segment(ticks, {kind: at_Q[ticks] for kind, at_Q in at.items()})
 
 
+def has_room_beside_heads(table: Table) -> bool:
+  """Says whether one tick stands before that of the first head, and one has the last, apart from
+  others: XLA lays messages beside what stands in no loop, but not beside a loop.
+  """
+  found = list(segments(table))
+  heads = [number for number, each in enumerate(found) if each.at["head"].any()]
+  is_one = lambda number: found[number].ticks.stop - found[number].ticks.start == 1
+  return heads[0] > 0 and is_one(heads[0] - 1) and is_one(heads[-1])
+
+
 @functools.lru_cache(maxsize=256)
 def units(table: Table) -> Mapping[str, np.ndarray]:
   """Returns, for each kind of unit, in which ticks any stage runs it.

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     flops: of its matrix products on this device.
     made_bytes: of all arrays that it makes.
     num_equations: of its jaxpr.
-    inside_bytes, between_bytes: that this device sends over `tensor` and over other axes, in
+    inside_bytes, between_bytes: that this device sends inside its host and between hosts, in
       collectives that are not small.
   """
 
@@ -47,13 +47,16 @@ class Step(NamedTuple):
   between_bytes: float
 
 
-def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step, ...]:
+def cut(
+  layer: Callable, example: tuple, head_apart: bool = False, inside: tuple[str, ...] = (TENSOR,)
+) -> tuple[Step, ...]:
   """Returns the layer as steps.
 
   Args:
     layer: as `Functions.layer`.
     example: (weights, shared, x, inputs) of one layer, shapes or arrays; called inside the region.
     head_apart: whether what comes before the first cut is a step of its own.
+    inside: mesh axes along which all devices share a host.
   """
   given, tree = jax.tree.flatten(example)
   out = {}
@@ -68,7 +71,8 @@ def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step
   least = _SMALL_COLLECTIVE * max(map(_sent_bytes, jaxpr.eqns), default=0.0)
   pieces = _pieces(jaxpr.eqns, least, head_apart)
   if len(pieces) == 1:
-    return (whole(layer, example),)
+    uses = tuple(range(len(jax.tree.leaves(example[:2]))))
+    return (_step(layer, uses, jaxpr.eqns, least, inside),)
   num_x = len(jax.tree.leaves(example[2]))
   first_x = len(jax.tree.leaves(example[:2]))
   x_vars = jaxpr.invars[first_x : first_x + num_x]
@@ -92,13 +96,7 @@ def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step
     eqns = pieces[number]
     read = {id(v) for eqn in eqns for v in eqn.invars}
     uses = tuple(i for i, v in enumerate(jaxpr.invars[:first_x]) if id(v) in read)
-    sent = {
-      inside: sum(n for e in eqns if (n := _sent_bytes(e)) >= least and is_inside(e) == inside)
-      for inside in (False, True)
-    }
-    return Step(
-      run, uses, _flops_of(eqns), _bytes_of(eqns), len(eqns), float(sent[True]), float(sent[False])
-    )
+    return _step(run, uses, eqns, least, inside)
 
   lives = _alive_between(pieces, x_vars, globals_, jaxpr.outvars)
   return tuple(step(number) for number in range(len(pieces)))
@@ -107,6 +105,16 @@ def cut(layer: Callable, example: tuple, head_apart: bool = False) -> tuple[Step
 def whole(layer: Callable, example: tuple) -> Step:
   """Returns the layer as one step, of which nothing is known."""
   return Step(layer, tuple(range(len(jax.tree.leaves(example[:2])))), 0.0, 0.0, 0, 0.0, 0.0)
+
+
+def _step(run: Callable, uses, eqns, least_sent: float, inside: tuple[str, ...]) -> Step:
+  """Returns the step of these equations, with what it costs."""
+  sent = {True: 0.0, False: 0.0}
+  for eqn in eqns:
+    num_bytes = _sent_bytes(eqn)
+    if num_bytes >= least_sent:
+      sent[is_inside(eqn, inside)] += num_bytes
+  return Step(run, uses, _flops_of(eqns), _bytes_of(eqns), len(eqns), sent[True], sent[False])
 
 
 def _pieces(eqns, least_sent: float, head_apart: bool) -> list[list]:
@@ -217,9 +225,9 @@ def is_collective(eqn) -> bool:
   return bool(_collectives(eqn))
 
 
-def is_inside(eqn) -> bool:
-  """Says whether all that an equation sends travels over `tensor`."""
-  return all(_axes(collective) == (TENSOR,) for collective in _collectives(eqn))
+def is_inside(eqn, axes: tuple[str, ...] = (TENSOR,)) -> bool:
+  """Says whether all that an equation sends travels over `axes`."""
+  return all(set(_axes(collective)) <= set(axes) for collective in _collectives(eqn))
 
 
 def _axes(eqn) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.pipeline import buffers
 from moe_jax.pipeline.reduction import Reduction
 from moe_jax.pipeline.saving import SavedLayer
-from moe_jax.pipeline.weights import Coming, Streamed, Whole
+from moe_jax.pipeline.weights import Arriving, Coming, Streamed, Whole
 
 Tree = Any
 
@@ -255,6 +255,54 @@ class BackwardLayer:
     g_layers, g_shared = jax.tree.unflatten(tree, sums)
     gx = jax.tree.unflatten(self.gy_tree, self.gradients)
     return totals._replace(g_layers=g_layers, g_shared=g_shared), gx
+
+
+class Moves(NamedTuple):
+  """Weights that come beside a forward unit, or gradients that leave beside a backward unit, those
+  of all layers of a chunk in one message.
+
+  Attributes:
+    stage: of the units.
+    forward, backward: the unit, None for the other.
+  """
+
+  stage: Layers
+  forward: Forward | None
+  backward: Backward | None
+
+  @property
+  def are_any(self) -> bool:
+    """Whether something comes or leaves."""
+    if self.forward:
+      return self.forward.coming is not None and isinstance(self.stage.weights, Arriving)
+    return self.backward.leaving is not None
+
+  def begin(self, totals: Totals) -> tuple[list[jax.Array], Totals]:
+    """Returns what the messages bring, and the totals, to which is to be added only now."""
+    stage = self.stage
+    if self.forward:
+      return stage.weights.gather(stage.weights.take_chunk(self.forward.coming)), totals
+    leaving, g_layers = both(
+      stage.reduction.of_chunk(totals.g_layers, self.backward.leaving, stage.num_layers),
+      totals.g_layers,
+    )
+    return stage.reduction.summed(leaving), totals._replace(g_layers=g_layers)
+
+  def others(self) -> tuple[Forward | None, Backward | None]:
+    """Returns the units without what moves."""
+    if self.forward:
+      return self.forward._replace(coming=None), None
+    return None, self.backward._replace(leaving=None)
+
+  def end(self, totals: Totals, brought: list[jax.Array]) -> Totals:
+    """Puts away what they brought."""
+    if self.forward:
+      ring, other = totals.rings
+      ring = self.stage.weights.put_chunk(self.forward.coming, ring, brought)
+      return totals._replace(rings=(ring, other))
+    place = (self.backward.leaving,)
+    sums = [buffers.put(leaf, place, new) for leaf, new in zip(totals.sums, brought, strict=True)]
+    return totals._replace(sums=sums)
 
 
 def both(one: Tree, other: Tree) -> tuple[Tree, Tree]:

@@ -114,6 +114,14 @@ class Shares(NamedTuple):
     ]
     return jax.tree.unflatten(tree, whole)
 
+  def several(self, first: jax.Array, number: int) -> list[jax.Array]:
+    """Returns what `at` does of so many layers that follow each other, stacked."""
+    return buffers.several(
+      [leaf for g, leaf in zip(self.gathers, jax.tree.leaves(self.layers), strict=True) if g],
+      first,
+      number,
+    )
+
   def layer(self, number: jax.Array | int, gathered: list[jax.Array] | None = None) -> Tree:
     """Returns a layer's weights, with what was gathered of it, or gathered now.
 
@@ -150,7 +158,7 @@ class _InShares:
 
     Communication: that of the gathers.
     """
-    return self.shares.gather(shares)
+    return self.shares.gather(shares) if shares else []
 
 
 class Arriving(_InShares):
@@ -190,12 +198,24 @@ class Arriving(_InShares):
       ring: all layers' weights.
     """
     taken, ring = jax.lax.optimization_barrier((buffers.at(ring, number), ring))
-    return self.shares.layer(number, taken), ring, self.shares.at(coming.layers[place])
+    shares = self.shares.at(coming.layers[place]) if coming else []
+    return self.shares.layer(number, taken), ring, shares
 
   def put(self, place: int, coming: Coming, ring: list, gathered: list) -> list:
     """Returns the ring with what was gathered."""
+    if not coming:
+      return ring
     number = coming.layers[place]
     return [buffers.put(leaf, number, new) for leaf, new in zip(ring, gathered, strict=True)]
+
+  def take_chunk(self, coming: Coming) -> list:
+    """Returns this device's shares of the weights of all layers to come beside a unit."""
+    return self.shares.several(coming.layers[0], len(coming.layers))
+
+  def put_chunk(self, coming: Coming, ring: list, gathered: list) -> list:
+    """Returns the ring with what was gathered of them."""
+    first = (coming.layers[0],)
+    return [buffers.put(leaf, first, new) for leaf, new in zip(ring, gathered, strict=True)]
 
   def arrived(self, ring: list) -> Whole:
     """Returns the weights when all have come."""
@@ -286,3 +306,55 @@ class Streamed(_InShares):
 def _num_layers(layers: Tree, table: Table) -> int:
   """Returns the layers of a chunk."""
   return jax.tree.leaves(layers)[0].shape[0] // table.num_chunks
+
+
+class Late(NamedTuple):
+  """Parameters outside the layers, of which some, that heads alone read, lie in shares.
+
+  They come before the first head, beside the forward units that it waits for, and their gradients
+  leave behind the last one, beside its backward unit.
+
+  Attributes:
+    tree: whole, or this device's share.
+    gathers: of each leaf, what makes it whole; None where it is.
+    reduces: of each leaf, what sums its gradient into shares; None where it is whole.
+  """
+
+  tree: Tree
+  gathers: Sequence[Callable[[jax.Array], jax.Array] | None]
+  reduces: Sequence[Callable[[jax.Array], jax.Array] | None]
+
+  def before(self) -> Tree:
+    """Returns the tree as long as no head has run: zeros, which nothing reads, for what is late."""
+    return self._replaced(
+      lambda gather, leaf: collectives.zeros_like(jax.eval_shape(gather, leaf)), self.tree
+    )
+
+  def come(self, after: Tree) -> tuple[Tree, Tree]:
+    """Returns the whole tree, and `after`, what the ticks before left for those to come: messages
+    leave only then.
+
+    Communication: that of the gathers.
+    """
+    late = [leaf for g, leaf in zip(self.gathers, jax.tree.leaves(self.tree), strict=True) if g]
+    late, after = jax.lax.optimization_barrier((collectives.after(after, late), after))
+    late = iter(late)
+    whole = self._replaced(lambda gather, _: gather(next(late)), self.tree)
+    return whole, collectives.after(whole, after)
+
+  def leave(self, gradients: Tree, after: Tree) -> tuple[Tree, Tree]:
+    """Returns the gradients, of what was late this device's share of the sum, and `after`, what is
+    left for the ticks to come, which waits for them.
+
+    Communication: that of `reduces`.
+    """
+    leaves, structure = jax.tree.flatten(gradients)
+    of_leaf = zip(self.reduces, leaves, strict=True)
+    leaves = [reduce(leaf) if reduce else leaf for reduce, leaf in of_leaf]
+    leaves, after = jax.lax.optimization_barrier((leaves, after))
+    return jax.tree.unflatten(structure, leaves), collectives.after(leaves, after)
+
+  def _replaced(self, make: Callable, tree: Tree) -> Tree:
+    leaves, structure = jax.tree.flatten(tree)
+    of_leaf = zip(self.gathers, leaves, strict=True)
+    return jax.tree.unflatten(structure, [make(g, leaf) if g else leaf for g, leaf in of_leaf])

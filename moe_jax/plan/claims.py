@@ -106,7 +106,7 @@ def _sizes(found: Figures) -> Iterator[Claim]:
     "tensor: ranks, hidden units each", (4, 256),
     (mesh.tensor, model.expert_hidden // mesh.tensor), config,
   )  # fmt: skip
-  yield equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, "expert x tensor x stage")
+  yield equal("modules: 8 x 4 x 2 GPUs", 64, mesh.num_devices, "expert x tensor x stage x data")
   forward = cost.forward_flops(model, [train.sequence]).total / train.sequence
   need = 6_400 * 1e3 * forward / rate
   yield Claim(
@@ -148,8 +148,8 @@ def _memory(found: Figures) -> Iterator[Claim]:
     f"{memory.parameters / _MEGA:.0f} MB master weights, {weights / _MEGA:.0f} MB in"
     " the compute dtype",
     memory.parameters <= 312e6,
-    "float32, split over expert as well; 20 GB over 64 GPUs are 312 MB only where every parameter"
-    " is split 64 ways, which attention, embedding and router are not",
+    "float32, split over expert and data as well; 20 GB over 64 GPUs are 312 MB only where every"
+    " parameter is split 64 ways, which attention, embedding and router are not",
   )  # fmt: skip
   yield Claim(
     "memory per GPU: activations and buffers", "about 3 GB + 1 GB",

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from moe_jax.config import SAVE, Config
-from moe_jax.plan import machine as machines
 from moe_jax.plan import memory, simulate
 from moe_jax.plan.claims import binding
 from moe_jax.plan.machine import Machine
@@ -41,8 +40,9 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
   mesh, pipeline = settings.mesh, settings.pipeline
   parts = {
     "GPUs": f"{plan.num_gpus} {machine.cluster.chip.name}",
-    "mesh expert x tensor x stage": f"{mesh.expert} x {mesh.tensor} x {mesh.stage}",
-    "replicas": f"{machine.replicas}",
+    "mesh expert x tensor x stage x data": (
+      f"{mesh.expert} x {mesh.tensor} x {mesh.stage} x {mesh.data}"
+    ),
     "micro-batches": f"{pipeline.micro_batches}",
     "schedule": f"{pipeline.schedule}, {pipeline.chunks} chunks",
     "saves": pipeline.save,
@@ -81,7 +81,6 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
       f"{run.seconds_by_link.get(link, 0.0) * 1e3:.2f}" for link in ("inside", "between")
     )
     + " ms",
-    "gradients of replicas": f"{machines.replica_seconds(settings, machine) * 1e3:.2f} ms",
     "binds": binding(run).partition(" binds")[0],
   }
 
@@ -102,8 +101,9 @@ def change_first(
     if save != settings.pipeline.save:
       pipeline = dataclasses.replace(settings.pipeline, save=save)
       tried[f"pipeline.save={save}"] = (dataclasses.replace(settings, pipeline=pipeline), machine)
+  shares = settings.mesh.sequence_shares * (2 if settings.pipeline.halves else 1)
   for count in (settings.pipeline.micro_batches // 2, settings.pipeline.micro_batches * 2):
-    if count and settings.train.batch % (count * settings.mesh.expert) == 0:
+    if count and settings.train.batch % (count * shares) == 0:
       pipeline = dataclasses.replace(settings.pipeline, micro_batches=count)
       changed = dataclasses.replace(settings, pipeline=pipeline)
       tried[f"pipeline.micro_batches={count}"] = (changed, machine)

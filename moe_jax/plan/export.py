@@ -5,18 +5,20 @@ node for each unit on each module, and the modules alone. Knows graphs; must not
 """
 
 import html
+import itertools
 import json
 from collections.abc import Iterable
 
 import numpy as np
 
-from moe_jax.config import Config, as_dict
+from moe_jax.config import Config, Mesh, as_dict
 from moe_jax.plan import units
 from moe_jax.plan.graph import EDGE_KINDS, UNITS, Graph
 from moe_jax.plan.links import bytes_sent
 from moe_jax.plan.steps import group_size
 
-_COLUMNS = ("unit", "step", "stage", "expert", "tensor", "micro", "virtual", "layer")
+_OF_UNIT = ("data", "stage", "expert", "tensor", "micro", "virtual")
+_COLUMNS = ("unit", "step", *_OF_UNIT, "layer")
 _EDGE_COLOURS = {
   "data": "#555555", "transfer": "#4e79a7", "collective": "#f28e2b", "weight prefetch": "#59a14f",
 }  # fmt: skip
@@ -54,17 +56,14 @@ def to_graphml(graph: Graph) -> str:
     f'<key id="{name}" for="{of}" attr.name="{name}" attr.type="{kind}"/>\n'
     for name, of, kind in (
       ("unit", "node", "string"),
-      *((name, "node", "int") for name in ("stage", "expert", "tensor", "micro", "virtual")),
+      *((name, "node", "int") for name in _OF_UNIT),
       ("kind", "edge", "string"),
     )
   )
   nodes = "".join(
     f'<node id="n{i}"><data key="unit">{UNITS[row[0]]}</data>'
     + "".join(
-      f'<data key="{name}">{value}</data>'
-      for name, value in zip(
-        ("stage", "expert", "tensor", "micro", "virtual"), row[1:], strict=True
-      )
+      f'<data key="{name}">{value}</data>' for name, value in zip(_OF_UNIT, row[1:], strict=True)
     )
     + "</node>\n"
     for i, row in enumerate(units.tolist())
@@ -81,19 +80,19 @@ def to_graphml(graph: Graph) -> str:
 
 
 def to_dot(graph: Graph) -> str:
-  """Returns the modules, by stage and expert rank, and what passes between them.
+  """Returns the modules, by copy, stage and expert rank, and what passes between them.
 
   Source: the DOT language, https://graphviz.org/doc/info/lang.html
   """
   mesh = graph.settings.mesh
   lines = ["digraph modules {", "  rankdir=LR; node [shape=box, fontsize=10]; compound=true;"]
-  for stage in range(mesh.stage):
-    lines.append(f'  subgraph cluster_s{stage} {{ label="stage {stage}";')
+  for data, stage in itertools.product(range(mesh.data), range(mesh.stage)):
+    name = f"cluster_d{data}s{stage}"
+    lines.append(f'  subgraph {name} {{ label="{_of_copy(mesh, data)}stage {stage}";')
     for expert in range(mesh.expert):
-      names = " ".join(f"m{_module(mesh, stage, expert, t)};" for t in range(mesh.tensor))
-      lines.append(
-        f'    subgraph cluster_s{stage}e{expert} {{ label="expert rank {expert}"; {names} }}'
-      )
+      first = ((data * mesh.stage + stage) * mesh.expert + expert) * mesh.tensor
+      names = " ".join(f"m{first + tensor};" for tensor in range(mesh.tensor))
+      lines.append(f'    subgraph {name}e{expert} {{ label="expert rank {expert}"; {names} }}')
     lines.append("  }")
   crossing = np.stack([graph.module[graph.source], graph.module[graph.target], graph.kind], 1)
   crossing = crossing[crossing[:, 0] != crossing[:, 1]]
@@ -106,24 +105,26 @@ def to_dot(graph: Graph) -> str:
 
 
 def picture(settings: Config) -> str:
-  """Returns an SVG of the modules: stages, groups of expert ranks, tensor ranks, and what a layer
-  sends between them for one micro-batch.
+  """Returns an SVG of the modules: copies, stages, groups of expert ranks, tensor ranks, and what a
+  layer sends between them for one micro-batch, and a step between copies.
   """
   mesh, model = settings.mesh, settings.model
   wide, high, left, top = 62, 26, 130, 70
   stage_width = mesh.tensor * wide + 90
-  width, height = left + mesh.stage * stage_width, top + mesh.expert * (high + 8) + 120
+  bottom = top + mesh.sequence_shares * (high + 8)
+  width, height = left + mesh.stage * stage_width, bottom + 120
   each = model.experts // mesh.expert
+  copies = f"{mesh.data} copies of " * (mesh.data > 1)
   parts = [
     f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
     ' font-family="sans-serif" font-size="11">',
-    f'<text x="10" y="20" font-size="15">{mesh.num_devices} modules: {mesh.stage} stages x'
+    f'<text x="10" y="20" font-size="15">{mesh.num_devices} modules: {copies}{mesh.stage} stages x'
     f" {mesh.expert} expert ranks x {mesh.tensor} tensor ranks</text>",
   ]
-  for expert in range(mesh.expert):
-    y = top + expert * (high + 8)
+  for row, (data, expert) in enumerate(itertools.product(range(mesh.data), range(mesh.expert))):
+    y = top + row * (high + 8)
     experts = f"{expert * each}" if each == 1 else f"{expert * each}-{expert * each + each - 1}"
-    parts.append(f'<text x="10" y="{y + 17}">experts {experts}</text>')
+    parts.append(f'<text x="10" y="{y + 17}">{_of_copy(mesh, data)}experts {experts}</text>')
     for stage in range(mesh.stage):
       for tensor in range(mesh.tensor):
         x = left + stage * stage_width + tensor * wide
@@ -132,7 +133,6 @@ def picture(settings: Config) -> str:
           f' stroke="#4e79a7"/><text x="{x + 5}" y="{y + 17}">'
           f"{stage}.{expert}.{tensor}</text>"
         )
-  bottom = top + mesh.expert * (high + 8)
   for stage in range(mesh.stage):
     x = left + stage * stage_width
     parts.append(
@@ -146,7 +146,9 @@ def picture(settings: Config) -> str:
 
 
 def _sent(settings: Config) -> Iterable[str]:
-  """Yields what one GPU sends along each axis for one layer of one micro-batch, forwards."""
+  """Yields what one GPU sends along each axis for one layer of one micro-batch, forwards; and to
+  its copies.
+  """
   by_axis: dict[str, float] = {}
   for step in units.unit(settings, "forward"):
     if step.is_communication:
@@ -159,11 +161,15 @@ def _sent(settings: Config) -> Iterable[str]:
   if settings.mesh.stage > 1:
     step = units.transfer(settings, "to the next stage")
     yield f"stage: {step.operand_bytes / 1e6:.2f} MB a chunk, from stage to stage in a ring"
+  copies = [step for step in units.end(settings) if step.axes == ("data",)]
+  if copies:
+    sent = sum(bytes_sent(s.kind, s.operand_bytes, settings.mesh.data) for s in copies)
+    yield f"data: {sent / 1e6:.2f} MB of gradients a step, from copy to copy"
 
 
 def _units(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
   """Returns for each node the number of its unit on its module, and those units as rows."""
-  columns = (graph.unit, graph.stage, graph.expert, graph.tensor, graph.micro, graph.virtual)
+  columns = [getattr(graph, name) for name in ("unit", *_OF_UNIT)]
   units, node_of = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
   return node_of.reshape(-1), units
 
@@ -174,5 +180,6 @@ def _pairs(graph: Graph, node_of: np.ndarray) -> np.ndarray:
   return np.unique(pairs, axis=0)
 
 
-def _module(mesh, stage: int, expert: int, tensor: int) -> int:
-  return (stage * mesh.expert + expert) * mesh.tensor + tensor
+def _of_copy(mesh: Mesh, data: int) -> str:
+  """Returns which copy a label is of, where there are several."""
+  return f"copy {data}, " * (mesh.data > 1)

@@ -1,13 +1,14 @@
 """A training step as a graph: every step of every unit on every module, and what each waits for.
 
-A module is one GPU's part of the model: stage x expert rank x tensor rank. Nodes and edges are
-columns of numpy arrays, for there are hundreds of thousands. Built from the schedule's table and
-the steps of `phases`; `check` proves that it has no cycle and lacks no dependency of the schedule.
-Knows tables and steps; must not know time or chips.
+A module is one GPU's part of the model: copy x stage x expert rank x tensor rank. Nodes and edges
+are columns of numpy arrays, for there are hundreds of thousands. Built from the schedule's table
+and the steps of `phases`; `check` proves that it has no cycle and lacks no dependency of the
+schedule. Knows tables and steps; must not know time or chips.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +33,9 @@ class Graph:
   Attributes:
     settings: the deployment.
     steps: every different step; a node's `step` counts from here.
-    unit, step, stage, expert, tensor, micro, virtual, layer: of each node; -1 where it has none.
-      `unit` counts in UNITS, `virtual` is the virtual stage, `layer` counts from the model's first.
+    unit, step, data, stage, expert, tensor, micro, virtual, layer: of each node; -1 where it has
+      none. `unit` counts in UNITS, `virtual` is the virtual stage, `layer` counts from the model's
+      first.
     source, target, kind: of each edge; `kind` counts in EDGE_KINDS.
   """
 
@@ -41,6 +43,7 @@ class Graph:
   steps: tuple[Step, ...]
   unit: np.ndarray
   step: np.ndarray
+  data: np.ndarray
   stage: np.ndarray
   expert: np.ndarray
   tensor: np.ndarray
@@ -63,7 +66,8 @@ class Graph:
   def module(self) -> np.ndarray:
     """The module of each node, `tensor` innermost, as devices are numbered."""
     mesh = self.settings.mesh
-    return (self.stage * mesh.expert + self.expert) * mesh.tensor + self.tensor
+    stage = self.data * mesh.stage + self.stage
+    return (stage * mesh.expert + self.expert) * mesh.tensor + self.tensor
 
 
 class _Unit(NamedTuple):
@@ -96,8 +100,9 @@ class _Builder:
 
   def build(self) -> Graph:
     settings, table, virtuals = self.settings, self.table, self.table.num_virtual_stages
-    gathered, summed = program.shares(settings)
-    begin = self.unit("begin", self.all_stages, [(s, -1) for s in units.begin(settings, gathered)])
+    gathered, summed, is_head_late = program.shares(settings)
+    steps = units.begin(settings, gathered, is_head_late)
+    begin = self.unit("begin", self.all_stages, [(step, -1) for step in steps])
     come = [self.come(begin, w) for w in range(virtuals)] if gathered < 1 else []
     ends, last = [], []
     for micro in range(table.num_micro_batches):
@@ -192,16 +197,18 @@ class _Builder:
     """Appends a chain of (step, layer) on all modules of `stages`, and what its collectives wait
     for: the members of their groups.
     """
-    modules = len(stages) * self.per_stage
+    modules = self.mesh.data * len(stages) * self.per_stage
     made = _Unit(self.num_nodes, stages, len(chain), chain[0][0])
     op, module = np.divmod(np.arange(len(chain) * modules), modules)
     stage, rank = np.divmod(module, self.per_stage)
-    column = np.empty((8, len(op)), np.int32)
+    column = np.empty((9, len(op)), np.int32)
     column[0] = UNITS.index(kind)
     column[1] = np.array([self._number(step) for step, _ in chain])[op]
-    column[2], (column[3], column[4]) = stage + stages.start, np.divmod(rank, self.mesh.tensor)
-    column[5], column[6] = micro, virtual
-    column[7] = np.array([layer for _, layer in chain])[op]
+    column[2], column[3] = np.divmod(stage, len(stages))
+    column[3] += stages.start
+    column[4], column[5] = np.divmod(rank, self.mesh.tensor)
+    column[6], column[7] = micro, virtual
+    column[8] = np.array([layer for _, layer in chain])[op]
     self.columns.append(column)
     self.num_nodes += column.shape[1]
     for before, now in itertools.pairwise(range(len(chain))):
@@ -214,8 +221,8 @@ class _Builder:
     stages = sorted(set(source.stages) & set(target.stages))
     rows = [stage - source.stages.start for stage in stages]
     columns = [stage - target.stages.start for stage in stages]
-    last = self.nodes(source, source.num_ops - 1)[rows]
-    self.connect(last, self.nodes(target, 0)[columns], kind)
+    last = self.nodes(source, source.num_ops - 1)[:, rows]
+    self.connect(last, self.nodes(target, 0)[:, columns], kind)
     if kind == DATA:
       self.gather(source, source.num_ops - 1, target, 0, target.first_step)
 
@@ -223,15 +230,16 @@ class _Builder:
     """Connects operation i of all other members of its group to the collective j."""
     if not step.is_communication or step.kind == "collective-permute":
       return
+    mesh = self.mesh
     # Of `expert` hosts, and ranks of a host where only one of the two takes part.
-    ranks = self.settings.moe.expert_ranks_per_host if step.among else self.mesh.expert
-    shape = (self.mesh.stage, self.mesh.expert // ranks, ranks, self.mesh.tensor)
-    of_expert = {"": (1, 2), "hosts": (1,), "ranks": (2,)}[step.among]
-    places = {"stage": (0,), "expert": of_expert, "tensor": (3,)}
+    ranks = self.settings.moe.expert_ranks_per_host if step.among else mesh.expert
+    shape = (mesh.data, mesh.stage, mesh.expert // ranks, ranks, mesh.tensor)
+    of_expert = {"": (2, 3), "hosts": (2,), "ranks": (3,)}[step.among]
+    places = {"data": (0,), "stage": (1,), "expert": of_expert, "tensor": (4,)}
     axes = tuple(place for axis in step.axes for place in places[axis])
     starts = self._whole(source, i, shape)
     ends = self._whole(target, j, shape)
-    others = [axis for axis in range(4) if axis not in axes]
+    others = [axis for axis in range(len(shape)) if axis not in axes]
     group = lambda nodes: nodes.transpose(others + list(axes)).reshape(
       -1, int(np.prod([shape[axis] for axis in axes]))
     )
@@ -244,9 +252,9 @@ class _Builder:
     self.connect(left[there], right[there], COLLECTIVE)
 
   def nodes(self, unit: _Unit, op: int) -> np.ndarray:
-    """Returns the nodes of an operation, [stages, modules of a stage]."""
-    shape = (len(unit.stages), self.per_stage)
-    modules = shape[0] * shape[1]
+    """Returns the nodes of an operation, [copies, stages, modules of a stage]."""
+    shape = (self.mesh.data, len(unit.stages), self.per_stage)
+    modules = math.prod(shape)
     return (unit.first + op * modules + np.arange(modules)).reshape(shape)
 
   def connect(self, source: np.ndarray, target: np.ndarray, kind: int) -> None:
@@ -261,8 +269,8 @@ class _Builder:
     return Graph(self.settings, tuple(self.steps), *columns, source, target, kind)
 
   def _whole(self, unit: _Unit, op: int, shape) -> np.ndarray:
-    whole = np.full((shape[0], self.per_stage), -1)
-    whole[unit.stages.start : unit.stages.stop] = self.nodes(unit, op)
+    whole = np.full((*shape[:2], self.per_stage), -1)
+    whole[:, unit.stages.start : unit.stages.stop] = self.nodes(unit, op)
     return whole.reshape(shape)
 
   def _number(self, step: Step) -> int:
@@ -359,6 +367,8 @@ def required(table: Table) -> list[tuple[tuple[str, int, int], tuple[str, int, i
 def describe(graph: Graph, node: int) -> str:
   """Returns a node in words."""
   where = f"stage {graph.stage[node]} expert {graph.expert[node]} tensor {graph.tensor[node]}"
+  if graph.settings.mesh.data > 1:
+    where = f"copy {graph.data[node]} {where}"
   parts = [UNITS[graph.unit[node]], graph.steps[graph.step[node]].name]
   if graph.micro[node] >= 0:
     parts.append(f"micro-batch {graph.micro[node]}")

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from moe_jax.config import Config, Mesh, Model
 
@@ -18,6 +19,18 @@ _RULES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 FLOAT32_BYTES = 4
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
+
+
+class Shares(NamedTuple):
+  """How ZeRO-1 splits an array further; as parallel.sharding.Shares.
+
+  Attributes:
+    dimension: that is split, or None where none divides.
+    axes: along which, the first one major; () where it is not split.
+  """
+
+  dimension: int | None
+  axes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,45 +64,58 @@ class Leaf:
     """Returns the mesh axes that it is split over."""
     return frozenset(name for axis in self.axes for name in _RULES.get(axis, ()))
 
-  def zero_dimension(self, mesh: Mesh) -> int | None:
-    """Returns the dimension that ZeRO-1 splits over `expert` as well, or None.
+  def shares(self, mesh: Mesh) -> Shares:
+    """Returns the shares in which ZeRO-1 splits the leaf's state over `expert` and `data` as well.
 
-    Source: as parallel.sharding.zero_dimension.
+    Source: as parallel.sharding.shares.
     """
-    return _zero_dimension(self.shape, self.axes, mesh)
-
-  def is_zero_split(self, mesh: Mesh) -> bool:
-    """Whether ZeRO-1 splits the leaf's state over `expert` as well."""
-    return self.zero_dimension(mesh) is not None
+    return _shares(self.shape, self.axes, mesh)
 
   def is_by_layer(self, mesh: Mesh) -> bool:
     """Whether the pipeline may gather it, and sum its gradient, layer by layer: a large matrix that
-    every rank of `expert` holds alike.
+    several ranks of `expert` or `data` hold alike.
 
     Source: as train.streaming.
     """
-    if mesh.expert == 1 or self.axes[0] != "layers" or self.is_float32:
+    if self.axes[0] != "layers" or self.is_float32:
       return False
-    return bool(self.zero_dimension(mesh))
+    return bool(self.shares(mesh).dimension)
+
+  def is_turned(self, mesh: Mesh) -> bool:
+    """Whether it is turned round when copies gather it, and its gradient when they sum it: XLA has
+    the dimension that is split outermost. What lies in shares over `expert` too is small, and is
+    not counted.
+    """
+    dimension, axes = self.shares(mesh)
+    return axes == ("data",) and bool(dimension)
 
   def is_streamed(self, settings: Config) -> bool:
     """Whether a step's copy lies in the shares of ZeRO-1, and each use gathers a layer's."""
     return settings.pipeline.prefetch_layers > 0 and self.is_by_layer(settings.mesh)
+
+  def whole_elements(self, mesh: Mesh) -> dict[str, int]:
+    """Returns, for each axis of its shares, the elements that are split along it: those of a device
+    before a gradient is summed along it, and when a weight is gathered along it.
+    """
+    found, elements = {}, self.elements(mesh)
+    for axis in self.shares(mesh).axes:
+      found[axis] = elements
+      elements //= getattr(mesh, axis)
+    return found
 
   def state_axes(self, mesh: Mesh) -> list[frozenset[str]]:
     """Returns, for each dimension, the mesh axes of more than one device that its state is split
     over.
     """
     found = [set(_RULES.get(axis, ())) for axis in self.axes]
-    zero = self.zero_dimension(mesh)
-    if zero is not None:
-      found[zero].add("expert")
+    dimension, axes = self.shares(mesh)
+    if dimension is not None:
+      found[dimension].update(axes)
     return [frozenset(name for name in axes if getattr(mesh, name) > 1) for axes in found]
 
   def state_elements(self, mesh: Mesh) -> int:
     """Returns the elements that a device holds of master weights, and of each moment."""
-    whole = self.elements(mesh)
-    return whole // mesh.expert if self.is_zero_split(mesh) else whole
+    return self.elements(mesh) // math.prod(getattr(mesh, name) for name in self.shares(mesh).axes)
 
 
 # A search asks for the same arrays on the same meshes again and again.
@@ -100,13 +126,18 @@ def _split(axes: tuple[str, ...], mesh: Mesh) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _zero_dimension(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> int | None:
-  if any("expert" in _RULES.get(axis, ()) for axis in axes):
-    return None
+def _shares(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> Shares:
+  of_experts = ["expert" in _RULES.get(axis, ()) for axis in axes]
+  free = ("data",) if any(of_experts) else ("expert", "data")
+  alike = tuple(name for name in free if getattr(mesh, name) > 1)
   parts = _split(axes, mesh)
-  by_size = sorted(range(len(parts)), key=lambda dimension: -shape[dimension])
-  fits = lambda dimension: shape[dimension] % (parts[dimension] * mesh.expert) == 0
-  return next(filter(fits, by_size), None)
+  by_size = sorted(range(len(shape)), key=lambda dimension: -shape[dimension])
+  for names in filter(None, (alike, alike[:1], alike[1:])):
+    ranks = math.prod(getattr(mesh, name) for name in names)
+    for dimension in by_size:
+      if not of_experts[dimension] and shape[dimension] % (parts[dimension] * ranks) == 0:
+        return Shares(dimension, names)
+  return Shares(None, ())
 
 
 @functools.lru_cache(maxsize=256)

@@ -21,7 +21,12 @@ from moe_jax.plan.hardware import Chip
 from moe_jax.plan.protocols import Protocol
 
 INSIDE, BETWEEN = "inside", "between"  # hosts
-AXES = ("stage", "expert", "tensor")  # outermost first, as parallel.axes.ALL; a test holds it
+AXES = (
+  "data",
+  "stage",
+  "expert",
+  "tensor",
+)  # outermost first, as parallel.axes.ALL: a test holds it
 _SENT: Mapping[str, Callable[[int], float]] = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-gather": lambda n: n - 1,
@@ -71,7 +76,7 @@ def group(
   """
   ranks = ranks_per_host if among else mesh.expert
   sizes = {
-    "stage": mesh.stage, "hosts": mesh.expert // ranks, "ranks": ranks,
+    "data": mesh.data, "stage": mesh.stage, "hosts": mesh.expert // ranks, "ranks": ranks,
     "tensor": mesh.tensor,
   }  # fmt: skip
   parts = {"expert": (among,) if among else ("hosts", "ranks")}
@@ -117,21 +122,6 @@ def seconds(
   algorithms = (*_ALGORITHMS[kind], *((_symmetric,) if is_symmetric else ()))
   return min(
     found_s for algorithm in algorithms for found_s in algorithm(kind, operand_bytes, to, chip)
-  )
-
-
-def hierarchical_all_reduce(operand_bytes: float, to: Group, chip: Chip) -> float:
-  """Returns the seconds of an all-reduce as reduce-scatter inside, all-reduce of the shares between
-  hosts, all-gather inside.
-
-  Each GPU of a host brings its own share over its own adapter.
-  """
-  inner, outer = Group(to.per_host, 1, to.per_host), Group(to.num_hosts, to.num_hosts, 1)
-  share = operand_bytes / to.per_host
-  return (
-    seconds("reduce-scatter", operand_bytes, inner, chip)
-    + seconds("all-reduce", share, outer, chip)
-    + seconds("all-gather", share, inner, chip)
   )
 
 

@@ -1,7 +1,7 @@
 """What one step, and one block of operations, takes on the resources of a cluster.
 
-Four resources a GPU: computation, and a link for each axis of the mesh; two axes that lie on the
-same wires take turns there. Of what may start, a device starts what can start first. Knows
+Five resources a GPU: computation, and a link for each axis of the mesh; axes that lie on the same
+wires take turns there. Of what may start, a device starts what can start first. Knows
 operations and chips; must not know ticks.
 """
 
@@ -13,12 +13,11 @@ from moe_jax.config import Config
 from moe_jax.plan import links
 from moe_jax.plan.calibration import NONE, Calibration
 from moe_jax.plan.hardware import Cluster
-from moe_jax.plan.leaves import FLOAT32_BYTES, leaves
 from moe_jax.plan.program import Block
 from moe_jax.plan.steps import COMPUTE, Step
 
 # A GPU's streams, in the order in which they are shown.
-STREAMS = ("compute", "expert link", "tensor link", "stage link")
+STREAMS = ("compute", "expert link", "tensor link", "stage link", "data link")
 
 
 class Machine(NamedTuple):
@@ -27,12 +26,10 @@ class Machine(NamedTuple):
   Attributes:
     cluster: the GPUs.
     calibration: what they reach of it.
-    replicas: copies of the whole mesh, which sum their gradients.
   """
 
   cluster: Cluster
   calibration: Calibration = NONE
-  replicas: int = 1
 
 
 class BlockRun(NamedTuple):
@@ -49,10 +46,12 @@ class BlockRun(NamedTuple):
 
 
 def stream(step: Step) -> str:
-  """Returns the stream that a step runs on; of several axes `expert` names it, or else `stage`."""
+  """Returns the stream that a step runs on; of several axes `expert` names it, or else `stage`, or
+  else `data`.
+  """
   if not step.is_communication:
     return "compute"
-  return f"{next(axis for axis in ('expert', 'stage', 'tensor') if axis in step.axes)} link"
+  return f"{next(axis for axis in ('expert', 'stage', 'data', 'tensor') if axis in step.axes)} link"
 
 
 def seconds(step: Step, settings: Config, machine: Machine) -> float:
@@ -79,23 +78,6 @@ def wires(step: Step, settings: Config, machine: Machine) -> links.Group:
   if step.kind == "collective-permute" and to.size > 1:
     return links.Group(2, min(2, to.num_hosts), 1 if to.num_hosts > 1 else 2)
   return to
-
-
-def replica_seconds(settings: Config, machine: Machine) -> float:
-  """Returns what replicas add to a step: their gradients, summed in levels, and nothing hides it.
-
-  A device sums the part of the state that it holds with those that hold the same part.
-  """
-  if machine.replicas == 1:
-    return 0.0
-  # Replicas lie outside of the mesh: as many share a host as whole meshes fit into one.
-  per_host = min(
-    machine.replicas, max(1, machine.cluster.gpus_per_host // settings.mesh.num_devices)
-  )
-  to = links.Group(machine.replicas, -(-machine.replicas // per_host), per_host)
-  held = leaves(settings.model)
-  operand_bytes = FLOAT32_BYTES * sum(leaf.state_elements(settings.mesh) for leaf in held)
-  return links.hierarchical_all_reduce(operand_bytes, to, machine.cluster.chip)
 
 
 @functools.lru_cache(maxsize=2048)

@@ -23,7 +23,7 @@ class Memory:
   """Bytes on one GPU; the names are those of the rehearsal's report where it has them.
 
   Attributes:
-    parameters: master weights, float32, split over `expert` too; in serving 0.
+    parameters: master weights, float32, split over `expert` and `data` too; in serving 0.
     optimizer: two moments, as the master weights.
     inputs: the step's tokens, targets, positions, segments and weights.
     gradients: sums over micro-batches.
@@ -92,7 +92,7 @@ def train(settings: Config) -> Memory:
   return Memory(
     parameters=state,
     optimizer=2 * state,
-    inputs=_INPUT_ARRAYS * _INT_BYTES * settings.train.batch // mesh.expert * at.positions,
+    inputs=_INPUT_ARRAYS * _INT_BYTES * settings.train.batch // mesh.sequence_shares * at.positions,
     gradients=elements * DTYPE_BYTES[settings.pipeline.gradient_dtype],
     compute_copies=sum(workspace.copy_bytes(settings, leaf) for leaf in held),
     stash=schedule.peak_in_flight * units.layers_per_unit(settings) * kept,
@@ -116,7 +116,7 @@ def serve(settings: Config, sequences: int, cache_tokens: int, prompt_tokens: in
   at = steps.sizes(settings, positions=prompt_tokens)
   heads = model.kv_heads // mesh.tensor
   per_token = model.layers // mesh.stage * heads * steps.cached_bytes(settings)
-  held = -(-sequences // mesh.expert)
+  held = -(-sequences // mesh.sequence_shares)
   activation = at.tokens * model.d_model * at.dtype_bytes
   arrived, hidden = saving.row_bytes(settings, at)
   return Memory(

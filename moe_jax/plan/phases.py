@@ -9,6 +9,7 @@ schedules.
 Letters as in the README: b, s, n, g, e, f, v are this device's shares.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -31,8 +32,10 @@ KERNEL_BLOCK = 128
 # Of what a layer keeps; and ten more a layer and unit for sums, loops and what a tick begins with.
 _STASH_KERNELS = {"inputs": 11, "exchanges": 17, "residuals": 30, "everything": 50}
 _FLOAT32 = FLOAT32_BYTES
-# Of a layer that runs later: what stands beside it does not wait.
-AHEAD = frozenset({"gather ahead", "put and take", "scatter ahead", "take and put"})
+# Of a layer that runs later, axis by axis in this order: what stands beside it does not wait.
+_GATHER = {"data": "gather ahead from copies", "expert": "gather ahead"}
+_SCATTER = {"expert": "scatter ahead", "data": "scatter ahead to copies"}
+AHEAD = frozenset({*_GATHER.values(), "put and take", *_SCATTER.values(), "take and put"})
 # What waits for nothing in its layer: it is written a step later, and read a layer before.
 STASHED = frozenset({"keep", "take"})
 # What nothing in the layer waits for: weights' gradients and their sums.
@@ -46,7 +49,7 @@ def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the forward steps of one layer: attention, dispatch, experts, combine.
 
   Communication: as the docstrings of model/attention.py and of `dispatches.forward` say; and of
-  streamed weights, of a layer to come, an all-gather over `expert`.
+  streamed weights, of a layer to come, all-gathers over `data` and then `expert`.
   """
   *layer, keep = _first_round(settings, at)
   return (*stream(settings), *layer, *_further_rounds(settings, layer), keep)
@@ -76,37 +79,56 @@ def stream(settings: Config) -> tuple[Step, ...]:
 
 
 def gather_layer(settings: Config) -> tuple[Step, ...]:
-  """Returns the gather of one layer's weights that lie in shares."""
-  num_bytes = _by_layer(settings) // settings.mesh.expert * DTYPE_BYTES[settings.model.dtype]
-  whole = num_bytes * settings.mesh.expert
-  if not num_bytes:
+  """Returns the gathers of one layer's weights that lie in shares: between copies shares travel."""
+  mesh, width = settings.mesh, DTYPE_BYTES[settings.model.dtype]
+  split, whole, turned = _by_layer(settings)
+  if not whole:
     return ()
   return (
-    Step("gather ahead", "other", "all-gather", axes=("expert",), operand_bytes=num_bytes),
+    *(
+      Step(name, "other", "all-gather", axes=(axis,),
+           operand_bytes=split[axis] // getattr(mesh, axis) * width)
+      for axis, name in _GATHER.items()
+      if axis in split
+    ),
     # Into the ring and out of it.
-    Step("put and take", "other", num_bytes=4 * whole, kernels=2),
-  )
+    Step("put and take", "other", num_bytes=(4 * whole + 2 * turned) * width, kernels=2),
+  )  # fmt: skip
 
 
 def scatter_layer(settings: Config) -> tuple[Step, ...]:
-  """Returns the sum over `expert` of one layer's gradients of those weights."""
-  num_bytes = _by_layer(settings) * DTYPE_BYTES[settings.pipeline.gradient_dtype]
-  if not num_bytes:
+  """Returns the sum over ranks, into shares, of one layer's gradients of those weights."""
+  width = DTYPE_BYTES[settings.pipeline.gradient_dtype]
+  split, whole, turned = _by_layer(settings)
+  if not whole:
     return ()
   return (
-    Step("scatter ahead", "other", "reduce-scatter", BACKWARD, ("expert",), num_bytes),
+    *(
+      Step(name, "other", "reduce-scatter", BACKWARD, (axis,), split[axis] * width)
+      for axis, name in _SCATTER.items()
+      if axis in split
+    ),
     # Out of the sums, and what comes back into those of the ranks.
-    Step("take and put", "other", part=BACKWARD, num_bytes=4 * num_bytes, kernels=2),
+    Step(
+      "take and put", "other", part=BACKWARD, num_bytes=(4 * whole + 2 * turned) * width, kernels=2
+    ),
   )
 
 
-def _by_layer(settings: Config) -> int:
+def _by_layer(settings: Config) -> tuple[dict[str, int], int, int]:
   """Returns the elements of one layer's weights that are gathered, or whose gradients are summed,
-  layer by layer.
+  layer by layer: of those split along each axis, as `Leaf.whole_elements`, of all, and of those
+  that are turned round for it.
   """
-  held = [leaf for leaf in leaves(settings.model) if leaf.is_by_layer(settings.mesh)]
-  elements = sum(leaf.elements(settings.mesh) for leaf in held)
-  return elements * settings.mesh.stage // settings.model.layers
+  mesh, split, whole, turned = settings.mesh, collections.Counter(), 0, 0
+  for leaf in leaves(settings.model):
+    if leaf.is_by_layer(mesh):
+      split.update(leaf.whole_elements(mesh))
+      whole += leaf.elements(mesh)
+      turned += leaf.is_turned(mesh) * leaf.elements(mesh)
+  of_layer = lambda elements: elements * mesh.stage // settings.model.layers
+  by_axis = {axis: of_layer(elements) for axis, elements in split.items()}
+  return by_axis, of_layer(whole), of_layer(turned)
 
 
 def layer_backward(settings: Config, at: Sizes) -> tuple[Step, ...]:

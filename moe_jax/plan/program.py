@@ -18,7 +18,7 @@ from moe_jax.config import Config, Pipeline
 from moe_jax.pipeline import segments
 from moe_jax.pipeline.table import Table
 from moe_jax.plan import memory, phases, units
-from moe_jax.plan.steps import Step
+from moe_jax.plan.steps import Step, sizes
 
 # Before and after the ticks, and at the begin of each; and transfers to the next stage, to the one
 # before, and both in one.
@@ -135,20 +135,29 @@ def ends(settings: Config) -> tuple[Block, Block]:
   return ends_of(settings, *shares(settings))
 
 
-def ends_of(settings: Config, gathered: float, summed: float) -> tuple[Block, Block]:
+def ends_of(
+  settings: Config, gathered: float, summed: float, is_head_late: bool
+) -> tuple[Block, Block]:
   """Returns the same with these `shares`."""
-  begin, end = units.begin(settings, gathered), units.end(settings, summed)
+  begin, end = units.begin(settings, gathered, is_head_late), units.end(settings, summed)
   return _chains((BEGIN, 0, begin)), _chains((END, 0, end))
 
 
-def shares(settings: Config) -> tuple[float, float]:
-  """Returns which share of the weights that may come beside ticks is gathered before them, and
-  which share of their gradients is summed behind them: the first chunk's, or all.
+def shares(settings: Config) -> tuple[float, float, bool]:
+  """Returns which share of the weights that may come beside ticks is gathered before them, which
+  share of their gradients is summed behind them: the first chunk's, or all; and whether the
+  pipeline gathers the head's weights itself, which is planned as before the ticks.
   """
   of_ticks = tick_counts(settings.pipeline, settings.mesh.stage)
   share = lambda some: 1 / settings.pipeline.chunks if some else 1.0
   comes, leaves = (any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves"))
-  return share(comes and not settings.pipeline.prefetch_layers), share(leaves)
+  is_head_late = _has_room_beside_heads(settings.pipeline, settings.mesh.stage)
+  return share(comes and not settings.pipeline.prefetch_layers), share(leaves), is_head_late
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_room_beside_heads(pipeline: Pipeline, stages: int) -> bool:
+  return segments.has_room_beside_heads(memory.table(pipeline, stages))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -214,21 +223,27 @@ def one_layer(
     moves: whether a layer's weights come beside the forward unit, or gradients leave beside the
       backward unit, behind its first exchange.
   """
-  steps = units.unit(settings, kind)
+  (_, _, steps), *other = _streams(settings, kind, layer)
   if moves and not (kind == "forward" and settings.pipeline.prefetch_layers):
     beside = phases.gather_layer if kind == "forward" else phases.scatter_layer
     first = next((i for i, step in enumerate(steps) if "expert" in step.axes), 0)
     steps = (*steps[: first + 1], *beside(settings), *steps[first + 1 :])
-  return _chains((kind, layer, steps), late=phases.LATE if tied else frozenset())
+  return _chains((kind, layer, steps), *other, late=phases.LATE if tied else frozenset())
 
 
 def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:
   """Returns a layer of a backward unit beside one of a forward unit, step beside step."""
   return _chains(
-    ("backward", back_layer, units.unit(settings, "backward")),
-    ("forward", layer, units.unit(settings, "forward")),
+    *_streams(settings, "backward", back_layer),
+    *_streams(settings, "forward", layer),
     late=phases.LATE,
   )
+
+
+def _streams(settings: Config, kind: str, layer: int) -> list[tuple[str, int, Sequence[Step]]]:
+  """Returns a layer's chain, or those of a micro-batch's two halves."""
+  parts = 2 if settings.pipeline.halves else 1
+  return [(kind, layer, units.unit(settings, kind, sizes(settings, parts=parts)))] * parts
 
 
 def _chains(*chains: tuple[str, int, Sequence[Step]], late: frozenset[str] = frozenset()) -> Block:
@@ -243,11 +258,14 @@ def _chains(*chains: tuple[str, int, Sequence[Step]], late: frozenset[str] = fro
   behind: list[tuple[Step, str, int, tuple[int, ...]]] = []
   for unit, layer, steps in chains:
     last: tuple[int, ...] = ()
+    ahead: tuple[int, ...] = ()  # of a layer to come, whose shares the next collective takes
     for step in steps:
       if step.name in late:
         behind.append((step, unit, layer, () if step.name in phases.STASHED else last))
         continue
-      ops.append(Op(step, unit, layer, last))
+      is_ahead = step.is_communication and step.name in phases.AHEAD
+      ops.append(Op(step, unit, layer, (*last, *ahead) if is_ahead else last))
+      ahead = (len(ops) - 1,) if is_ahead else ()
       if step.name not in NOT_WAITED_FOR:
         last = (len(ops) - 1,)
   for step, unit, layer, after in behind:

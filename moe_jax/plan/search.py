@@ -30,8 +30,8 @@ class Plan(NamedTuple):
   """One way.
 
   Attributes:
-    settings: the deployment of one replica.
-    machine: that it runs on, with the number of replicas.
+    settings: the deployment.
+    machine: that it runs on.
     seconds: of a training step, or to serve the whole workload.
     tokens_per_ms_per_gpu: trained, or read and written.
     memory_bytes: on one GPU.
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
   @property
   def num_gpus(self) -> int:
-    return self.settings.mesh.num_devices * self.machine.replicas
+    return self.settings.mesh.num_devices
 
 
 class Targets(NamedTuple):
@@ -87,7 +87,6 @@ def search(
   workload: serve.Workload | None = None,
   ttft_s: float | None = None,
   bubble: float | None = None,
-  with_replicas: bool = False,
   calibration: Calibration = NONE,
   tied: bool = True,
 ) -> Found:
@@ -96,12 +95,11 @@ def search(
   Args:
     settings: model, batch and sequence are kept; mesh, pipeline and dispatch are chosen. To serve,
       the workload's sequences take the place of the batch.
-    cluster: all its GPUs are used.
+    cluster: all its GPUs are used, by as many copies of a mesh as there is room for.
     workload: to serve; None trains.
     ttft_s: until the first token, at most; slower plans are left out.
     bubble: share of a training step that a stage may be idle, at most; plans with more are left
       out.
-    with_replicas: whether copies of the mesh may share the batch (on paper: nothing runs them yet).
     calibration: of the machine.
     tied: as in program.train.
 
@@ -110,8 +108,8 @@ def search(
       or by how much.
   """
   rank = _Ranking(settings, cluster, workload, ttft_s, bubble, calibration, tied)
-  for mesh, replicas in meshes(settings, cluster.num_gpus, with_replicas, workload):
-    rank.mesh(mesh, replicas)
+  for mesh in meshes(settings, cluster.num_gpus, workload):
+    rank.mesh(mesh)
   if not rank.considered:
     raise ValueError(_why_none(settings, cluster, workload))
   if not rank.best and rank.least_ttft_s < math.inf:
@@ -143,10 +141,8 @@ def evaluate(
   tied: bool = True,
 ) -> Plan:
   """Returns a deployment as a plan, whether it fits or not."""
-  gpus = settings.mesh.num_devices
   if workload is not None:
-    share = workload._replace(sequences=workload.sequences // machine.replicas)
-    found = serve.run(settings, machine, share)
+    found = serve.run(settings, machine, workload)
     return Plan(
       settings,
       machine,
@@ -156,7 +152,8 @@ def evaluate(
       found,
     )
   step_s = simulate.step_seconds(settings, machine, tied)
-  rate = settings.train.batch * settings.train.sequence / (step_s * 1e3 * gpus)
+  tokens = settings.train.batch * settings.train.sequence
+  rate = tokens / (step_s * 1e3 * settings.mesh.num_devices)
   return Plan(settings, machine, step_s, rate, memory.train(settings).total)
 
 
@@ -171,7 +168,7 @@ def smallest(
   for exponent in range(int(math.log2(cluster.num_gpus)) + 1):
     part = cluster.of(2**exponent)
     try:
-      best = search(settings, part, with_replicas=True, **options).best[0]
+      best = search(settings, part, **options).best[0]
     except ValueError as error:
       tried.append((part.num_gpus, None, str(error)))
       continue
@@ -194,23 +191,24 @@ def missed(plan: Plan, targets: Targets) -> str:
 
 
 def meshes(
-  settings: Config, num_gpus: int, with_replicas: bool, workload: serve.Workload | None = None
-) -> Iterator[tuple[Mesh, int]]:
-  """Yields the legal meshes of a number of GPUs, and how many replicas of each there are."""
+  settings: Config, num_gpus: int, workload: serve.Workload | None = None
+) -> Iterator[Mesh]:
+  """Yields the legal meshes of a number of GPUs: `data` is what the other axes leave of them."""
   model = settings.model
   widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
   axes = (_divisors(model.experts), _divisors(widths), _divisors(model.layers))
   for expert, tensor, stage in itertools.product(*axes):
-    replicas, rest = divmod(num_gpus, expert * tensor * stage)
-    if rest or not replicas or (replicas > 1 and not with_replicas):
+    data, rest = divmod(num_gpus, expert * tensor * stage)
+    if rest:
       continue
+    mesh = Mesh(expert=expert, tensor=tensor, stage=stage, data=data)
     fits = model.vocab % (stage * tensor) == 0 and settings.train.sequence % tensor == 0
-    if fits and _batch(settings, workload) % (replicas * expert) == 0:
-      yield Mesh(expert=expert, tensor=tensor, stage=stage), replicas
+    if fits and _batch(settings, workload) % mesh.sequence_shares == 0:
+      yield mesh
 
 
 def _batch(settings: Config, workload: serve.Workload | None) -> int:
-  """Returns the sequences that the mesh and its replicas share."""
+  """Returns the sequences that the ranks of a mesh share."""
   return workload.sequences if workload else settings.train.batch
 
 
@@ -235,10 +233,10 @@ class _Ranking:
     self.considered = self.simulated = self.too_large = 0
     self.least_bytes = 0
 
-  def mesh(self, mesh: Mesh, replicas: int) -> None:
+  def mesh(self, mesh: Mesh) -> None:
     """Considers every plan on a mesh."""
-    machine = Machine(self.cluster, self.calibration, replicas)
-    for settings in self._layouts(mesh, replicas):
+    machine = Machine(self.cluster, self.calibration)
+    for settings in self._layouts(mesh):
       self.considered += 1
       if self._bound(settings, machine) > self._limit():
         continue
@@ -264,26 +262,29 @@ class _Ranking:
     self.least_bubble = min(self.least_bubble, found)
     return found > self.bubble
 
-  def _layouts(self, mesh: Mesh, replicas: int) -> Iterator[Config]:
+  def _layouts(self, mesh: Mesh) -> Iterator[Config]:
     given, model = self.settings, self.settings.model
-    batch = _batch(given, self.workload) // replicas
+    batch = _batch(given, self.workload)
     train = dataclasses.replace(given.train, batch=batch)
     # A prefill saves nothing, and all schedules of one chunk are the same forwards.
     saves = SAVE[:1] if self.workload else SAVE
-    per_rank = batch // mesh.expert
+    per_rank = batch // mesh.sequence_shares
     # As given, where the mesh lets it: it costs time and saves little, so it is not searched for.
-    most_ahead = model.layers // mesh.stage - 1 if mesh.expert > 1 else 0
+    most_ahead = model.layers // mesh.stage - 1 if mesh.sequence_shares > 1 else 0
     ahead = min(given.pipeline.prefetch_layers, most_ahead)
     micro_batches = [n for n in _divisors(per_rank) if n <= _MOST_MICRO_BATCHES]
     for moe, save in itertools.product(self._ways(mesh), saves):
       for count, (schedule, chunks) in itertools.product(
-        micro_batches, self._schedules(model.layers // mesh.stage, mesh.stage)
+        micro_batches, self._schedules(model.layers // mesh.stage, mesh)
       ):
-        pipeline = dataclasses.replace(
-          given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save,
-          prefetch_layers=ahead,
-        )  # fmt: skip
-        yield dataclasses.replace(given, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
+        # Halves where units have no other beside them.
+        are_alone = mesh.stage == count == 1 and per_rank % 2 == 0 and not self.workload
+        for halves in (False, True) if are_alone else (False,):
+          pipeline = dataclasses.replace(
+            given.pipeline, schedule=schedule, chunks=chunks, micro_batches=count, save=save,
+            prefetch_layers=ahead, halves=halves,
+          )  # fmt: skip
+          yield dataclasses.replace(given, mesh=mesh, pipeline=pipeline, moe=moe, train=train)
 
   def _ways(self, mesh: Mesh) -> Iterator[Moe]:
     """Yields the ways to bring tokens to experts on a mesh."""
@@ -299,9 +300,10 @@ class _Ranking:
     # float8 is precise enough is not for a search over time to say.
     both = EXCHANGE[:2] if mesh.tensor > 1 and mesh.expert > 1 else EXCHANGE[:1]
     for dispatch in (*CONSIDERED, *({given.dispatch} - set(CONSIDERED))):
-      ranks = given.expert_ranks_per_host
-      if dispatch == "two_level" and hosts == 1:
-        ranks = ranks_per_host(mesh, self.cluster)
+      ranks, of_host = given.expert_ranks_per_host, ranks_per_host(mesh, self.cluster)
+      # Elsewhere it says no more than that no exchange leaves a host.
+      if hosts == 1 and (dispatch == "two_level" or of_host == mesh.expert):
+        ranks = of_host
       if dispatch == "two_level" and not 1 < ranks < mesh.expert:
         continue
       for exchange in both if dispatch not in _OWN_EXCHANGE else EXCHANGE[:1]:
@@ -314,11 +316,12 @@ class _Ranking:
           expert_ranks_per_host=ranks,
         )
 
-  def _schedules(self, layers_per_stage: int, stages: int) -> Iterator[tuple[str, int]]:
+  def _schedules(self, layers_per_stage: int, mesh: Mesh) -> Iterator[tuple[str, int]]:
     yield "1f1b", 1
-    if stages > 1:
-      if not self.workload:
-        yield "gpipe", 1
+    if mesh.stage > 1 and not self.workload:
+      yield "gpipe", 1
+    # Without stages chunks are still what weights of copies come by, and gradients leave.
+    if mesh.stage > 1 or (mesh.data > 1 and not self.workload):
       for chunks in _divisors(layers_per_stage)[1:]:
         yield "interleaved", chunks
 
@@ -359,11 +362,10 @@ def _why_none(settings: Config, cluster: Cluster, workload: serve.Workload | Non
   name = f"sequences={workload.sequences}" if workload else f"train.batch={settings.train.batch}"
   model = settings.model
   widths = math.gcd(model.heads, model.kv_heads, model.expert_hidden)
-  most = model.experts * widths * model.layers
   return (
     f"no mesh of {cluster.num_gpus} GPUs is legal: expert divides model.experts={model.experts},"
-    f" tensor divides heads and hidden units ({widths}), stage divides model.layers={model.layers}"
-    f" (at most {most} GPUs), and {name} must divide by expert x micro-batches; choose another"
+    f" tensor divides heads and hidden units ({widths}), stage divides model.layers={model.layers},"
+    f" data is what they leave of the GPUs, and {name} must divide by expert x data; choose another"
     f" number of GPUs, or {'sequences' if workload else 'a batch'} that is a multiple of more"
     f"{hosts}"
   )

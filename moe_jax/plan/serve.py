@@ -1,7 +1,8 @@
 """What serving takes: the prefill of a batch of prompts, and each token after it.
 
-The same steps as in training, forwards alone, the head at the last position of each prompt. Knows
-steps and machines; must not know how requests arrive.
+The same steps as in training, forwards alone, the head at the last position of each prompt. Copies
+of the mesh serve equal parts of a workload, and send each other nothing. Knows steps and machines;
+must not know how requests arrive.
 
 Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. Times
 are upper bounds: a prefill's micro-batch is worked as two halves side by side (pipeline.halves),
@@ -27,7 +28,7 @@ class Workload(NamedTuple):
   """What is served.
 
   Attributes:
-    sequences: at once, over one replica of the mesh.
+    sequences: at once, over all copies of the mesh.
     prompt_tokens, output_tokens: of each.
   """
 
@@ -43,7 +44,7 @@ class Workload(NamedTuple):
 
 
 class Served(NamedTuple):
-  """What a replica of the mesh makes of a workload.
+  """What a deployment makes of a workload.
 
   Attributes:
     ttft_s: until the first token of the last of the batch's prompts.
@@ -113,10 +114,11 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   With as many groups as stages no stage waits; fewer sequences than that leave some idle.
   """
   mesh = settings.mesh
-  groups = max(1, min(mesh.stage, workload.sequences // mesh.expert))
-  sequences = -(-workload.sequences // (groups * mesh.expert))
+  shares = mesh.sequence_shares
+  groups = max(1, min(mesh.stage, workload.sequences // shares))
+  sequences = -(-workload.sequences // (groups * shares))
   train = dataclasses.replace(
-    settings.train, batch=sequences * mesh.expert, sequence=max(mesh.tensor, 1)
+    settings.train, batch=sequences * shares, sequence=max(mesh.tensor, 1)
   )
   pipeline = dataclasses.replace(settings.pipeline, schedule="1f1b", chunks=1, micro_batches=1)
   decode = _as_served(dataclasses.replace(settings, train=train, pipeline=pipeline), positions=1)

@@ -13,15 +13,7 @@ from typing import NamedTuple
 from moe_jax.config import Config
 from moe_jax.pipeline.table import KINDS
 from moe_jax.plan import links, memory, program, units
-from moe_jax.plan.machine import (
-  BlockRun,
-  Machine,
-  replica_seconds,
-  run_block,
-  run_once,
-  stream,
-  wires,
-)
+from moe_jax.plan.machine import BlockRun, Machine, run_block, run_once, stream, wires
 from moe_jax.plan.program import Block
 
 _OF_LAYERS = ("forward", "backward")
@@ -52,7 +44,7 @@ class Run(NamedTuple):
   """What a step takes, of the slowest device where they differ.
 
   Attributes:
-    step_s: of the operations, and of summing over replicas.
+    step_s: of all operations.
     launch_s: of `compute_s`, in which no kernel runs, for one is launched.
     compute_s: of kernels and their launches.
     bubble_fraction: idle cells of the executed table, at the units' times.
@@ -102,7 +94,7 @@ def step_seconds(settings: Config, machine: Machine, tied: bool = True) -> float
   for runs, times in program.tick_counts(settings.pipeline, settings.mesh.stage):
     layers_s = num_layers * cost.layer(runs)
     step_s += times * (cost.before(runs) + layers_s + cost.behind(runs))
-  return step_s + replica_seconds(settings, machine)
+  return step_s
 
 
 class _Costs:
@@ -112,10 +104,9 @@ class _Costs:
     self.settings, self.machine, self.tied = settings, machine, tied
     self.known: dict[tuple, float] = {}
 
-  def ends(self, gathered: float, summed: float) -> float:
+  def ends(self, *shares: float) -> float:
     """Of what stands before and after the ticks, with `program.shares`."""
-    key = ("ends", gathered, summed)
-    return self._known(key, lambda: program.ends_of(self.settings, gathered, summed))
+    return self._known(("ends", *shares), lambda: program.ends_of(self.settings, *shares))
 
   def before(self, runs: program.Tick) -> float:
     """Of what stands before the layers of a tick."""
@@ -198,9 +189,8 @@ def train(settings: Config, machine: Machine, tied: bool = True) -> Run:
         by_link[to.link] += took_s
         sent[to.link] += times * links.bytes_sent(op.step.kind, op.step.operand_bytes, to.size)
         hidden[stream(op.step)] += times * _overlap(kernels, start_s, end_s)
-  replica_s = replica_seconds(settings, machine)
   return Run(
-    step_s=totals["step"] + replica_s,
+    step_s=totals["step"],
     launch_s=totals["kernels"] * machine.calibration.launch_s,
     compute_s=totals["compute"],
     bubble_fraction=bubble_fraction(settings, machine, tied),

@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.plan import memory, phases, program, units
 from moe_jax.plan.load import Load
-from moe_jax.plan.machine import Machine, replica_seconds, resources, run_block, seconds
+from moe_jax.plan.machine import Machine, resources, run_block, seconds
 from moe_jax.plan.program import ARRIVE, BOTH, RETURN
 from moe_jax.plan.steps import AGAIN, ROWS, Step, even_rounds
 
@@ -17,7 +17,8 @@ _OF_LAYERS = ("forward", "backward")
 
 
 def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = True) -> np.ndarray:
-  """Returns end_ZX, the seconds of a step on each stage and rank of `expert` under uneven load.
+  """Returns end_ZX, the seconds of a step on each stage and rank of `expert` under uneven load, in
+  all copies alike.
 
   Args:
     settings: the deployment.
@@ -56,7 +57,7 @@ def end_seconds(settings: Config, machine: Machine, load: Load, tied: bool = Tru
         free[occupies[place]] = ends[place]
       for end in ends.values():
         now = np.maximum(now, end)
-  return now + replica_seconds(settings, machine)
+  return now
 
 
 def _further(settings: Config) -> dict[str, Step]:
@@ -88,5 +89,5 @@ def _meet(start_ZX: np.ndarray, op: program.Op, ranks_per_host: int) -> np.ndarr
     start_ZHG = start_ZX.reshape(len(start_ZX), -1, ranks_per_host)
     latest = start_ZHG.max({"hosts": 1, "ranks": 2}[op.step.among], keepdims=True)
     return np.broadcast_to(latest, start_ZHG.shape).reshape(start_ZX.shape)
-  axes = tuple(_AXIS_OF[axis] for axis in op.step.axes if axis != "tensor")
+  axes = tuple(_AXIS_OF[axis] for axis in op.step.axes if axis in _AXIS_OF)
   return np.broadcast_to(start_ZX.max(axes, keepdims=True), start_ZX.shape) if axes else start_ZX

@@ -85,17 +85,19 @@ class Sizes:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes(settings: Config, positions: int = 0, context: int = 0) -> Sizes:
+def sizes(settings: Config, positions: int = 0, context: int = 0, parts: int = 1) -> Sizes:
   """Returns the sizes of a micro-batch on one device.
 
   Args:
     settings: the deployment.
     positions: of each sequence in this pass; 0 is train.sequence.
     context: positions already in the key-value cache.
+    parts: into which its sequences fall; the sizes are of one of them.
   """
   model, mesh, train, moe = settings.model, settings.mesh, settings.train, settings.moe
   positions = positions or train.sequence
-  sequences = max(1, train.batch // (settings.pipeline.micro_batches * mesh.expert))
+  ranks = settings.pipeline.micro_batches * mesh.sequence_shares
+  sequences = max(1, train.batch // (ranks * parts))
   tokens = max(1, sequences * positions // mesh.tensor)
   assignments = tokens * model.experts_per_token
   if moe.dispatch == "capacity":
@@ -151,10 +153,9 @@ def cached_bytes(settings: Config) -> int:
 
 def group_size(settings: Config, step: Step) -> int:
   """Returns how many devices take part in a collective."""
-  ranks = settings.moe.expert_ranks_per_host
-  part = {"": settings.mesh.expert, "hosts": settings.mesh.expert // ranks, "ranks": ranks}
-  sizes = {"stage": settings.mesh.stage, "expert": part[step.among], "tensor": settings.mesh.tensor}
-  return math.prod(sizes[axis] for axis in step.axes)
+  mesh, ranks = settings.mesh, settings.moe.expert_ranks_per_host
+  part = {"": mesh.expert, "hosts": mesh.expert // ranks, "ranks": ranks}[step.among]
+  return math.prod(part if axis == "expert" else getattr(mesh, axis) for axis in step.axes)
 
 
 def activation_bytes(settings: Config, at: Sizes) -> int:

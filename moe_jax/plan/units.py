@@ -19,8 +19,9 @@ from moe_jax.plan.steps import (
 )
 
 _FLOAT32 = FLOAT32_BYTES
-_INSIDE_STAGE = ("expert", "tensor")
-_ALL = ("stage", "expert", "tensor")
+_ALL = ("data", "stage", "expert", "tensor")  # outermost first
+_TOKENS = ("data", "expert", "tensor")  # that split the tokens of a micro-batch
+_SEQUENCES = ("data", "expert")  # of these those that split its sequences
 _STAGE = ("stage",)
 # Times that a tick's begin reads or writes an activation; as its kernels, of pod64 and pod64_10b.
 _MOVED = 16
@@ -29,7 +30,7 @@ REPORTED = 9
 # What nothing in its unit waits for: counts are the load-balancing loss's.
 _COUNTED = "count over"
 _REPORT = "sum the report"
-NOT_WAITED_FOR = frozenset({f"{_COUNTED} expert", f"{_COUNTED} tensor", _REPORT})
+NOT_WAITED_FOR = frozenset({*(f"{_COUNTED} {axis}" for axis in _TOKENS), _REPORT})
 
 
 def unit(settings: Config, kind: str, at: Sizes | None = None) -> tuple[Step, ...]:
@@ -68,33 +69,30 @@ def tick(settings: Config) -> Step:
   return Step("begin the tick", "other", num_bytes=moved, kernels=14)
 
 
-def begin(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
+def begin(settings: Config, share: float = 1.0, is_head_late: bool = False) -> tuple[Step, ...]:
   """Returns the steps before the first tick: master weights, split by ZeRO-1, to compute copies.
 
   Args:
     settings: the deployment.
     share: of those weights that may be gathered layer by layer, what is gathered here.
+    is_head_late: whether the pipeline gathers the head's.
   """
-  mesh = settings.mesh
-  held = leaves(settings.model)
+  mesh, held = settings.mesh, leaves(settings.model)
   dtype = DTYPE_BYTES[settings.model.dtype]
-  gathered_bytes = sum(
-    leaf.state_elements(mesh)
-    * (_FLOAT32 if leaf.is_float32 else dtype)
-    * (share if leaf.is_by_layer(mesh) else 1.0)
+  converted = sum(leaf.state_elements(mesh) for leaf in held) * (_FLOAT32 + dtype)
+  turned = sum(
+    leaf.elements(mesh) * (share if leaf.is_by_layer(mesh) else 1.0)
     for leaf in held
-    if leaf.is_zero_split(mesh) and not leaf.is_streamed(settings)
+    if leaf.is_turned(mesh) and not leaf.is_streamed(settings)
   )
-  converted = sum(leaf.state_elements(mesh) for leaf in held)
   # The first layers of both directions; the others are gathered beside those before them.
   ahead = 2 * settings.pipeline.prefetch_layers
   return (
     # Of the targets' weights, which are to sum to 1 over the step.
-    Step("sum the weights", "other", "all-reduce", axes=("expert",), operand_bytes=_FLOAT32),
-    Step("cast parameters", "other", num_bytes=converted * (_FLOAT32 + dtype), kernels=14),
-    Step(
-      "gather parameters", "other", "all-gather", axes=("expert",), operand_bytes=gathered_bytes
-    ),
+    Step("sum the weights", "other", "all-reduce", axes=_SEQUENCES, operand_bytes=_FLOAT32),
+    Step("cast parameters", "other", num_bytes=converted, kernels=14),
+    *_gathers(settings, share, is_head_late),
+    *([Step("turn parameters", "other", num_bytes=2 * turned * dtype, kernels=2)] * bool(turned)),
     *[
       dataclasses.replace(step, name=f"{step.name} {number}")
       for step in phases.stream(settings)
@@ -103,29 +101,62 @@ def begin(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
   )
 
 
+def _gathers(settings: Config, share: float, is_head_late: bool) -> list[Step]:
+  """Returns the gathers of parameters: XLA's over both axes of their shares at once, the pipeline's
+  over one after the other, `data` first.
+  """
+  mesh, dtype = settings.mesh, DTYPE_BYTES[settings.model.dtype]
+  gathered = dict.fromkeys((_SEQUENCES, ("data",), ("expert",)), 0)
+  for leaf in leaves(settings.model):
+    axes, width = leaf.shares(mesh).axes, _FLOAT32 if leaf.is_float32 else dtype
+    if not axes or leaf.is_streamed(settings):
+      continue
+    here = share if leaf.is_by_layer(mesh) else 1.0
+    if here == 1 and not (is_head_late and leaf.phase == "head" and not leaf.is_float32):
+      gathered[tuple(a for a in _SEQUENCES if a in axes)] += leaf.state_elements(mesh) * width
+      continue
+    for axis, elements in leaf.whole_elements(mesh).items():
+      gathered[(axis,)] += elements // getattr(mesh, axis) * width * here
+  return [
+    Step(f"gather parameters over {'+'.join(axes)}", "other", "all-gather", axes=axes,
+         operand_bytes=num_bytes)
+    for axes, num_bytes in gathered.items()
+    if num_bytes
+  ]  # fmt: skip
+
+
 def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
   """Returns the steps after the last tick: gradients summed once, losses, norm, AdamW.
 
   Args:
     settings: the deployment.
-    share: of those gradients that may be summed over `expert` layer by layer, what is summed here.
+    share: of those gradients that may be summed into shares layer by layer, what is summed here.
   """
   mesh, held = settings.mesh, leaves(settings.model)
   dtype = DTYPE_BYTES[settings.pipeline.gradient_dtype]
-  scattered, summed = 0.0, {}
+  scattered, summed, turned = {}, {}, 0.0
   for leaf in held:
-    is_split = leaf.is_zero_split(mesh)
-    scattered += is_split * leaf.elements(mesh) * (share if leaf.is_by_layer(mesh) else 1.0)
-    absent = {"stage", "expert", "tensor"} - leaf.mesh_axes() - ({"expert"} if is_split else set())
-    axes = tuple(name for name in _ALL if name in absent and getattr(mesh, name) > 1)
+    here = share if leaf.is_by_layer(mesh) else 1.0
+    turned += leaf.is_turned(mesh) * leaf.elements(mesh) * here
+    for axis, elements in leaf.whole_elements(mesh).items():
+      scattered[axis] = scattered.get(axis, 0.0) + elements * here
+    split = {*leaf.mesh_axes(), *leaf.shares(mesh).axes}
+    axes = tuple(name for name in _ALL if name not in split and getattr(mesh, name) > 1)
     if axes:
       summed[axes] = summed.get(axes, 0) + leaf.state_elements(mesh)
   state = sum(leaf.state_elements(mesh) for leaf in held)
   gradients = sum(leaf.elements(mesh) for leaf in held)
   report = settings.model.layers // mesh.stage * (settings.model.experts + REPORTED)
   return (
-    Step(
-      "scatter gradients", "other", "reduce-scatter", BACKWARD, ("expert",), scattered * dtype,
+    *(
+      [Step("turn gradients", "other", part=BACKWARD, num_bytes=2 * turned * dtype, kernels=2)]
+      * bool(turned)
+    ),
+    *(
+      Step(f"scatter gradients over {axis}", "other", "reduce-scatter", BACKWARD, (axis,),
+           scattered[axis] * dtype)
+      for axis in ("expert", "data")
+      if axis in scattered
     ),
     *(
       Step(f"sum gradients over {'+'.join(axes)}", "other", "all-reduce", BACKWARD, axes, n * dtype)
@@ -133,7 +164,7 @@ def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
     ),
     # Two losses, and the squares of the gradient.
     Step("sum losses and norm", "other", "all-reduce", BACKWARD, _ALL, 3 * _FLOAT32),
-    Step(_REPORT, "other", "all-reduce", BACKWARD, _INSIDE_STAGE, report * _FLOAT32),
+    Step(_REPORT, "other", "all-reduce", BACKWARD, _TOKENS, report * _FLOAT32),
     Step("zero and cast gradients", "other", num_bytes=3 * gradients * _FLOAT32, kernels=160),
     # Weights and two moments are read and written, the gradient read.
     Step("AdamW", "optimizer", num_bytes=6.5 * state * _FLOAT32, kernels=14),
@@ -219,7 +250,8 @@ def _count(settings: Config) -> tuple[Step, ...]:
   return tuple(
     Step(f"{_COUNTED} {axis}", "head", "all-to-all", axes=(axis,),
          operand_bytes=getattr(settings.mesh, axis) * numbers * _FLOAT32)
-    for axis in _INSIDE_STAGE
+    for axis in _TOKENS
+    if getattr(settings.mesh, axis) > 1
   )  # fmt: skip
 
 

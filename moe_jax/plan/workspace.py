@@ -60,15 +60,16 @@ def copy_bytes(settings: Config, leaf: Leaf) -> int:
   """
   mesh, dtype = settings.mesh, DTYPE_BYTES[settings.model.dtype]
   is_cast = not leaf.is_float32 and dtype != FLOAT32_BYTES
-  is_gathered = mesh.expert > 1 and leaf.is_zero_split(mesh)
   share = is_cast * leaf.state_elements(mesh) * dtype
   if leaf.is_streamed(settings):
     return share + _ring_bytes(settings, leaf)
   if leaf.is_by_layer(mesh) and settings.pipeline.chunks > 1:
     return share + leaf.elements(mesh) * dtype
-  if not is_cast and not is_gathered:
+  if not is_cast and not leaf.shares(mesh).axes:
     return 0
-  return leaf.elements(mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)
+  # Loops read it turned round again, ticks outside of loops as it was gathered.
+  copies = 2 if leaf.is_turned(mesh) else 1
+  return copies * leaf.elements(mesh) * (FLOAT32_BYTES if leaf.is_float32 else dtype)
 
 
 def _ring_bytes(settings: Config, leaf: Leaf) -> int:

@@ -21,7 +21,7 @@ from moe_jax.model.kv_cache import Cache
 from moe_jax.model.serving import Tokens
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import STAGE, TENSOR, TOKENS
 from moe_jax.pipeline import forward
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table
@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
 def shape(settings: config.Config) -> tuple[int, int]:
   """Returns [U, X * b] of the slots: a micro-batch for each stage, `serve.slots` on each rank."""
-  return settings.mesh.stage, settings.serve.slots * settings.mesh.expert
+  return settings.mesh.stage, settings.serve.slots * settings.mesh.sequence_shares
 
 
 def decode_step(settings: config.Config, mesh: Mesh, num_tokens: int | None = None) -> Callable:
@@ -96,7 +96,7 @@ def decode_step(settings: config.Config, mesh: Mesh, num_tokens: int | None = No
     found = forward.run(functions, schedule, layers, shared, turn % num_micro_batches, slots, cache)
     everywhere = lambda leaf: jax.lax.pmax(leaf, (STAGE, TENSOR))
     tokens_TUb = found.outputs.reshape(num_tokens, num_micro_batches, -1)
-    counts = jax.lax.psum(found.reports, (EXPERT, TENSOR))
+    counts = jax.lax.psum(found.reports, TOKENS)
     return (
       found.state,
       jax.tree.map(everywhere, found.carry),

@@ -159,7 +159,7 @@ class Engine:
     """Returns what the engine holds."""
     with self._mutex:
       free = self._scheduler.pages
-      ranks = range(self._settings.mesh.expert)
+      ranks = range(self._settings.mesh.sequence_shares)
       return Load(
         num_waiting=len(self._waiting),
         num_running=len(self._scheduler.running),

@@ -122,10 +122,12 @@ class Generator:
         yield made
 
   def _sequences(self, prompts, wishes, new_tokens: int) -> list[_Sequence]:
-    """Returns the prompts in their slots, spread over the ranks of `expert`, then micro-batches."""
+    """Returns the prompts in their slots, spread over the ranks of `data` and `expert`, then over
+    micro-batches.
+    """
     settings = self._settings
     self._check(prompts, wishes, new_tokens)
-    ranks, serve = settings.mesh.expert, settings.serve
+    ranks, serve = settings.mesh.sequence_shares, settings.serve
     pages = Pages(ranks, kv_cache.num_pages(settings))
     places = itertools.product(range(serve.slots), range(self._shape[0]), range(ranks))
     found = []
@@ -170,7 +172,7 @@ class Generator:
     waiting.sort(key=lambda item: item[1].start)
     room, results = serve.prefill_rows * serve.prefill_micro_batches, []
     while waiting:
-      taken, later, left = [], [], [room] * self._settings.mesh.expert
+      taken, later, left = [], [], [room] * self._settings.mesh.sequence_shares
       for i, piece in waiting:
         fits = left[piece.rank] > 0 and piece.start == waiting[0][1].start
         (taken if fits else later).append((i, piece))

@@ -15,6 +15,7 @@ from moe_jax import config
 from moe_jax.model import serving
 from moe_jax.model.serving import Chunk
 from moe_jax.moe import few_tokens
+from moe_jax.parallel.mesh import axes_inside_host
 from moe_jax.pipeline import halves
 
 
@@ -58,10 +59,15 @@ def way(settings: config.Config, rows: int, tokens: int) -> Way | None:
   return None
 
 
-def functions(model: serving.Model, how: Way, head: Callable) -> halves.Functions:
+def functions(
+  settings: config.Config, model: serving.Model, how: Way, head: Callable
+) -> halves.Functions:
   """Returns the model's functions of two halves.
 
   Args:
+    settings: the deployment.
+    model: its network.
+    how: it is halved.
     head: as `halves.Functions` has it; inputs are the call's `prefill.Batch`.
   """
 
@@ -82,7 +88,8 @@ def functions(model: serving.Model, how: Way, head: Callable) -> halves.Function
     first, second = map(model.pick_last, y, chunks)
     return how.join(first, second, chunks[1])
 
-  return halves.Functions(embed, begin, end, pick, head)
+  inside = axes_inside_host(settings)
+  return halves.Functions(embed, begin, end, pick, head, inside)
 
 
 def _rows(chunk: Chunk) -> tuple[Chunk, Chunk]:

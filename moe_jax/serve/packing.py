@@ -80,7 +80,7 @@ def pack(
   chunk, wishes = batch
   chunk.context_bW[:] = chunk.pages_bW[:] = pages_lib.NO_PAGE
   wishes.top_p[:] = 1.0
-  places, taken = [], [0] * settings.mesh.expert
+  places, taken = [], [0] * settings.mesh.sequence_shares
   for piece in pieces:
     if not 0 < len(piece.tokens) <= size:
       raise ValueError(f"a piece has {len(piece.tokens)} tokens; give 1 to {size}")

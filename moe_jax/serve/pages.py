@@ -1,4 +1,4 @@
-"""Who holds which page of the cache: a free list for each rank of `expert`, on the host.
+"""Who holds which page of the cache: a free list for each rank of `data` and `expert`, on the host.
 
 Knows page numbers; must not know arrays on devices, or why a sequence wants pages.
 """

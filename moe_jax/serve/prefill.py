@@ -19,14 +19,14 @@ from moe_jax.model.kv_cache import Cache
 from moe_jax.model.serving import Chunk
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import SEQUENCES, STAGE, TENSOR, TOKENS
 from moe_jax.pipeline import forward, halves
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table
 from moe_jax.serve import halving, sampling
 from moe_jax.serve.sampling import Wishes
 
-ROWS = P(None, EXPERT)  # [micro-batches, rows of all ranks of expert, ...]
+ROWS = P(None, SEQUENCES)  # [micro-batches, rows of all ranks of data and expert, ...]
 
 
 class Batch(NamedTuple):
@@ -59,8 +59,8 @@ class Result(NamedTuple):
 
 
 def rows(settings: config.Config) -> int:
-  """Returns the rows of a micro-batch, of all ranks of `expert`."""
-  return settings.serve.prefill_rows * settings.mesh.expert
+  """Returns the rows of a micro-batch, of all ranks of `data` and `expert`."""
+  return settings.serve.prefill_rows * settings.mesh.sequence_shares
 
 
 def chunk_tokens(settings: config.Config) -> int:
@@ -105,16 +105,16 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
     if way is None:
       found = forward.run(whole, table, layers, shared, batch, state=cache)
     else:
-      functions = halving.functions(model, way, head)
+      functions = halving.functions(settings, model, way, head)
       found = halves.run(functions, table, layers, shared, batch, cache)
     size = batch.chunk.tokens_bS.shape[-1]
     padding = jnp.sum(size - batch.chunk.lengths_b, dtype=jnp.int32)
     tokens_UB = jax.lax.pmax(found.outputs, (STAGE, TENSOR))
     return found.state, Result(
       tokens_UB=tokens_UB,
-      padding_tokens=jax.lax.psum(collectives.after(tokens_UB, padding), EXPERT),
-      assigned_LE=jax.lax.psum(found.reports.assigned_E, (EXPERT, TENSOR)),
-      dropped_L=jax.lax.psum(found.reports.dropped, (EXPERT, TENSOR)),
+      padding_tokens=jax.lax.psum(collectives.after(tokens_UB, padding), SEQUENCES),
+      assigned_LE=jax.lax.psum(found.reports.assigned_E, TOKENS),
+      dropped_L=jax.lax.psum(found.reports.dropped, TOKENS),
     )
 
   cache_specs = kv_cache.specs(settings)

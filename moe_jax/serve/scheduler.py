@@ -60,7 +60,7 @@ class Scheduler:
   def __init__(self, settings: config.Config):
     """Begins with everything free."""
     self._settings = settings
-    ranks, serve = settings.mesh.expert, settings.serve
+    ranks, serve = settings.mesh.sequence_shares, settings.serve
     self.pages = Pages(ranks, kv_cache.num_pages(settings))
     self.slots = packing.numpy_zeros(decode.abstract_slots(settings))
     self.slots.wishes.top_p[:] = 1.0
@@ -104,7 +104,8 @@ class Scheduler:
     its end, and the oldest is in every call.
     """
     serve, size = self._settings.serve, prefill.chunk_tokens(self._settings)
-    room = [serve.prefill_rows * serve.prefill_micro_batches] * self._settings.mesh.expert
+    ranks = self._settings.mesh.sequence_shares
+    room = [serve.prefill_rows * serve.prefill_micro_batches] * ranks
     found = []
     while turn := [o for o in self.running.values() if room[o.rank] and not o.is_prefilled]:
       for one in turn:

@@ -22,7 +22,7 @@ from moe_jax.model.transformer import Inputs, Parameters
 from moe_jax.moe import router
 from moe_jax.moe.layer import Report
 from moe_jax.parallel import collectives, sharding
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, STAGE, TOKENS
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table, check
@@ -68,7 +68,8 @@ class Metrics(NamedTuple):
 
 
 def inputs_spec() -> Inputs:
-  """Returns the PartitionSpec of a batch: leaves [U, B / U, S], sequences over `expert`."""
+  """Returns the PartitionSpec of a batch: leaves [U, B / U, S], sequences over `data` and
+  `expert`."""
   return Inputs(*[sharding.spec(("micro_batches", "sequences", "positions"))] * len(Inputs._fields))
 
 
@@ -86,12 +87,12 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   """Returns (parameters, inputs) -> (Losses, gradients as Parameters, their global norm).
 
   Parameters come in the compute dtype, laid out by `streaming.specs`; gradients leave in float32,
-  split over `expert` as well where a dimension divides (`sharding.zero_spec`). Until then they are
-  summed whole on every device, of streamed weights too.
+  in the shares of ZeRO-1 (`sharding.zero_spec`). Until then they are summed whole on every device,
+  of streamed weights too.
 
-  Communication: the pipeline's; then each gradient once: a reduce-scatter over `expert` of what is
-  replicated there, all-reduces over the other axes of what is replicated on those. Then losses and
-  norm in one all-reduce over all axes.
+  Communication: the pipeline's; then each gradient once: along each axis of its shares a
+  reduce-scatter, all-reduces over the other axes on which the parameter is replicated. Then losses
+  and norm in one all-reduce over all axes.
   """
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
@@ -100,13 +101,12 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   schedule = table(settings)
   to_weights = streaming.to_weights(settings, mesh)
   reduces = streaming.reduces(settings, mesh)
-  of_layers = jax.tree.unflatten(jax.tree.structure(specs.layers), map(bool, reduces))
-  are_summed = Parameters(of_layers, jax.tree.map(lambda _: False, specs.shared))
+  are_summed, late = streaming.are_summed(settings, mesh), streaming.late(settings, mesh)
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
     result = executor.run(
-      functions, schedule, to_weights(layers), shared, inputs,
+      functions, schedule, to_weights(layers), late(shared), inputs,
       save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
       reduces=reduces,
     )  # fmt: skip
@@ -191,8 +191,8 @@ def compute_parameters(
     mesh: that they lie on.
     specs: as they are to lie there; default whole, by `transformer.specs`.
 
-  Communication: all-gather over `expert`, in the compute dtype, of what ZeRO-1 splits there and
-  `specs` does not.
+  Communication: all-gather over the axes of its shares, in the compute dtype, of what ZeRO-1 splits
+  and `specs` does not.
   """
   held = transformer.specs(settings.model)
   specs = specs or held
@@ -223,7 +223,7 @@ def _sum_losses(result: executor.Result, *more: jax.Array) -> tuple:
   """Returns the Losses, and of scalars the sums over all devices, which travel with them."""
   mine = jnp.stack([result.loss, result.auxiliary_loss, *more])
   cross_entropy, auxiliary_loss, *sums = jax.lax.psum(mine, ALL)
-  auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), (EXPERT, TENSOR))
+  auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), TOKENS)
   total = cross_entropy + auxiliary_loss
   return Losses(cross_entropy, total, auxiliary, report, result.ticks), *sums
 
@@ -243,13 +243,12 @@ def _reduce(
     mesh: of the step.
     gradient: this device's.
     spec, shape: of the parameter.
-    is_summed: whether the pipeline summed it over `expert`.
+    is_summed: whether the pipeline summed it into its shares.
   """
-  axes = sharding.replicated_axes(spec)
-  dimension = sharding.zero_dimension(spec, shape.shape, mesh)
-  if dimension is not None:
-    if not is_summed:
-      gradient = collectives.reduce_scatter(gradient, EXPERT, dimension)
-    axes = tuple(name for name in axes if name != EXPERT)
+  dimension, names = sharding.shares(spec, shape.shape, mesh)
+  axes = tuple(name for name in sharding.replicated_axes(spec) if name not in names)
+  if not is_summed:
+    for name in names:
+      gradient = collectives.reduce_scatter(gradient, name, dimension)
   gradient = jax.lax.psum(gradient, axes) if axes else gradient
   return gradient.astype(jnp.float32)

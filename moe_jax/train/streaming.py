@@ -1,12 +1,12 @@
-"""Which weights of a layer lie in shares over `expert` in a step, and how they become whole; and
-which gradients are summed there layer by layer.
+"""Which weights of a layer lie in shares in a step, and how they become whole; and which gradients
+are summed into them layer by layer.
 
 ZeRO-1 leaves the master weights in shares already, and wants gradients summed in the same shares.
 Where the schedule lets them come while the pipeline fills, or with `pipeline.prefetch_layers`, the
 copy that the step computes with enters the region in those shares too, and the pipeline gathers
-one layer at a time. It is the large matrices that every rank of `expert` holds alike, attention's;
-norms and routers, float32 and small, stay whole. Knows parameters, the mesh and of a schedule
-whether weights may come late.
+one layer at a time. It is the large matrices that several ranks hold alike: attention's along
+`expert` and `data`, experts' along `data`; norms and routers, float32 and small, stay whole. Knows
+parameters, the mesh and of a schedule whether weights may come late.
 """
 
 import functools
@@ -21,11 +21,11 @@ from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives, sharding
-from moe_jax.parallel.axes import EXPERT
-from moe_jax.pipeline import ends
+from moe_jax.pipeline import ends, segments
 from moe_jax.pipeline.reduction import Reduce
 from moe_jax.pipeline.schedules import SCHEDULES
-from moe_jax.pipeline.weights import Arriving, Shares, Streamed
+from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.weights import Arriving, Late, Shares, Streamed
 
 
 def specs(settings: config.Config, mesh: Mesh) -> Parameters:
@@ -36,25 +36,27 @@ def specs(settings: config.Config, mesh: Mesh) -> Parameters:
   """
   whole = transformer.specs(settings.model)
   ahead, model = settings.pipeline.prefetch_layers, settings.model
+  shapes = _shapes(settings.model)
+  whole = whole._replace(shared=_placed(whole.shared, shapes.shared, _late(settings, mesh), mesh))
   if not ahead and not _arrive(settings, mesh):
     return whole
-  if set(_dimensions(settings, mesh)) == {None}:
+  if not any(_shares(settings, mesh)):
     raise ValueError(
       f"pipeline.prefetch_layers={ahead} gathers attention's weights, of which none lies in shares:"
       f" no dimension of theirs that mesh.expert={settings.mesh.expert} divides is as large as"
       f" model.layers={model.layers}; choose a larger model.d_model={model.d_model} that"
       " mesh.expert divides, or prefetch_layers=0"
     )
-  shapes = _shapes(settings.model)
-  tree = jax.tree.structure(shapes)
+  return whole._replace(layers=_placed(whole.layers, shapes.layers, _shares(settings, mesh), mesh))
+
+
+def _placed(specs: nnx.State, shapes: nnx.State, shares: list, mesh: Mesh) -> nnx.State:
+  """Returns the specs, of what has shares those of ZeRO-1."""
+  leaves = zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), shares, strict=True)
   placed = [
-    spec if dimension is None else sharding.zero_spec(spec, shape.shape, mesh)
-    for spec, shape, dimension in zip(
-      jax.tree.leaves(whole.layers), jax.tree.leaves(shapes), _dimensions(settings, mesh),
-      strict=True,
-    )
-  ]  # fmt: skip
-  return whole._replace(layers=jax.tree.unflatten(tree, placed))
+    sharding.zero_spec(spec, shape.shape, mesh) if share else spec for spec, shape, share in leaves
+  ]
+  return jax.tree.unflatten(jax.tree.structure(shapes), placed)
 
 
 def to_weights(
@@ -63,65 +65,121 @@ def to_weights(
   """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
 
   Communication: none; the pipeline's gathers are, for each weight that lies in shares, an
-  all-gather over `expert` of a layer, or of several.
+  all-gather over each of their axes, of a layer or of several.
   """
   ahead = settings.pipeline.prefetch_layers
   if not ahead and not _arrive(settings, mesh):
     return lambda layers: layers
-  gathers = _of_shares(settings, mesh, collectives.gather)
+  gathers = _of_layers(settings, mesh, _gather)
   if ahead:
     return lambda layers: Streamed(Shares(layers, gathers), ahead)
   return lambda layers: Arriving(Shares(layers, gathers))
 
 
 def reduces(settings: config.Config, mesh: Mesh) -> list[Reduce | None]:
-  """Returns, of each leaf of the layers, what sums gradients over `expert` where its weights lie,
-  or might, in shares: those of a layer, or of several stacked; None for the others.
+  """Returns, of each leaf of the layers, what sums gradients into shares where its weights lie, or
+  might, in them: those of a layer, or of several stacked; None for the others.
 
-  Communication: none; that of each is a reduce-scatter over `expert`.
+  Communication: none; that of each is a reduce-scatter over each axis of the shares.
   """
-  return _of_shares(settings, mesh, collectives.reduce_scatter)
+  return _of_layers(settings, mesh, _reduce_scatter)
 
 
-def _of_shares(settings: config.Config, mesh: Mesh, collective: Callable) -> list[Callable | None]:
-  """Returns the collective along the dimension in which each leaf lies in shares, counted from the
+def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], Late]:
+  """Returns the function from a device's parameters outside the layers, laid out by `specs`, to
+  what the pipeline takes.
+
+  Communication: none; the pipeline's gather is, of what lies in shares, an all-gather over each of
+  their axes, and its sum a reduce-scatter.
+  """
+  shares = _late(settings, mesh)
+  gathers, reduces = (
+    [functools.partial(collective, share) if share else None for share in shares]
+    for collective in (_gather, _reduce_scatter)
+  )
+  return lambda shared: Late(shared, gathers, reduces)
+
+
+def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
+  """Returns of which parameters the pipeline sums gradients into shares."""
+  shapes = _shapes(settings.model)
+  mark = lambda tree, marks: jax.tree.unflatten(jax.tree.structure(tree), map(bool, marks))
+  return Parameters(
+    mark(shapes.layers, _shares(settings, mesh)), mark(shapes.shared, _late(settings, mesh))
+  )
+
+
+def _of_layers(settings: config.Config, mesh: Mesh, collective: Callable) -> list[Callable | None]:
+  """Returns `collective` of the shares in which each leaf lies, their dimension counted from the
   last one, for one of layers may stand before the others; None where it lies in none.
   """
-  ranks = [len(leaf.shape) for leaf in jax.tree.leaves(_shapes(settings.model))]
+  ranks = [len(leaf.shape) for leaf in jax.tree.leaves(_shapes(settings.model).layers)]
+  from_last = lambda shares, rank: shares._replace(dimension=shares.dimension - rank)
   return [
-    None if dimension is None else functools.partial(
-      collective, axis_name=EXPERT, dimension=dimension - rank
-    )
-    for dimension, rank in zip(_dimensions(settings, mesh), ranks, strict=True)
-  ]  # fmt: skip
+    functools.partial(collective, from_last(shares, rank)) if shares else None
+    for shares, rank in zip(_shares(settings, mesh), ranks, strict=True)
+  ]
+
+
+def _gather(shares: sharding.Shares, x: jax.Array) -> jax.Array:
+  """Returns `x` whole: between copies, which lie far apart, a share of it travels."""
+  for name in reversed(shares.axes):
+    x = collectives.gather(x, name, shares.dimension)
+  return x
+
+
+def _reduce_scatter(shares: sharding.Shares, x: jax.Array) -> jax.Array:
+  """Returns this device's share of the sum of `x`: between copies a share of it travels."""
+  for name in shares.axes:
+    x = collectives.reduce_scatter(x, name, shares.dimension)
+  return x
 
 
 def _arrive(settings: config.Config, mesh: Mesh) -> bool:
   """Says whether weights come while the pipeline fills."""
+  come = bool((ends.coming(_table(settings)) >= 0).any())
+  return come and any(_shares(settings, mesh))
+
+
+def _table(settings: config.Config) -> Table:
   pipeline = settings.pipeline
-  schedule = SCHEDULES[pipeline.schedule](
-    settings.mesh.stage, pipeline.micro_batches, pipeline.chunks
-  )
-  come = bool((ends.coming(schedule) >= 0).any())
-  return come and mesh.shape[EXPERT] > 1 and set(_dimensions(settings, mesh)) != {None}
+  return SCHEDULES[pipeline.schedule](settings.mesh.stage, pipeline.micro_batches, pipeline.chunks)
 
 
-def _dimensions(settings: config.Config, mesh: Mesh) -> list[int | None]:
-  """Returns along which dimension each leaf of the layers lies in shares; None: it does not."""
-  variables = jax.tree.leaves(_shapes(settings.model), is_leaf=_is_variable)
-  specs = jax.tree.leaves(transformer.specs(settings.model).layers)
-  return [_dimension(variable, spec, mesh) for variable, spec in zip(variables, specs, strict=True)]
+def _shares(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:
+  """Returns the shares in which each leaf of the layers lies; None: it is whole."""
+  found = _shares_of(_shapes(settings.model).layers, transformer.specs(settings.model).layers, mesh)
+  # ZeRO-1 may split the dimension of the layers, where no other is larger: those stay whole.
+  return [shares if shares and shares.dimension else None for shares in found]
 
 
-def _dimension(variable: nnx.Param, spec: P, mesh: Mesh) -> int | None:
+def _late(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:
+  """Returns the shares in which each parameter outside the layers lies, if heads alone read it and
+  there is something to gather it beside; None: it is whole.
+  """
+  shapes, model = _shapes(settings.model).shared, settings.model
+  if not segments.has_room_beside_heads(_table(settings)):
+    return [None] * len(jax.tree.leaves(shapes))
+  found = _shares_of(shapes, transformer.specs(model).shared, mesh)
+  of_head = transformer.is_of_head(shapes)
+  return [shares if mine else None for shares, mine in zip(found, of_head, strict=True)]
+
+
+def _shares_of(shapes: nnx.State, specs: nnx.State, mesh: Mesh) -> list[sharding.Shares | None]:
+  variables = jax.tree.leaves(shapes, is_leaf=_is_variable)
+  of_leaf = zip(variables, jax.tree.leaves(specs), strict=True)
+  return [_shares_of_leaf(variable, spec, mesh) for variable, spec in of_leaf]
+
+
+def _shares_of_leaf(variable: nnx.Param, spec: P, mesh: Mesh) -> sharding.Shares | None:
   if variable.get_metadata("keep_float32"):
     return None
-  # ZeRO-1 may split the dimension of the layers, where no other is larger: those stay whole.
-  return sharding.zero_dimension(spec, variable.get_value().shape, mesh) or None
+  shares = sharding.shares(spec, variable.get_value().shape, mesh)
+  return shares if shares.axes else None
 
 
-def _shapes(model: config.Model) -> nnx.State:
-  return jax.eval_shape(lambda: transformer.init(jax.random.key(0), model)).layers
+def _shapes(model: config.Model) -> Parameters:
+  return jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
 
 
 def _is_variable(node) -> bool:

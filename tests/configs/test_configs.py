@@ -75,6 +75,18 @@ def test_pod64_is_the_reference_deployment():
   build("pod64", moe={"dispatch": "dropless"}, train={"sequence": 10_240})  # as it serves
 
 
+@pytest.mark.parametrize("name", ["pod64", "pod64_10b"])
+def test_copies_are_the_same_model_and_batch_with_experts_inside_hosts(name):
+  pod, copies = build(name), build(f"{name}_copies")
+  assert copies.model == pod.model
+  assert (copies.train, copies.moe.capacity_factor) == (pod.train, pod.moe.capacity_factor)
+  mesh = copies.mesh
+  assert (mesh.num_devices, mesh.expert * mesh.tensor, mesh.data) == (64, 4, 16)  # 16 hosts x 4
+  assert copies.moe.expert_ranks_per_host == mesh.expert
+  assert copies.pipeline.halves  # of the two sequences that each rank has
+  assert copies.train.batch // mesh.sequence_shares == 2
+
+
 def test_pod64_10b_differs_in_three_widths_only():
   pod, wide = build("pod64"), build("pod64_10b")
   assert num_parameters(wide.model) == pytest.approx(10e9, rel=0.02)

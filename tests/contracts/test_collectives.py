@@ -15,12 +15,13 @@ from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.router import Statistics
 from moe_jax.parallel import collectives, parameters
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR, TOKENS
 from tests.contracts import program
 from tests.contracts.small import SEQUENCE, settings_of, struct
 from tests.train import parity
 
 MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 2), (8, 1, 1)]
+OF_TWO = {axis: (2, 2, 1, 2) if axis == DATA else (2, 2, 2) for axis in ALL}
 
 
 def on_mesh(settings, function, in_specs, out_specs):
@@ -40,7 +41,7 @@ def in_summary(declared):
 @pytest.mark.parametrize("axis", ALL)
 @pytest.mark.parametrize("name", ["gather", "reduce_scatter", "exchange"])
 def test_wrappers_send_what_they_declare(name, axis):
-  settings = settings_of((2, 2, 2))
+  settings = settings_of(OF_TWO[axis])
   function = getattr(collectives, name)
   call = lambda x: function(x, axis) if name == "exchange" else function(x, axis, 0)
   here = struct(8, 6)  # 2 x 2 x 2 devices hold [2, 3] each along the first axis
@@ -51,7 +52,7 @@ def test_wrappers_send_what_they_declare(name, axis):
 
 @pytest.mark.parametrize("axis", ALL)
 def test_tree_wrappers_send_what_they_declare(axis):
-  settings = settings_of((2, 2, 2))
+  settings = settings_of(OF_TWO[axis])
   tree = {"a": struct(4, 6), "b": struct(10)}
   size = (4 * 6 + 10) / 2  # of this device's part
   shift = lambda tree: collectives.shift(tree, axis, 1)
@@ -141,7 +142,7 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
     )
     return y_tD, jax.tree.map(jnp.atleast_1d, (statistics, report))
 
-  every = P((EXPERT, TENSOR))
+  every = P(TOKENS)
   tokens_here = 48
   specs = (parameters.specs(router), parameters.specs(experts), every)
   x_TD = struct(tokens_here * X * tensor, model.d_model)
@@ -155,10 +156,11 @@ def test_moe_layer_sends_what_it_declares(name, mesh):
   assert program.summary(found) == in_summary(there + back)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, (2, 1, 1, 4)])
 def test_the_auxiliary_loss_of_several_layers_sends_what_it_declares(mesh):
   settings = settings_of(mesh)
-  X, tensor, E, n = settings.mesh.expert, settings.mesh.tensor, settings.model.experts, 3
+  X, tensor, data = settings.mesh.expert, settings.mesh.tensor, settings.mesh.data
+  E, n = settings.model.experts, 3
 
   def call(assigned_nE, probability_nE, z_n1):
     statistics = Statistics(assigned_nE, probability_nE, z_n1[:, 0])
@@ -166,12 +168,12 @@ def test_the_auxiliary_loss_of_several_layers_sends_what_it_declares(mesh):
     total, vjp = jax.vjp(loss, statistics)
     return vjp(total)[0].probability_E  # sends no more
 
-  every = P(None, (EXPERT, TENSOR))
-  devices = X * tensor
+  every = P(None, TOKENS)
+  devices = data * X * tensor
   arrays = [struct(n, E * devices), struct(n, E * devices), struct(n, devices)]
   found = found_in(settings, call, every, every, *arrays)
   assert found == in_summary(
-    program.declared(moe_layer.auxiliary_loss, X=X, tensor=tensor, E=E, n=n)
+    program.declared(moe_layer.auxiliary_loss, data=data, X=X, tensor=tensor, E=E, n=n)
   )
 
 
@@ -182,7 +184,8 @@ def test_embedding_and_head_send_what_they_declare(mesh, is_tied):
   settings = dataclasses.replace(
     settings, model=dataclasses.replace(settings.model, tied_embeddings=is_tied)
   )
-  model, X, tensor, stages = settings.model, *(settings.mesh.__dict__.values())
+  model, sizes = settings.model, settings.mesh
+  X, tensor, stages = sizes.expert, sizes.tensor, sizes.stage
   shared_specs = transformer.specs(model).shared
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model)).shared
   definition = nnx.graphdef(nnx.eval_shape(lambda: transformer.Shared(model, nnx.Rngs(0))))

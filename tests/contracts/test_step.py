@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.model import transformer
 from moe_jax.parallel import sharding
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TOKENS
 from moe_jax.pipeline import ends
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
+from moe_jax.pipeline.segments import has_room_beside_heads
 from moe_jax.train import step, streaming
 from tests.contracts import program
 from tests.contracts.small import SEQUENCE, settings_of, struct
@@ -125,36 +126,39 @@ def test_a_gradient_that_is_summed_in_a_loop_is_found():
   assert summed_in_loops(found, {(7, 7)})
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 2, 1), (2, 1, 4)])
-def test_each_gradient_is_summed_once_after_the_loops(mesh):
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 2, 1), (2, 1, 4), (2, 1, 2, 2), (1, 2, 1, 4)])
+def test_each_gradient_is_summed_once_outside_the_loops(mesh):
+  """And of the weights gathered inside the region, once, those that heads alone read."""
   settings, on, found = step_program(mesh)
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  expected = collections.Counter()
+  expected, kernel = collections.Counter(), shapes.shared["head"]["kernel"].get_value()
   for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True):
     here = jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
     remaining = sharding.replicated_axes(spec)
-    dimension = sharding.zero_dimension(spec, leaf.shape, on)
-    if dimension is not None:
-      expected["reduce-scatter", (EXPERT,), here] += 1
-      size = here[dimension] // on.shape[EXPERT]
+    dimension, axes = sharding.shares(spec, leaf.shape, on)
+    for axis in axes:  # between copies a share of it
+      expected["reduce-scatter", (axis,), here] += 1
+      size = here[dimension] // on.shape[axis]
       here = (*here[:dimension], size, *here[dimension + 1 :])
-      remaining = tuple(axis for axis in remaining if axis != EXPERT)
+    share = here
+    is_late = leaf is kernel and has_room_beside_heads(step.table(settings))
+    for axis in reversed(axes if is_late else ()):
+      expected["all-gather", (axis,), share] += 1  # before the first head
+      size = share[dimension] * on.shape[axis]
+      share = (*share[:dimension], size, *share[dimension + 1 :])
+    remaining = tuple(axis for axis in remaining if axis not in axes)
     if remaining:
       expected["all-reduce", remaining, here] += 1
   expected["all-reduce", ALL, (3,)] += 1  # losses and norm
   outside = collections.Counter(
     (c.kind, c.axes, c.shape) for c in found if not c.num_loops and math.prod(c.shape) > 1
   )
-  reports = [shape for _, axes, shape in outside if axes == (EXPERT, TENSOR)]
+  reports = [shape for _, axes, shape in outside if axes == TOKENS]
   per_stage = settings.model.layers // settings.mesh.stage
   reports = {(per_stage,), (per_stage, settings.model.experts)} & set(reports)
   outside = collections.Counter(
-    {
-      key: n
-      for key, n in outside.items()
-      if key[1:] not in [((EXPERT, TENSOR), r) for r in reports]
-    }
+    {key: n for key, n in outside.items() if key[1:] not in [(TOKENS, r) for r in reports]}
   )
   assert outside == expected
 
@@ -170,7 +174,8 @@ def test_each_gradient_is_summed_once_after_the_loops(mesh):
 def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule, chunks, ahead):
   """Over `expert`, attention's weights of one layer: `ahead` times for each direction before the
   ticks; then in each loop over ticks once for each unit that it has in the loop over a chunk's
-  layers, if that has more than one, and once behind it, for the chunk's last. Nothing else changes.
+  layers, if that has more than one, and once behind it, for the chunk's last. And maybe the head's
+  kernel before the first head. Nothing else changes.
   """
   settings, _, found = step_program(mesh, schedule, chunks, "inputs", ahead)
   model, X, tensor = settings.model, settings.mesh.expert, settings.mesh.tensor
@@ -183,11 +188,14 @@ def test_streamed_weights_are_gathered_once_a_layer_of_each_unit(mesh, schedule,
   layers = model.layers // (settings.mesh.stage * chunks)
   table = step.table(settings)
   num_units = sum(has_forward + has_backward for (has_forward, has_backward, *_), _ in runs(table))
-  expected = {0: 2 * ahead * of_layer, 1: num_units * of_layer, 2: num_units * of_layer}
+  of_head = (X - 1) / X * model.d_model * model.vocab / (settings.mesh.stage * tensor)
+  of_head *= has_room_beside_heads(table)
+  begin = 2 * ahead * of_layer + of_head
+  expected = {0: begin, 1: num_units * of_layer, 2: num_units * of_layer}
   assert sent == {loops: n for loops, n in expected.items() if loops < 2 or layers > 1}
   without = step_program(mesh, schedule, chunks, "inputs")[2]
   if chunks == 1:
-    assert not any(map(is_gather, without))
+    assert sum(each.elements for each in filter(is_gather, without)) == of_head
   without = itertools.filterfalse(is_gather, without)
   assert collections.Counter(itertools.filterfalse(is_gather, found)) == (
     collections.Counter(without)

@@ -53,7 +53,7 @@ def test_its_json_says_the_same(folder):
   found = json.loads((folder / "plan.json").read_text())
   assert {"claims", "plans", "change_first", "smallest", "sizes"} <= set(found)
   assert found["plans"]["best"]["seconds"] <= found["plans"]["given"]["seconds"]
-  assert found["smallest"]["config"]["mesh"] == {"expert": 1, "tensor": 1, "stage": 1}
+  assert found["smallest"]["config"]["mesh"] == {"expert": 1, "tensor": 1, "stage": 1, "data": 1}
   assert len(found["claims"]) > 50
 
 

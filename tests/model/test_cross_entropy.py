@@ -11,7 +11,7 @@ from moe_jax import config
 from moe_jax.model.cross_entropy import cross_entropy
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, SEQUENCES, STAGE, TENSOR
 
 b, S, D, V = 2, 5, 8, 24
 
@@ -41,7 +41,7 @@ def test_shares_sum_to_the_plain_formula(mesh):
   given = arrays()
   call = jax.shard_map(
     share_and_gradients, mesh=on, in_specs=(P(), P(None, (STAGE, TENSOR)), P(), P()),
-    out_specs=(P(ALL), P(ALL), P(EXPERT, None, (STAGE, TENSOR))),
+    out_specs=(P(ALL), P(ALL), P(SEQUENCES, None, (STAGE, TENSOR))),
   )  # fmt: skip
   shares, g_h, g_kernel = jax.jit(call)(*given)
 

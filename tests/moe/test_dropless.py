@@ -16,7 +16,7 @@ from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Setting
 from moe_jax.moe.router import Routing
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, EXPERT, TENSOR
 from moe_jax.pipeline import steps
 from moe_jax.pipeline.saving import SAVE
 from tests.contracts import program
@@ -69,7 +69,7 @@ def test_stages_may_differ_in_rounds():
   x, experts, weights, logits = (
     jnp.concatenate(each) for each in list(zip(*cases, strict=True))[:4]
   )
-  every = P((STAGE, EXPERT, TENSOR))
+  every = P(ALL)
   weights_spec = Weights(P(EXPERT, None, None, TENSOR), P(EXPERT, TENSOR))
 
   def region(x_tD, experts_tK, weights_tK, logits_tE, weights):

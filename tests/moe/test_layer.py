@@ -12,7 +12,7 @@ from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import parameters
-from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.parallel.axes import TOKENS
 from tests.moe import dense
 
 TOLERANCE = 1e-5  # relative L2, float32
@@ -21,7 +21,7 @@ NUM_TOKENS = 128
 MESHES = [(1, 1), (2, 4), (8, 1), (1, 8), (4, 2)]
 LOADS = ["even", "zipf", "one_hot", "an_empty_expert"]
 DROPPING, ROOMY = 0.75, 4.0  # capacity factors; 4 = experts / experts_per_token
-EVERY = P((EXPERT, TENSOR))
+EVERY = P(TOKENS)
 
 
 def arrays(load):

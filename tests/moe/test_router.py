@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import config
 from moe_jax.moe import router
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import EXPERT, TENSOR
+from moe_jax.parallel.axes import TOKENS
 from tests.moe import dense
 
 
@@ -67,7 +67,7 @@ def test_losses_of_the_shares_sum_to_those_of_the_micro_batch():
     return jax.tree.map(lambda leaf: leaf[None], share)
 
   mesh = mesh_lib.make(config.Mesh(expert=4, tensor=2))
-  every = P((EXPERT, TENSOR))
+  every = P(TOKENS)
   shares = jax.jit(jax.shard_map(losses, mesh=mesh, in_specs=every, out_specs=every))(x_TD)
   logits_TE = np.asarray(x_TD, np.float64) @ np.asarray(kernel_DE, np.float64)
   probability_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(1, keepdims=True)

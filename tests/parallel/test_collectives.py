@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import config
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR
 
 ON_AXIS = {
+  DATA: config.Mesh(data=4, expert=2),
   STAGE: config.Mesh(stage=4, expert=2),
   EXPERT: config.Mesh(expert=4, tensor=2),
   TENSOR: config.Mesh(tensor=4, stage=2),

@@ -9,19 +9,21 @@ from moe_jax import config
 from moe_jax.parallel import axes, mesh
 
 
-def test_tensor_is_innermost_and_stage_outermost():
+def test_tensor_is_innermost_and_data_outermost():
   made = mesh.make(config.Mesh(expert=2, tensor=2, stage=2))
-  assert made.axis_names == axes.ALL == (axes.STAGE, axes.EXPERT, axes.TENSOR)
-  ids = [device.id for device in made.devices[0, 0]]
+  assert made.axis_names == axes.ALL == (axes.DATA, axes.STAGE, axes.EXPERT, axes.TENSOR)
+  ids = [device.id for device in made.devices[0, 0, 0]]
   assert ids == [0, 1]  # consecutive devices share a host
-  assert [device.id for device in made.devices[:, 0, 0]] == [0, 4]
+  assert [device.id for device in made.devices[0, :, 0, 0]] == [0, 4]
+  copies = mesh.make(config.Mesh(expert=2, stage=2, data=2))
+  assert [device.id for device in copies.devices[:, 0, 0, 0]] == [0, 4]
 
 
 def test_given_devices_are_used():
   devices = jax.devices()[3:5]
   made = mesh.make(config.Mesh(stage=2), devices)
   assert list(made.devices.reshape(-1)) == devices
-  assert made.shape == {"stage": 2, "expert": 1, "tensor": 1}
+  assert made.shape == {"data": 1, "stage": 2, "expert": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,10 @@ def test_given_devices_are_used():
     (config.Mesh(expert=4, tensor=2, stage=2), "needs 16 devices, found 8; choose mesh.expert=2"),
     (config.Mesh(expert=2, tensor=16, stage=1), "needs 32 devices, found 8; choose mesh.tensor=4"),
     (config.Mesh(expert=3, tensor=3), "found 8; choose expert x tensor x stage = 8"),
+    (
+      config.Mesh(expert=8, data=2),
+      "mesh expert=8 x tensor=1 x stage=1 x data=2 needs 16 devices, found 8; choose mesh.expert=4",
+    ),
   ],
 )
 def test_devices_that_do_not_fit_are_refused_with_what_would(sizes, message):

@@ -8,7 +8,7 @@ from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import sharding
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,31 @@ def test_axes_are_split_or_replicated(spec):
   ],
 )
 def test_zero_splits_the_largest_dimension_that_divides(mesh, spec, shape, dimension, expected):
-  assert sharding.zero_dimension(spec, shape, mesh) == dimension
+  found = sharding.shares(spec, shape, mesh)
+  assert found == (dimension, () if dimension is None else (EXPERT,))
   assert sharding.zero_spec(spec, shape, mesh) == expected
   # jax agrees that it divides.
+  jax.sharding.NamedSharding(mesh, expected).shard_shape(shape)
+
+
+@pytest.mark.parametrize(
+  ("spec", "shape", "shares", "expected"),
+  [
+    (P(None), (16,), (0, (EXPERT, DATA)), P((EXPERT, DATA))),
+    (P(None, TENSOR), (4, 16), (1, (EXPERT, DATA)), P(None, (TENSOR, EXPERT, DATA))),
+    # What lies along `expert` is split over copies alone, and stays where it is along `expert`.
+    (P(STAGE, EXPERT, None), (2, 8, 6), (2, (DATA,)), P(STAGE, EXPERT, DATA)),
+    (P(EXPERT), (8,), (None, ()), P(EXPERT)),
+    # Not by both, so by one: `expert`.
+    (P(None), (2,), (0, (EXPERT,)), P(EXPERT)),
+    (P(None), (3, 6), (1, (EXPERT,)), P(None, EXPERT)),
+    (P(None), (7,), (None, ()), P(None)),
+  ],
+)
+def test_shares_are_of_copies_too(spec, shape, shares, expected):
+  mesh = mesh_lib.make(config.Mesh(expert=2, tensor=2, data=2))
+  assert sharding.shares(spec, shape, mesh) == shares
+  assert sharding.zero_spec(spec, shape, mesh) == expected
   jax.sharding.NamedSharding(mesh, expected).shard_shape(shape)
 
 

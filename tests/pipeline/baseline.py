@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE
+from moe_jax.parallel.axes import ALL, SEQUENCES, STAGE
 from moe_jax.pipeline.executor import Functions, Result
 from tests.pipeline import toy
 
@@ -35,7 +35,7 @@ def pipelined(mesh, functions: Functions, table):
   def region(weights, shared, inputs):
     found = run(functions, table, *collectives.varying((weights, shared)), inputs)
     g_layers, g_shared = found.gradients
-    gradients = (jax.lax.psum(g_layers, EXPERT), jax.lax.psum(g_shared, (STAGE, EXPERT)))
+    gradients = (jax.lax.psum(g_layers, SEQUENCES), jax.lax.psum(g_shared, (STAGE, *SEQUENCES)))
     return jax.lax.psum(found.loss, ALL), gradients
 
   specs = (toy.LAYER_SPECS, toy.SHARED_SPECS)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import config
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR, TOKENS
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.saving import residual
@@ -186,18 +186,18 @@ def pipelined(mesh, table: Table, save: str = "inputs", has_outputs: bool = True
   def region(weights, shared, inputs):
     weights, shared = collectives.varying((weights, shared))
     result = executor.run(model, table, weights, shared, inputs, save=save)
-    every = (STAGE, EXPERT, TENSOR)
+    every = ALL
     gradients = result.gradients
     if gradients is not None:
       gradients = (
-        jax.lax.psum(gradients[0], EXPERT),
-        jax.lax.psum(gradients[1], (STAGE, EXPERT)),
+        jax.lax.psum(gradients[0], (DATA, EXPERT)),
+        jax.lax.psum(gradients[1], (DATA, STAGE, EXPERT)),
       )
     return result._replace(
       loss=jax.lax.psum(result.loss, every),
       auxiliary_loss=jax.lax.psum(result.auxiliary_loss, every),
-      auxiliary=jax.lax.psum(result.auxiliary, (EXPERT, TENSOR)),
-      reports=jax.lax.psum(result.reports, (EXPERT, TENSOR)),
+      auxiliary=jax.lax.psum(result.auxiliary, TOKENS),
+      reports=jax.lax.psum(result.reports, TOKENS),
       gradients=gradients,
     )
 
@@ -206,7 +206,7 @@ def pipelined(mesh, table: Table, save: str = "inputs", has_outputs: bool = True
     auxiliary_loss=P(),
     auxiliary=P(STAGE),
     reports=P(STAGE),
-    outputs=P(None, EXPERT, (STAGE, TENSOR)) if has_outputs else (),
+    outputs=P(None, (DATA, EXPERT), (STAGE, TENSOR)) if has_outputs else (),
     gradients=None if table.is_forward_only else (LAYER_SPECS, SHARED_SPECS),
     ticks=P(),
   )

@@ -14,7 +14,8 @@ from moe_jax.plan.cost import BACKWARD_PER_FORWARD, ByPhase
 def expert_rows(settings: Config) -> int:
   """Returns how many rows the experts of one layer multiply in a step, over all devices.
 
-  A device plans for itself: a micro-batch leaves it t = batch / (U x expert) x S / tensor tokens.
+  A device plans for itself: a micro-batch leaves it t = batch / (U x expert x data) x S / tensor
+  tokens.
     capacity: every expert has C = ceil(capacity_factor x t K / E) rows (at most t) from each device
     dense: every expert takes every token
     those of EVERY_ASSIGNMENT: each has its row; the rows that fill up blocks depend on the text,
@@ -22,7 +23,7 @@ def expert_rows(settings: Config) -> int:
   """
   model, mesh, train = settings.model, settings.mesh, settings.train
   step_tokens = train.batch * train.sequence
-  sources = settings.pipeline.micro_batches * mesh.expert * mesh.tensor
+  sources = settings.pipeline.micro_batches * mesh.sequence_shares * mesh.tensor
   tokens = step_tokens // sources
   if settings.moe.dispatch in cost.EVERY_ASSIGNMENT:
     return step_tokens * model.experts_per_token

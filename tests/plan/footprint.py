@@ -159,6 +159,27 @@ CASES = {
   ),
   "pod64_10b, streams 1 layer": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 1}}),
   "pod64_10b, streams 3 layers": ("pod64_10b", "h100:16x4", {"pipeline": {"prefetch_layers": 3}}),
+  "laptop 1x1x1, 8 copies": (
+    "laptop", "h100:2x4",
+    {"mesh": {"expert": 1, "tensor": 1, "stage": 1, "data": 8},
+     "pipeline": {**_PLAIN, "micro_batches": 4}},
+  ),
+  "laptop 2x1x2, 2 copies, residuals": (
+    "laptop", "h100:2x4",
+    {"mesh": {"tensor": 1, "data": 2}, "pipeline": {"save": "residuals", "micro_batches": 8}},
+  ),
+  "pod64 4x1x1, 16 copies": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 4, "tensor": 1, "stage": 1, "data": 16},
+     "pipeline": {**_PLAIN, "micro_batches": 2}},
+  ),
+  "pod64 4x1x2, 8 copies": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 4, "tensor": 1, "data": 8}, "pipeline": {"micro_batches": 2}},
+  ),
+  "pod64_10b 8x2x2, 2 copies": (
+    "pod64_10b", "h100:16x4", {"mesh": {"tensor": 2, "data": 2}, "pipeline": {"micro_batches": 8}},
+  ),
 }  # fmt: skip
 BAR = 0.02
 

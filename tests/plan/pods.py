@@ -40,6 +40,15 @@ CASES = {
   "pod64, 512 tokens on 32": (
     "pod64", "h100:8x4", {"mesh": {"expert": 4}, "train": {"sequence": 512}},
   ),
+  "pod64, 4 stages, 2 copies": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 4, "tensor": 2, "stage": 4, "data": 2}, "pipeline": {"chunks": 2}},
+  ),
+  "pod64, 16 copies": (
+    "pod64", "h100:16x4",
+    {"mesh": {"expert": 4, "tensor": 1, "stage": 1, "data": 16},
+     "pipeline": {"schedule": "1f1b", "chunks": 1, "micro_batches": 2}},
+  ),
 }  # fmt: skip
 BARS = {"memory": 0.02, "inside": 0.01, "between": 0.01}
 

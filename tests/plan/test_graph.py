@@ -17,6 +17,10 @@ CASES = {
   "one device": runs.settings(mesh={"expert": 1, "tensor": 1, "stage": 1}),
   "streamed": runs.settings(mesh={"stage": 1, "expert": 4}, pipeline={"prefetch_layers": 2}),
   "four stages": runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
+  "copies": runs.settings(
+    mesh={"tensor": 1, "data": 2}, pipeline={"schedule": "interleaved", "chunks": 2}
+  ),
+  "copies of one device": runs.settings(mesh={"expert": 1, "tensor": 1, "stage": 1, "data": 4}),
 }
 each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 
@@ -31,7 +35,8 @@ def test_it_is_whole_and_has_no_cycle(settings):
   layer_steps = len(in_unit("forward")) + len(in_unit("backward"))
   in_layers = np.isin(built.unit, [graph.UNITS.index(k) for k in ("forward", "backward")]).sum()
   micro, layers = settings.pipeline.micro_batches, settings.model.layers
-  assert in_layers == layer_steps * micro * layers * mesh.expert * mesh.tensor
+  per_stage = mesh.num_devices // mesh.stage
+  assert in_layers == layer_steps * micro * layers * per_stage
   assert set(built.layer[built.layer >= 0]) == set(range(layers))
 
 
@@ -64,6 +69,27 @@ def test_a_collective_waits_for_all_of_its_group():
   before = built.source[(built.target == node) & (built.kind != graph.PREFETCH)]
   assert set(built.expert[before]) == set(range(settings.mesh.expert))
   assert set(built.tensor[before]) == {built.tensor[node]}
+
+
+def test_copies_meet_where_gradients_are_summed_and_nowhere_in_a_layer():
+  settings = CASES["copies"]
+  built = graph.build(settings)
+  there = built.kind != graph.PREFETCH
+  source, target = built.source[there], built.target[there]
+  crossing = built.data[source] != built.data[target]
+  names = {built.steps[i].name for i in np.unique(built.step[target[crossing]])}
+  assert {
+    "gather ahead from copies", "scatter ahead to copies", "scatter gradients over data",
+    "gather parameters over data", "count over data",
+  } < names  # fmt: skip
+  in_layers = np.isin(built.unit, [graph.UNITS.index(k) for k in ("forward", "backward")])
+  assert not in_layers[target[crossing]].any()
+  number = next(i for i, s in enumerate(built.steps) if s.name == "scatter gradients over data")
+  node = np.flatnonzero(built.step == number)[-1]
+  before = source[target == node]
+  assert set(built.data[before]) == {0, 1} and set(built.module[before]) == {
+    built.module[node], built.module[node] - settings.mesh.num_devices // 2
+  }  # fmt: skip
 
 
 def test_a_cycle_is_named():
@@ -133,3 +159,5 @@ def test_exports_hold_the_graph(settings):
   picture = ElementTree.fromstring(export.picture(settings))
   boxes = list(picture.iter("{http://www.w3.org/2000/svg}rect"))
   assert len(boxes) == settings.mesh.num_devices
+  texts = " ".join(text.text for text in picture.iter("{http://www.w3.org/2000/svg}text"))
+  assert ("copies" in texts) == ("of gradients a step" in texts) == (settings.mesh.data > 1)

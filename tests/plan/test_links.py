@@ -15,32 +15,49 @@ from moe_jax.rehearse.groups import Groups
 from moe_jax.rehearse.program import Collective
 
 POD64 = Mesh(expert=8, tensor=4, stage=2)
-SETS = [("expert",), ("tensor",), ("stage",), ("expert", "tensor"), ("stage", "tensor"), axes.ALL]
+COPIES = Mesh(expert=4, tensor=2, stage=2, data=4)  # two groups of `tensor` on each host
+MESHES = pytest.mark.parametrize("mesh", [POD64, COPIES], ids=str)
+SETS = [
+  ("expert",), ("tensor",), ("stage",), ("data",), ("expert", "tensor"), ("stage", "tensor"),
+  ("data", "expert"), axes.TOKENS, axes.ALL,
+]  # fmt: skip
+
+
+def members(mesh, along):
+  """Devices of the groups along some axes, [groups, size]."""
+  sizes = [getattr(mesh, name) for name in axes.ALL]
+  inner = [axes.ALL.index(name) for name in along]
+  outer = [i for i in range(len(sizes)) if i not in inner]
+  size = math.prod(sizes[i] for i in inner)
+  return np.arange(mesh.num_devices).reshape(sizes).transpose(outer + inner).reshape(-1, size)
 
 
 def test_axes_are_those_of_the_mesh():
   assert links.AXES == axes.ALL
 
 
+@MESHES
 @pytest.mark.parametrize("along", SETS, ids="+".join)
-def test_groups_are_where_the_devices_lie(along):
-  found = links.group(POD64, along, 4)
-  ids = np.arange(64).reshape(2, 8, 4)
-  index = tuple(slice(None) if name in along else 0 for name in axes.ALL)
-  hosts, each = np.unique(ids[index].reshape(-1) // 4, return_counts=True)
-  assert found == (ids[index].size, len(hosts), each.max())
+def test_groups_are_where_the_devices_lie(along, mesh):
+  found = links.group(mesh, along, 4)
+  ids = members(mesh, along)[0]
+  hosts, each = np.unique(ids // 4, return_counts=True)
+  assert found == (ids.size, len(hosts), each.max())
 
 
+def test_copies_of_a_mesh_lie_on_other_hosts():
+  """A copy has 16 GPUs, four hosts of four: each GPU of a host meets its like on four hosts."""
+  assert links.group(COPIES, ("data",), 4) == links.Group(4, 4, 1)
+  assert links.group(COPIES, ("data", "expert"), 4) == links.Group(16, 8, 2)
+
+
+@MESHES
 @pytest.mark.parametrize("chip", ["h100", "a100", "planned"])
 @pytest.mark.parametrize("kind", [k for k in links.KINDS if k != "collective-permute"])
-def test_seconds_and_bytes_are_the_rehearsals(kind, chip):
+def test_seconds_and_bytes_are_the_rehearsals(kind, chip, mesh):
   for along, operand_bytes in itertools.product(SETS, (4, 100_000, 10_000_000)):
-    to = links.group(POD64, along, 4)
-    ids = np.arange(64).reshape(2, 8, 4)
-    inner = [axes.ALL.index(name) for name in along]
-    outer = [i for i in range(3) if i not in inner]
-    members = ids.transpose(outer + inner).reshape(-1, to.size)
-    groups = Groups(tuple(map(tuple, members.tolist())), along, True)
+    to = links.group(mesh, along, 4)
+    groups = Groups(tuple(map(tuple, members(mesh, along).tolist())), along, True)
     same = Collective("c", "other", kind, True, operand_bytes, groups, False)
     assert links.bytes_sent(kind, operand_bytes, to.size) == pytest.approx(same.bytes_sent)
     assert links.seconds(kind, operand_bytes, to, CHIPS[chip]) == pytest.approx(
@@ -109,17 +126,6 @@ def test_registered_memory_shortens_what_stays_inside_a_host():
   assert take("all-to-all", 5e5, inside)[0] == take("all-to-all", 5e5, inside)[1]
   plain, registered = take("all-gather", 1e8, inside)
   assert plain == registered  # a ring reaches more of the link
-
-
-def test_hierarchical_all_reduce_sends_a_share_between_hosts():
-  """128 GPUs on 16 hosts: 1 GB takes a ring of one adapter 2 x 15/16 x 1 GB / 50 GB/s = 37.5 ms;
-  with 8 adapters each an eighth of that, and 2 x 7/8 x 1 GB / 450 GB/s inside."""
-  to = links.Group(128, 16, 8)
-  found = links.hierarchical_all_reduce(1e9, to, CHIPS["h100"])
-  wire_s = 0.0375 / 8 + 2 * 7 / 8 * 1e9 / 450e9
-  inside_s = 2 * (8.4e-6 + 7 * 3.4e-6)
-  between_s = 1.4 * (8.4e-6 + 2 * 15 * 14e-6)
-  assert found == pytest.approx(wire_s + inside_s + between_s, rel=1e-3)
 
 
 def test_one_device_sends_nothing():

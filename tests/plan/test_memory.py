@@ -25,6 +25,8 @@ from tests import runs
     {},
     {"mesh": {"expert": 4, "tensor": 1}, "model": {"qk_norm": "projection"}},
     {"mesh": {"expert": 1, "tensor": 8, "stage": 1}, "model": {"tied_embeddings": True}},
+    {"mesh": {"tensor": 1, "data": 2}},
+    {"mesh": {"expert": 1, "stage": 1, "data": 4}, "model": {"qk_norm": "head"}},
   ],
 )
 def test_state_and_inputs_are_the_launchers(sections):
@@ -89,6 +91,9 @@ def test_the_cache_by_hand():
   """
   found = memory.serve(runs.settings(), sequences=6, cache_tokens=100, prompt_tokens=16)
   assert found.kv_cache == 4 * 2 * 8 * 4 * 4 * 600 // 8 == 76_800
+  # Two copies of the mesh serve twice as many.
+  twice = memory.serve(runs.settings(mesh={"data": 2}), 12, cache_tokens=100, prompt_tokens=16)
+  assert (twice.kv_cache, twice.compute_copies) == (found.kv_cache, found.compute_copies)
   assert found.parameters == found.optimizer == found.gradients == found.stash == 0
   assert found.total > found.kv_cache + found.compute_copies
 

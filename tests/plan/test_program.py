@@ -22,6 +22,9 @@ CASES = {
     mesh={"stage": 1, "expert": 4}, pipeline={"save": "residuals", "prefetch_layers": 1}
   ),
   "four stages": runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
+  "copies": runs.settings(
+    mesh={"data": 2}, pipeline={"schedule": "interleaved", "chunks": 2, "save": "exchanges"}
+  ),
 }
 each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 

@@ -31,11 +31,10 @@ def every_legal_step():
   """
   exchanges = [each for each in config.EXCHANGE if "float8" not in each]
   found = []
-  sizes = (1, 2, 4, 8)
-  for expert, tensor, stage in itertools.product(sizes, repeat=3):
-    if expert * tensor * stage != 8:
+  for mesh in itertools.starmap(config.Mesh, itertools.product((1, 2, 4, 8), repeat=4)):
+    if mesh.num_devices != 8:
       continue
-    ranks = search.ranks_per_host(config.Mesh(expert, tensor, stage), EIGHT)
+    ranks = search.ranks_per_host(mesh, EIGHT)
     for micro_batches, chunks, save, dispatch, exchange in itertools.product(
       (1, 2, 4, 8), (1, 2), config.SAVE, search.CONSIDERED, exchanges
     ):
@@ -43,7 +42,7 @@ def every_legal_step():
       for schedule in schedules:
         try:
           settings = runs.settings(
-            **SECTIONS | {"mesh": {"expert": expert, "tensor": tensor, "stage": stage}},
+            **SECTIONS | {"mesh": dataclasses.asdict(mesh)},
             pipeline={"schedule": schedule, "micro_batches": micro_batches, "chunks": chunks,
                       "save": save},
             moe={"dispatch": dispatch, "exchange": exchange, "capacity_factor": 2.0,
@@ -64,13 +63,13 @@ def test_nothing_legal_is_faster_than_the_best():
 
 
 def test_plans_are_legal_fit_and_keep_the_run():
-  found = search.search(TINY, EIGHT, with_replicas=True)
+  found = search.search(TINY, EIGHT)
   for plan in found.best:
     again = config.from_mapping(config.as_dict(plan.settings))
     assert again == plan.settings
     assert plan.num_gpus == 8
     assert plan.settings.model == TINY.model
-    assert plan.settings.train.batch * plan.machine.replicas == TINY.train.batch
+    assert plan.settings.train == TINY.train
     assert plan.memory_bytes == memory.train(plan.settings).total
     assert plan.memory_bytes <= EIGHT.chip.memory_bytes
   assert found.simulated <= found.considered
@@ -97,7 +96,7 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
   wide = dataclasses.replace(TINY.model, d_model=2048, expert_hidden=8192)
   settings, at_once = dataclasses.replace(TINY, model=wide), calibration.Calibration(launch_s=0.0)
   search_for = functools.partial(search.smallest, settings, EIGHT, calibration=at_once)
-  found = search.search(settings, cluster("h100:1x2"), with_replicas=True, calibration=at_once)
+  found = search.search(settings, cluster("h100:1x2"), calibration=at_once)
   wanted = found.best[0].tokens_per_ms_per_gpu * 2 * 0.999
   least, tried = search_for(search.Targets(tokens_per_ms=wanted))
   assert least.num_gpus == tried[-1][0] == 2
@@ -122,7 +121,9 @@ def test_serving_drops_nothing_and_keeps_to_its_target():
 
 
 def test_training_keeps_to_its_limit_of_the_bubble():
-  search_for = functools.partial(search.search, TINY, EIGHT)
+  # So few sequences that four copies of two stages each are fastest.
+  few = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch=4))
+  search_for = functools.partial(search.search, few, EIGHT)
   bubble = lambda plan: simulate.bubble_fraction(plan.settings, plan.machine)
   bubbles = {round(bubble(plan), 6) for plan in search_for().best}
   assert max(bubbles) > 0.05, "a limit would change nothing"
@@ -150,11 +151,10 @@ def test_serving_is_planned_as_the_server_dispatches():
 def test_any_number_of_sequences_is_served_that_a_mesh_divides(sequences):
   """And prompts of any length; the batch of training has no say."""
   workload = serve.Workload(sequences, prompt_tokens=67, output_tokens=8)
-  found = search.search(TINY, EIGHT, workload=workload, with_replicas=True)
-  for plan in found.best:
-    assert plan.settings.train.batch * plan.machine.replicas == sequences
+  found = search.search(TINY, EIGHT, workload=workload)
+  assert all(plan.settings.train.batch == sequences for plan in found.best)
   tiny = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch=4))
-  best = search.search(tiny, EIGHT, workload=workload, with_replicas=True).best
+  best = search.search(tiny, EIGHT, workload=workload).best
   assert [plan.served for plan in best] == [plan.served for plan in found.best]
 
 
@@ -196,19 +196,71 @@ def test_longer_prompts_take_longer_and_hold_more():
   assert short.memory.kv_cache < long.memory.kv_cache
 
 
-def test_131_072_gpus_on_paper():
+def test_131_072_gpus_are_copies():
+  """No mesh of this model has more than 4 x 4 x 2 GPUs without them."""
   train = dataclasses.replace(TINY.train, batch=131_072)
   wanted = dataclasses.replace(TINY, train=train)
-  found = search.search(wanted, cluster("h100:16384x8"), with_replicas=True)
-  best = found.best[0]
-  assert best.num_gpus == 131_072 and best.machine.replicas > 1
-  assert 0 < machine.replica_seconds(best.settings, best.machine) < best.seconds
+  best = search.search(wanted, cluster("h100:16384x8")).best[0]
+  assert best.num_gpus == 131_072 and best.settings.mesh.data >= 131_072 // 32
+  run = simulate.train(best.settings, best.machine)
+  assert 0 < run.seconds_by_stream["data link"] < best.seconds == pytest.approx(run.step_s)
+
+
+def test_copies_take_what_the_other_axes_leave_and_share_the_sequences():
+  found = list(search.meshes(TINY, 8))
+  assert {mesh.data for mesh in found} == {1, 2, 4, 8}
+  assert all(mesh.num_devices == 8 for mesh in found) and len(set(found)) == len(found)
+  # Of 4 sequences no eight ranks hold different ones.
+  few = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch=4))
+  shares = {mesh.sequence_shares for mesh in search.meshes(few, 8)}
+  assert shares == {1, 2, 4}
+  served = search.meshes(TINY, 8, WORKLOAD._replace(sequences=2))
+  assert {mesh.sequence_shares for mesh in served} == {1, 2}
+
+
+def test_each_of_the_copies_shares_is_cut_into_micro_batches():
+  rank = search._Ranking(TINY, EIGHT, None, None, None, calibration.NONE, True)
+  of = lambda *sizes: {
+    settings.pipeline.micro_batches for settings in rank._layouts(config.Mesh(*sizes))
+  }
+  assert of(1, 1, 2, 4) == of(4, 1, 2, 1) == {1, 2}
+  assert of(1, 4, 2, 1) == {1, 2, 4, 8} and of(1, 1, 1, 8) == {1}
+
+
+def test_weights_come_ahead_wherever_some_ranks_hold_them_alike():
+  ahead = dataclasses.replace(TINY.pipeline, prefetch_layers=1)
+  wanted = dataclasses.replace(TINY, mesh=config.Mesh(4, 2, 1), pipeline=ahead)
+  rank = search._Ranking(wanted, EIGHT, None, None, None, calibration.NONE, True)
+  of = lambda *sizes: {
+    settings.pipeline.prefetch_layers for settings in rank._layouts(config.Mesh(*sizes))
+  }
+  assert of(4, 2, 1, 1) == of(1, 4, 1, 2) == of(2, 2, 1, 2) == {1}
+  assert of(1, 4, 2, 1) == of(2, 2, 2, 1) == {0}  # nobody to gather from; one layer a stage
+
+
+def test_copies_serve_as_one_of_them_serves_its_part():
+  """Twice the sequences on two copies of half the GPUs: nothing travels between them."""
+  one, two = (
+    runs.settings(
+      **SECTIONS | {"train": {"batch": 16}},
+      mesh={"expert": 2, "tensor": 2, "stage": 1, "data": n},
+    )
+    for n in (1, 2)
+  )
+  found = serve.run(two, machine.Machine(EIGHT), WORKLOAD._replace(sequences=64))
+  assert found == serve.run(one, machine.Machine(EIGHT), WORKLOAD)
+  # As many sequences on both are half as many for each.
+  half = serve.run(two, machine.Machine(EIGHT), WORKLOAD)
+  assert half.ttft_s < found.ttft_s
+  assert 2 * half.memory.kv_cache == found.memory.kv_cache
 
 
 def test_what_is_impossible_says_by_how_much():
   with pytest.raises(ValueError, match=r"no mesh of 7 GPUs is legal: expert divides .*experts=4"):
     search.search(TINY, cluster("h100:7x1"))
-  with pytest.raises(ValueError, match=r"no mesh of 16 GPUs is legal: .* sequences=7 must divide"):
+  with pytest.raises(
+    ValueError, match=r"no mesh of 16 GPUs is legal: .* sequences=7 must divide by expert x data;"
+  ):
     search.search(TINY, cluster("h100:4x4"), workload=WORKLOAD._replace(sequences=7))
   chip = dataclasses.replace(CHIPS["h100"], name="tiny", memory_bytes=1e4)
   with pytest.raises(ValueError, match=r"no plan fits: the smallest needs .* GB too little; give"):
@@ -221,10 +273,10 @@ def test_plans_side_by_side():
   rows = compare.table({"given": given, "best": best[0]})
   assert rows[0] == ("", "given", "best")
   by_name = {row[0]: row[1:] for row in rows}
-  assert by_name["mesh expert x tensor x stage"][0] == "2 x 2 x 2"
+  assert by_name["mesh expert x tensor x stage x data"][0] == "2 x 2 x 2 x 1"
   assert by_name["step"][0] == f"{given.seconds * 1e3:.2f} ms"
   text = compare.to_text(rows)
-  assert len(text.splitlines()) == len(rows) and "2 x 2 x 2" in text
+  assert len(text.splitlines()) == len(rows) and "2 x 2 x 2 x 1" in text
 
 
 def test_what_to_change_first_is_what_saves_most():
@@ -234,3 +286,16 @@ def test_what_to_change_first_is_what_saves_most():
   now_s = simulate.step_seconds(TINY, on)
   for _, seconds, saved in rows:
     assert saved == pytest.approx(1 - seconds / now_s)
+
+
+def test_no_more_micro_batches_are_proposed_than_there_are_sequences():
+  offered = lambda mesh: {
+    what
+    for what, *_ in compare.change_first(
+      dataclasses.replace(TINY, mesh=config.Mesh(*mesh)), machine.Machine(EIGHT)
+    )
+    if "micro_batches" in what
+  }
+  fewer, more = "pipeline.micro_batches=1", "pipeline.micro_batches=4"
+  assert offered((1, 2, 2, 2)) == offered((2, 2, 2, 1)) == {fewer, more}
+  assert offered((1, 1, 2, 4)) == offered((4, 1, 2, 1)) == {fewer}

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from moe_jax import config
 from moe_jax.plan import (
+  links,
   load,
   machine,
   memory,
@@ -103,6 +103,7 @@ CASES = [
   runs.settings(),
   runs.settings(pipeline={"schedule": "interleaved", "chunks": 2, "save": "residuals"}),
   runs.settings(mesh={"stage": 4, "tensor": 1}, moe={"dispatch": "dropless"}),
+  runs.settings(mesh={"tensor": 1, "data": 2}, pipeline={"schedule": "interleaved", "chunks": 2}),
 ]
 
 
@@ -154,7 +155,7 @@ def test_on_the_timeline_no_stream_does_two_things_and_nothing_runs_too_early(se
   events = simulate.events(settings, on, tied)
   for stream in machine.STREAMS:
     mine = sorted((e.start_s, e.end_s) for e in events if e.stream == stream)
-    assert mine or (stream == "tensor link" and settings.mesh.tensor == 1), stream
+    assert mine or getattr(settings.mesh, stream.removesuffix(" link")) == 1, stream
     assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
 
 
@@ -223,12 +224,54 @@ def test_pictures_of_the_timeline(tmp_path):
   assert "a &lt;tick&gt;" in page and page.count("<rect") == len(steady)
 
 
-def test_replicas_add_their_gradients():
-  settings = CASES[0]
-  one, many = (
-    simulate.step_seconds(settings, machine.Machine(Cluster(CHIPS["h100"], 64, 8), replicas=n))
-    for n in (1, 64)
+def test_copies_with_as_many_sequences_each_add_what_they_send_each_other():
+  """What a step of two or four takes more are weights, gradients, counts and sums on the link; what
+  ticks multiply is the same, and of the optimizer's state each has less."""
+  on = machine.Machine(Cluster(CHIPS["h100"], 4, 8))
+  batch = runs.settings().train.batch
+  copies = [runs.settings(mesh={"data": n}, train={"batch": batch * n}) for n in (1, 2, 4)]
+  ran = [simulate.train(settings, on) for settings in copies]
+  assert ran[0].step_s < ran[1].step_s < ran[2].step_s
+  assert "data link" not in ran[0].seconds_by_stream
+  for phase in ("attention", "experts", "head"):
+    assert len({run.compute_s_by_phase[phase] for run in ran}) == 1
+  held = [memory.train(settings) for settings in copies]
+  assert held[0].parameters > held[1].parameters > held[2].parameters
+  assert len({(each.stash, each.inputs, each.gradients) for each in held}) == 1
+
+
+def test_what_copies_send_by_hand():
+  """The golden plan twice: of 4,680 elements alike on two ranks of `expert` a quarter is a rank's,
+  gathered from four at once, and an expert's 2 x 384 are halved between two copies.
+
+  Sent at the begin: of the head's 2,048, which the pipeline gathers, a quarter to the other copy,
+  then half to the other rank; of the others 3 x 2,632 / 4; and 384 of the experts'. At the end
+  4,680 / 2 to the other rank, then half of the 2,340 left and of the 768 to the other copy.
+  """
+  settings = golden()
+  settings = dataclasses.replace(
+    settings,
+    mesh=dataclasses.replace(settings.mesh, data=2),
+    train=dataclasses.replace(settings.train, batch=4),
   )
-  assert many > one
-  assert np.isfinite(many)
-  assert units.layers_per_unit(settings) == 2
+  sent = {}
+  for block in program.ends(settings):
+    for op in block:
+      if op.step.is_communication and op.step.kind != "all-reduce":
+        size = steps.group_size(settings, op.step)
+        sent[op.step.name] = links.bytes_sent(op.step.kind, op.step.operand_bytes, size)
+  assert sent == {
+    "gather parameters over data+expert": 4 * 3 * 2_632 // 4,
+    "gather parameters over data": 4 * (384 + 512),
+    "gather parameters over expert": 4 * 1_024,
+    "scatter gradients over expert": 4 * 4_680 // 2,
+    "scatter gradients over data": 4 * (2_340 + 768) // 2,
+  }
+  held = memory.train(settings)
+  assert held.parameters == 4 * (4_680 + 768 * 2) // 4
+  assert held.gradients == 4 * (4_680 + 768)
+  # Experts' weights lie in shares now too, and what is gathered of them is turned round.
+  assert held.compute_copies == held.gradients + 4 * 768
+  turned = [op.step.num_bytes for b in program.ends(settings) for op in b if "turn" in op.step.name]
+  assert turned == [2 * 4 * 768] * 2
+  assert held.inputs == memory.train(golden()).inputs

@@ -27,7 +27,7 @@ def settings_of(mesh, **serve) -> config.Config:
   settings = parity.settings_of(
     mesh, model=MODEL, pipeline={"schedule": "interleaved", "chunks": 2}
   )
-  slots = len(LENGTHS) // (mesh[0] * mesh[2])
+  slots = len(LENGTHS) // (settings.mesh.sequence_shares * settings.mesh.stage)
   sizes = {"slots": slots, "max_tokens": 100, "page": 4, "prefill_chunk": 8, "decode_tokens": 3}
   return dataclasses.replace(settings, serve=config.Serve(**{**sizes, **serve}))
 

@@ -14,7 +14,7 @@ from tests.serve import case
 from tests.serve.case import LENGTHS, NEW, PROMPTS
 from tests.train import parity
 
-MESHES = [(1, 1, 1), (2, 2, 2), (4, 2, 1)]
+MESHES = [(1, 1, 1), (2, 2, 2), (4, 2, 1), (2, 1, 2, 2)]
 LOGIT_MARGIN, ROUTER_MARGIN = 1e-4, 1e-5  # float32 moves logits by some 1e-6
 ABSOLUTE = 1e-5  # of cached keys and values
 
@@ -60,7 +60,7 @@ def test_the_cache_holds_the_full_forwards_keys_and_values(greedy):
   order = state.placement(settings, step.table(settings).layer_order)
   expected = case.keys_and_values([row[:-1] for row in whole(text)])  # the last is not cached yet
   sequences = generate._sequences(PROMPTS, [Wish()] * len(PROMPTS), NEW)
-  pages_per_rank = cache.key_lAgJH.shape[1] // settings.mesh.expert
+  pages_per_rank = cache.key_lAgJH.shape[1] // settings.mesh.sequence_shares
   for found, wanted in zip(cache[:2], expected, strict=True):
     found, wanted = np.asarray(found), wanted[order]
     for i, one in enumerate(sequences):

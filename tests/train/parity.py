@@ -20,7 +20,7 @@ from moe_jax.model import transformer
 from moe_jax.model.transformer import Inputs, Parameters
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
+from moe_jax.parallel.axes import DATA, EXPERT, STAGE, TENSOR
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import forward_only
 from moe_jax.train import state, step
@@ -42,7 +42,7 @@ def settings_of(mesh, *, batch=None, sequence=16, model=None, pipeline=None, moe
   return config.from_mapping(
     {
       "model": {**MODEL, **(model or {})},
-      "mesh": dict(zip(("expert", "tensor", "stage"), mesh, strict=True)),
+      "mesh": dict(zip(("expert", "tensor", "stage", "data"), mesh, strict=False)),
       "pipeline": pipeline,
       "moe": {**MOE, **(moe or {})},
       "train": {"batch": batch or 8 * pipeline["micro_batches"], "sequence": sequence},
@@ -111,7 +111,7 @@ def logits(settings: config.Config, mesh):
     region,
     mesh=mesh,
     in_specs=(transformer.specs(settings.model), step.inputs_spec()),
-    out_specs=P(None, EXPERT, None, (STAGE, TENSOR)),
+    out_specs=P(None, (DATA, EXPERT), None, (STAGE, TENSOR)),
   )
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests import reference
 from tests.train import parity
 
-# (expert, tensor, stage), then what differs from the defaults of `parity.settings_of`.
+# (expert, tensor, stage), or with data, then what differs from `parity.settings_of`.
 CASES = {
   "1x1x1-gpipe": ((1, 1, 1), {"pipeline": {"schedule": "gpipe"}}),
   "2x2x2-1f1b-residuals": (
@@ -93,6 +93,30 @@ CASES = {
       "model": {"layers": 16},
       "pipeline": {
         "schedule": "interleaved", "chunks": 4, "micro_batches": 5, "save": "residuals",
+      },
+    },
+  ),
+  # Copies: weights of experts lie in shares too. As pod64_data: halves, and one message a chunk.
+  "4x1x1x2-interleaved-2-halves-residuals": (
+    (4, 1, 1, 2),
+    {
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 2, "micro_batches": 1, "save": "residuals",
+        "halves": True,
+      },
+      "moe": {"expert_ranks_per_host": 4},
+      "batch": 16,
+    },
+  ),
+  "2x2x1x2-1f1b-streamed-2-halves-exchanges": (
+    (2, 2, 1, 2), {"pipeline": {"prefetch_layers": 2, "save": "exchanges", "halves": True}},
+  ),
+  "2x1x2x2-interleaved-everything-tied": (
+    (2, 1, 2, 2),
+    {
+      "model": {"tied_embeddings": True},
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 2, "micro_batches": 3, "save": "everything",
       },
     },
   ),

@@ -1,0 +1,111 @@
+"""A layer as two halves side by side: the same function, and exchanges beside products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config
+from moe_jax.parallel import collectives
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.axes import ALL, EXPERT
+from moe_jax.pipeline import paired, steps
+from moe_jax.pipeline.functions import Halves
+
+ROWS, WIDTH, HIDDEN = 32, 8, 4096
+INSIDE = ()
+
+
+def layer(weights, shared, x_bd, inputs_bd):
+  sent_bh = (x_bd + inputs_bd) @ weights["out"]
+  rows = collectives.exchange(sent_bh.reshape(jax.lax.axis_size(EXPERT), -1, HIDDEN), EXPERT)
+  y_bd = jnp.tanh(rows.reshape(-1, HIDDEN) @ weights["back"]) * shared["gain"][None]
+  return y_bd, jnp.sum(y_bd**2), {"count": jnp.sum(y_bd > 0, dtype=jnp.int32)}
+
+
+def split(tree):
+  halves = [jnp.split(leaf, 2) for leaf in jax.tree.leaves(tree)]
+  return tuple(
+    jax.tree.unflatten(jax.tree.structure(tree), half) for half in zip(*halves, strict=True)
+  )
+
+
+def join(one, other):
+  add = lambda a, b: jax.tree.map(jnp.add, a, b)
+  return jnp.concatenate([one[0], other[0]]), one[1] + other[1], add(one[2], other[2])
+
+
+HALVES = Halves(split, join)
+
+
+def run(function):
+  """Returns what `function(layer arguments)` makes inside a region of two devices."""
+  mesh = mesh_lib.make(config.Mesh(expert=2), jax.devices()[:2])
+  random = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  weights = {"out": normal(WIDTH, HIDDEN), "back": normal(HIDDEN, WIDTH) / HIDDEN}
+
+  def region(weights, gain, x_bd, inputs_bd):
+    arguments = collectives.varying((weights, {"gain": gain}, x_bd, inputs_bd))
+    return jax.tree.map(lambda leaf: leaf[None], function(*arguments))
+
+  program = jax.shard_map(
+    region, mesh=mesh, in_specs=(P(), P(), P(EXPERT), P(EXPERT)), out_specs=P(ALL)
+  )
+  return jax.jit(program)(weights, normal(WIDTH), normal(ROWS, WIDTH), normal(ROWS, WIDTH))
+
+
+def in_steps(*arguments):
+  weights, shared, carry, inputs = arguments
+  for step in paired.steps(layer, arguments, HALVES, INSIDE):
+    carry = step.run(weights, shared, carry, inputs)
+  return carry
+
+
+def in_halves(weights, shared, x, inputs):
+  return join(*(layer(weights, shared, *half) for half in split((x, inputs))))
+
+
+def test_the_steps_are_the_layer_of_either_half():
+  found, expected = run(in_steps), run(in_halves)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_gradients_pass_through_the_steps():
+  def gradient(function):
+    loss = lambda given: sum(map(jnp.sum, function(*given[:3], given[3])[:2]))
+    return lambda *arguments: jax.grad(loss)(arguments)
+
+  found, expected = run(gradient(in_steps)), run(gradient(in_halves))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), found, expected)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+  """The steps of the layer's half, and those of the pair."""
+  found = []
+
+  def look(weights, shared, x, inputs):
+    half = split((x, inputs))[0]
+    found.append(steps.cut(layer, (weights, shared, *half), inside=INSIDE))
+    found.append(paired.steps(layer, (weights, shared, x, inputs), HALVES, INSIDE))
+    return x
+
+  run(look)
+  return found[:2]
+
+
+def test_all_is_done_twice(pairs):
+  single, pair = pairs
+  for name in ("flops", "made_bytes", "between_bytes", "num_equations"):
+    assert sum(getattr(s, name) for s in pair) == 2 * sum(getattr(s, name) for s in single)
+  assert {leaf for s in pair for leaf in s.uses} == {leaf for s in single for leaf in s.uses}
+
+
+def test_while_one_half_exchanges_the_other_multiplies(pairs):
+  single, pair = pairs
+  exchanges = [s for s in pair if s.between_bytes]
+  each = max(s.between_bytes for s in single)
+  assert [s.between_bytes for s in exchanges] == [each, each]  # never both on the link at once
+  assert all(s.flops for s in exchanges)
