@@ -1,4 +1,4 @@
-"""srun -N16 -n64 python -m launch.train --config=configs/pod64_copies.py --workdir=runs/pod64_copies
+"""srun -N16 -n64 python -m launch.train --config=configs/pod64_copies.py --workdir=runs/copies
 
 pod64's model and batch on another mesh of its 64 GPUs: all experts inside each host, four ranks,
 and sixteen copies of that, one a host, which sum gradients and share the optimizer's state.
