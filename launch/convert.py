@@ -77,7 +77,7 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
     model=model,
     mesh=mesh_sizes,
     moe=config.Moe(dispatch="dropless"),  # as it was trained
-    train=config.Train(batch=mesh_sizes.expert, sequence=_SEQUENCE.value),
+    train=config.Train(batch=mesh_sizes.sequence_shares, sequence=_SEQUENCE.value),
     data=config.Data(tokenizer=_TOKENIZER.value),
   )
   if _TOKENIZER.value == "imported" and not (source / FILE).is_file():

@@ -36,7 +36,7 @@ _TOP_P = flags.DEFINE_float(
   lower_bound=0, upper_bound=1,
 )  # fmt: skip
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-_MESH = flags.DEFINE_string("mesh", "1x1x1", "expert x tensor x stage devices")
+_MESH = flags.DEFINE_string("mesh", "1x1x1", "devices, expert x tensor x stage, or x data")
 _KV_DTYPE = flags.DEFINE_string(
   "kv_dtype", "float32", "of the key-value cache: float32, bfloat16, int8 or float8"
 )

@@ -33,7 +33,7 @@ _PORT = flags.DEFINE_integer(
   "port", 8000, "to answer at; 0 takes a free one", lower_bound=0, upper_bound=65535
 )
 _NAME = flags.DEFINE_string("name", "", "of the model; default the folder's")
-_MESH = flags.DEFINE_string("mesh", "1x1x1", "expert x tensor x stage devices")
+_MESH = flags.DEFINE_string("mesh", "1x1x1", "devices, expert x tensor x stage, or x data")
 _SLOTS = flags.DEFINE_integer(
   "slots", 4, "sequences of each decode micro-batch on each rank of data and expert", lower_bound=1
 )

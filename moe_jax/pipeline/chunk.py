@@ -7,7 +7,9 @@ A barrier after each slot of steps says so to XLA, whose scheduler does not find
 holds the chain of activations and the chain of cotangents. What is saved may come a slot later than
 what it is made from, and weights' gradients some slots later; they fill what room is left there:
 first of all beside gathers and sums inside the host, which their own stream waits for while the
-other one sends. A backward unit alone in its tick has them beside its own exchanges.
+other one sends. A backward unit alone in its tick has them beside its own exchanges. Beside a unit
+alone weights come, or gradients leave (`ends`): a layer with each layer, where the link between
+hosts is quiet, or, where the unit sends nothing there, a chunk in one message.
 
 Knows layers as steps; must not know ticks, stages or the model.
 """
@@ -97,7 +99,7 @@ class Chunk(NamedTuple):
     moves = self._moves(forward, backward)
     if moves:
       brought, totals = moves.begin(totals)
-      forward, backward = moves.others()
+      forward, backward = moves.others(brought)
     layer = functools.partial(self._layer, forward, backward)
     last = self.layers.num_layers - 1
     body = lambda carry, l: (layer(l, False, *carry), None)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel import collectives
 from moe_jax.pipeline import buffers
 from moe_jax.pipeline.reduction import Reduction
 from moe_jax.pipeline.saving import SavedLayer
@@ -288,11 +289,13 @@ class Moves(NamedTuple):
     )
     return stage.reduction.summed(leaving), totals._replace(g_layers=g_layers)
 
-  def others(self) -> tuple[Forward | None, Backward | None]:
-    """Returns the units without what moves."""
+  def others(self, brought: list[jax.Array]) -> tuple[Forward | None, Backward | None]:
+    """Returns the units without what moves; on XLA:CPU they wait for it (`collectives.after`)."""
     if self.forward:
-      return self.forward._replace(coming=None), None
-    return None, self.backward._replace(leaving=None)
+      x = collectives.after(brought, self.forward.x)
+      return self.forward._replace(x=x, coming=None), None
+    gy = collectives.after(brought, self.backward.gy)
+    return None, self.backward._replace(gy=gy, leaving=None)
 
   def end(self, totals: Totals, brought: list[jax.Array]) -> Totals:
     """Puts away what they brought."""

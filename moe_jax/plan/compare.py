@@ -43,7 +43,7 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
     "mesh expert x tensor x stage x data": (
       f"{mesh.expert} x {mesh.tensor} x {mesh.stage} x {mesh.data}"
     ),
-    "micro-batches": f"{pipeline.micro_batches}",
+    "micro-batches": f"{pipeline.micro_batches}{' of two halves' * pipeline.halves}",
     "schedule": f"{pipeline.schedule}, {pipeline.chunks} chunks",
     "saves": pipeline.save,
     "layers gathered ahead": f"{pipeline.prefetch_layers or 'none: weights lie whole'}",

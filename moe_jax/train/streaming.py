@@ -85,7 +85,7 @@ def reduces(settings: config.Config, mesh: Mesh) -> list[Reduce | None]:
   return _of_layers(settings, mesh, _reduce_scatter)
 
 
-def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], Late]:
+def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
   """Returns the function from a device's parameters outside the layers, laid out by `specs`, to
   what the pipeline takes.
 
@@ -93,6 +93,8 @@ def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], Late]:
   their axes, and its sum a reduce-scatter.
   """
   shares = _late(settings, mesh)
+  if not any(shares):
+    return lambda shared: shared
   gathers, reduces = (
     [functools.partial(collective, share) if share else None for share in shares]
     for collective in (_gather, _reduce_scatter)

@@ -19,6 +19,14 @@ CASES = [
   {"mesh": {"expert": 1, "stage": 4}},  # one layer a chunk, so none of its collectives in a loop
   {"pipeline": {"schedule": "interleaved", "chunks": 2}},
   {"mesh": {"expert": 8, "tensor": 1, "stage": 1}},
+  # Copies: beside the loop over a chunk's four layers weights come, or gradients leave.
+  {
+    "model": {"layers": 8},
+    "mesh": {"expert": 2, "tensor": 1, "stage": 1, "data": 4},
+    "pipeline": {"schedule": "interleaved", "chunks": 2, "micro_batches": 1, "halves": True},
+    "moe": {"expert_ranks_per_host": 2},
+    "train": {"batch": 16},
+  },
 ]
 
 

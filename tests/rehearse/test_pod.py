@@ -32,9 +32,14 @@ def test_targets_agree_with_the_vendors_tables(kind):
 def test_tensor_ranks_share_a_host():
   found = pod.describe("h100:16x4")
   mesh = found.mesh(config.Mesh(expert=8, tensor=4, stage=2))
-  hosts = [[[d.id // 4 for d in row] for row in stage] for stage in mesh.devices]
+  hosts = [[[d.id // 4 for d in row] for row in stage] for stage in mesh.devices[0]]
   assert all(len(set(row)) == 1 for stage in hosts for row in stage)
-  assert dict(mesh.shape) == {"stage": 2, "expert": 8, "tensor": 4}
+  assert dict(mesh.shape) == {"data": 1, "stage": 2, "expert": 8, "tensor": 4}
+
+
+def test_copies_lie_on_hosts_of_their_own():
+  mesh = pod.describe("h100:16x4").mesh(config.Mesh(expert=4, data=16))
+  assert [{d.id // 4 for d in copy.flat} for copy in mesh.devices] == [{i} for i in range(16)]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def random_state(settings, mesh, optimizer):
   return jax.tree.map(put, abstract, places), abstract
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2), (4, 1, 1, 2)])
 @pytest.mark.parametrize("router_bias", [False, True])
 def test_every_leaf_with_experts_moves_and_nothing_else(mesh, router_bias):
   settings = parity.settings_of(mesh, model={"layers": 4, "router_bias": router_bias})
