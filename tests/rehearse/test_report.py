@@ -85,6 +85,25 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
 
 
 @pytest.mark.slow
+def test_copies_hide_what_they_send(pytestconfig, tmp_path):
+  """The reference's model and batch with experts inside hosts: what the plan asks of its chip."""
+  path = tmp_path / "report.json"
+  words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}"]
+  finished = rehearse(pytestconfig.rootpath, *words, config="pod64_copies")
+  assert finished.returncode == 0, finished.stderr
+  found = json.loads(path.read_text())
+  assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.92
+  assert found["planned"]["prediction"]["tokens_per_ms_per_gpu"] >= 100
+  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 200
+  assert found["prediction"]["bubble_fraction"] == 0
+  assert found["memory_bytes"]["total"] <= 4.312e9
+  # No token leaves its host: between hosts weights travel, gradients and some numbers.
+  between = [r for r in found["collectives"] if r["link"] == "between"]
+  assert all("data" in r["axis"] for r in between)
+  assert all("data" not in r["axis"] for r in found["collectives"] if r["link"] == "inside")
+
+
+@pytest.mark.slow
 def test_registered_memory_is_read_off_the_program(done, pytestconfig, tmp_path):
   """The same collectives; those inside hosts that gather and sum may take less, and no others."""
   path = tmp_path / "report.json"
