@@ -38,12 +38,13 @@ def table(plans: Mapping[str, Plan], tied: bool = True) -> list[tuple[str, ...]]
 def _column(plan: Plan, tied: bool) -> dict[str, str]:
   settings, machine = plan.settings, plan.machine
   mesh, pipeline = settings.mesh, settings.pipeline
+  is_halved = pipeline.halves and plan.served is None
   parts = {
     "GPUs": f"{plan.num_gpus} {machine.cluster.chip.name}",
     "mesh expert x tensor x stage x data": (
       f"{mesh.expert} x {mesh.tensor} x {mesh.stage} x {mesh.data}"
     ),
-    "micro-batches": f"{pipeline.micro_batches}{' of two halves' * pipeline.halves}",
+    "micro-batches": f"{pipeline.micro_batches}{' of two halves' * is_halved}",
     "schedule": f"{pipeline.schedule}, {pipeline.chunks} chunks",
     "saves": pipeline.save,
     "layers gathered ahead": f"{pipeline.prefetch_layers or 'none: weights lie whole'}",

@@ -277,6 +277,8 @@ class _Ranking:
       for count, (schedule, chunks) in itertools.product(
         micro_batches, self._schedules(model.layers // mesh.stage, mesh)
       ):
+        if mesh.stage == 1 < min(chunks, count):
+          continue  # beside other micro-batches weights of copies have room enough
         # Halves where units have no other beside them.
         are_alone = mesh.stage == count == 1 and per_rank % 2 == 0 and not self.workload
         for halves in (False, True) if are_alone else (False,):
