@@ -28,7 +28,7 @@ _DTYPE = flags.DEFINE_enum(
   " one, by default float32",
 )
 _MESH = flags.DEFINE_string(
-  "mesh", "1x1x1", "expert x tensor x stage devices that hold the model meanwhile"
+  "mesh", "1x1x1", "devices, expert x tensor x stage, or x data, that hold the model meanwhile"
 )
 _SEQUENCE = flags.DEFINE_integer(
   "sequence", 2048, "train.sequence of an imported run, its window of tokens", lower_bound=1

@@ -245,10 +245,9 @@ def _reduce(
     spec, shape: of the parameter.
     is_summed: whether the pipeline summed it into its shares.
   """
-  dimension, names = sharding.shares(spec, shape.shape, mesh)
-  axes = tuple(name for name in sharding.replicated_axes(spec) if name not in names)
+  shares = sharding.shares(spec, shape.shape, mesh)
+  axes = tuple(name for name in sharding.replicated_axes(spec) if name not in shares.axes)
   if not is_summed:
-    for name in names:
-      gradient = collectives.reduce_scatter(gradient, name, dimension)
+    gradient = streaming.sum_into(shares, gradient)
   gradient = jax.lax.psum(gradient, axes) if axes else gradient
   return gradient.astype(jnp.float32)

@@ -42,10 +42,10 @@ def specs(settings: config.Config, mesh: Mesh) -> Parameters:
     return whole
   if not any(_shares(settings, mesh)):
     raise ValueError(
-      f"pipeline.prefetch_layers={ahead} gathers attention's weights, of which none lies in shares:"
-      f" no dimension of theirs that mesh.expert={settings.mesh.expert} divides is as large as"
-      f" model.layers={model.layers}; choose a larger model.d_model={model.d_model} that"
-      " mesh.expert divides, or prefetch_layers=0"
+      f"pipeline.prefetch_layers={ahead} gathers weights, of which none lies in shares:"
+      f" no dimension of theirs that mesh.expert={settings.mesh.expert} or"
+      f" mesh.data={settings.mesh.data} divides is as large as model.layers={model.layers}; choose"
+      f" a larger model.d_model={model.d_model} that they divide, or prefetch_layers=0"
     )
   return whole._replace(layers=_placed(whole.layers, shapes.layers, _shares(settings, mesh), mesh))
 
@@ -82,7 +82,7 @@ def reduces(settings: config.Config, mesh: Mesh) -> list[Reduce | None]:
 
   Communication: none; that of each is a reduce-scatter over each axis of the shares.
   """
-  return _of_layers(settings, mesh, _reduce_scatter)
+  return _of_layers(settings, mesh, sum_into)
 
 
 def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
@@ -97,7 +97,7 @@ def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State
     return lambda shared: shared
   gathers, reduces = (
     [functools.partial(collective, share) if share else None for share in shares]
-    for collective in (_gather, _reduce_scatter)
+    for collective in (_gather, sum_into)
   )
   return lambda shared: Late(shared, gathers, reduces)
 
@@ -109,6 +109,17 @@ def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
   return Parameters(
     mark(shapes.layers, _shares(settings, mesh)), mark(shapes.shared, _late(settings, mesh))
   )
+
+
+def sum_into(shares: sharding.Shares, x: jax.Array) -> jax.Array:
+  """Returns this device's share of the sum of `x`, all of it where there are no shares: between
+  copies a share of it travels.
+
+  Communication: a reduce-scatter over each axis of the shares.
+  """
+  for name in shares.axes:
+    x = collectives.reduce_scatter(x, name, shares.dimension)
+  return x
 
 
 def _of_layers(settings: config.Config, mesh: Mesh, collective: Callable) -> list[Callable | None]:
@@ -127,13 +138,6 @@ def _gather(shares: sharding.Shares, x: jax.Array) -> jax.Array:
   """Returns `x` whole: between copies, which lie far apart, a share of it travels."""
   for name in reversed(shares.axes):
     x = collectives.gather(x, name, shares.dimension)
-  return x
-
-
-def _reduce_scatter(shares: sharding.Shares, x: jax.Array) -> jax.Array:
-  """Returns this device's share of the sum of `x`: between copies a share of it travels."""
-  for name in shares.axes:
-    x = collectives.reduce_scatter(x, name, shares.dimension)
   return x
 
 

@@ -63,13 +63,18 @@ def test_the_report_has_the_documented_keys(done):
     assert set(row) == {"claim", "asked", "found", "holds", "how"}
 
 
-@pytest.mark.slow
-def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
+def on_pod(pytestconfig, tmp_path, config):
+  """Returns the report of a config's train step on the reference's pod."""
   path = tmp_path / "report.json"
   words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}"]
-  finished = rehearse(pytestconfig.rootpath, *words, config="pod64")
+  finished = rehearse(pytestconfig.rootpath, *words, config=config)
   assert finished.returncode == 0, finished.stderr
-  found = json.loads(path.read_text())
+  return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
+  found = on_pod(pytestconfig, tmp_path, "pod64")
   assert found["exposure"]["beside_kernels_fraction"] >= 0.95
   assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.64
   assert found["prediction"]["bubble_fraction"] <= 0.016
@@ -87,11 +92,7 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
 @pytest.mark.slow
 def test_copies_hide_what_they_send(pytestconfig, tmp_path):
   """The reference's model and batch with experts inside hosts: what the plan asks of its chip."""
-  path = tmp_path / "report.json"
-  words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}"]
-  finished = rehearse(pytestconfig.rootpath, *words, config="pod64_copies")
-  assert finished.returncode == 0, finished.stderr
-  found = json.loads(path.read_text())
+  found = on_pod(pytestconfig, tmp_path, "pod64_copies")
   assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.92
   assert found["planned"]["prediction"]["tokens_per_ms_per_gpu"] >= 100
   assert found["prediction"]["tokens_per_ms_per_gpu"] >= 200
