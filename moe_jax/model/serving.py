@@ -22,11 +22,8 @@ from moe_jax.model import attention, cached_attention, kv_cache, transformer
 from moe_jax.model.kv_cache import Cache
 from moe_jax.model.layers import rms_norm
 from moe_jax.model.transformer import Layer, Shared
-from moe_jax.moe import few_tokens, gathered, layer, router
-from moe_jax.moe import plan as plans
-from moe_jax.moe.dispatch import DISPATCH
-from moe_jax.moe.exchange import EXCHANGE
-from moe_jax.moe.experts import Weights
+from moe_jax.moe import few_tokens, layer, router
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 
@@ -85,10 +82,10 @@ class Model(NamedTuple):
     embed_chunk: (shared, Chunk) -> `x_bsD`.
     embed_tokens: (shared, Tokens) -> `x_1cD`.
     layer_of_chunk: (layers, index, x_bsD, Chunk, Cache, runs) -> (y, Cache, Report).
-    attention_of_chunk: (weights, index, x_bsD, Chunk, before, Cache, runs) -> (x, Cache, keys and
+    attention_of_chunk: (layers, index, x_bsD, Chunk, before, Cache, runs) -> (x, Cache, keys and
       values), the first part of that layer; `before` are keys and values of positions between the
       cached ones and the chunk's, () for none.
-    experts_of_chunk: (weights, x_bsD, Chunk, runs) -> (y, Report), the rest of it.
+    experts_of_chunk: (layers, index, x_bsD, Chunk, runs) -> (y, Report), the rest of it.
     layer_of_tokens: (layers, index, x_1cD, Tokens, Cache, runs) -> (y, Cache, Report).
     pick_last: (y_bsD, Chunk) -> `y_bD`, each row's last token where this tensor rank holds it, else
       zero.
@@ -117,31 +114,29 @@ def functions(settings: config.Config) -> Model:
   def weights_of(layers, index) -> Layer:
     return nnx.merge(layer_definition, jax.tree.map(lambda leaf: leaf[index], layers))
 
-  def attention_of_chunk(state, index, x_bsD, chunk: Chunk, before, cache: Cache, runs):
-    weights = nnx.merge(layer_definition, state)
+  def attention_of_chunk(layers, index, x_bsD, chunk: Chunk, before, cache: Cache, runs):
+    weights = weights_of(layers, index)
     attend = lambda h_bsD: _attend_chunk(weights, model, index, h_bsD, chunk, before, cache, runs)
     return _add_attention(weights, model, x_bsD, attend)
 
-  def experts_of_chunk(state, x_bsD, chunk: Chunk, runs, stack=None, index=0):
+  def experts_of_chunk(layers, index, x_bsD, chunk: Chunk, runs):
     size = x_bsD.shape[1]
     place_s = jax.lax.axis_index(TENSOR) * size + jnp.arange(size, dtype=jnp.int32)
     is_real_bs = (place_s[None, :] < chunk.lengths_b[:, None]) & runs
-    stack = jax.tree.map(lambda leaf: leaf[None], state) if stack is None else stack
-    weights = nnx.merge(layer_definition, state)
-    return _add_experts(weights, settings, stack, index, x_bsD, is_real_bs)
+    weights, experts = weights_of(layers, index), _experts(layers, index)
+    return _add_experts(weights, settings, experts, x_bsD, is_real_bs)
 
   def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
-    state = jax.tree.map(lambda leaf: leaf[index], layers)
-    x_bsD, cache, _ = attention_of_chunk(state, index, x_bsD, chunk, (), cache, runs)
-    y_bsD, report = experts_of_chunk(state, x_bsD, chunk, runs, layers, index)
+    x_bsD, cache, _ = attention_of_chunk(layers, index, x_bsD, chunk, (), cache, runs)
+    y_bsD, report = experts_of_chunk(layers, index, x_bsD, chunk, runs)
     return y_bsD, cache, report
 
   def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
-    weights = weights_of(layers, index)
+    weights, experts = weights_of(layers, index), _experts(layers, index)
     attend = lambda h_1cD: _attend_tokens(weights, model, index, h_1cD, tokens, cache, runs)
     x_1cD, cache = _add_attention(weights, model, x_1cD, attend)
     is_real_1c = _my_share(tokens.is_active_b & runs)
-    y_1cD, report = _add_experts(weights, settings, layers, index, x_1cD, is_real_1c)
+    y_1cD, report = _add_experts(weights, settings, experts, x_1cD, is_real_1c)
     return y_1cD, cache, report
 
   return Model(
@@ -208,7 +203,13 @@ def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: C
   return collectives.reduce_scatter(_padded(y_bD), TENSOR, 1), cache
 
 
-def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, is_real_bs):
+def _experts(layers, index) -> Stacked:
+  """Returns the experts of a layer where they lie in the stage's: they are most of its weights."""
+  experts = layers["experts"]
+  return Stacked(Weights(experts["gate_up"][...], experts["down"][...]), index)
+
+
+def _add_experts(weights: Layer, settings: config.Config, experts: Stacked, x_bsD, is_real_bs):
   """Returns x plus what the experts make of the real tokens, and the report.
 
   Communication: the dispatch's, of `gathered` where few tokens make it the cheaper one, else of
@@ -228,31 +229,9 @@ def _add_experts(weights: Layer, settings: config.Config, layers, index, x_bsD, 
     assigned_E = router.assignments_per_expert(routing.experts_TK, num_experts)
   num_tokens = h_tD.shape[0] * jax.lax.axis_size(EXPERT) * jax.lax.axis_size(TENSOR)
   moe = few_tokens.way(settings.moe, num_tokens, h_tD.shape[1], h_tD.dtype.itemsize)
-  if moe.dispatch == "gathered":
-    y_tD, plan = _few(settings, layers, index, routing, logits_tE, h_tD)
-  else:
-    experts = weights.experts
-    of_layer = Weights(experts.gate_up[...], experts.down[...])
-    y_tD, plan = layer.serve(of_layer, moe, routing, logits_tE, h_tD)
+  y_tD, plan = layer.serve(experts, moe, routing, logits_tE, h_tD)
   dropped = jnp.sum((plan.expert_TK == num_experts) & is_real_t1, dtype=jnp.int32)
   return x_bsD + y_tD.reshape(x_bsD.shape), Report(assigned_E, dropped)
-
-
-def _few(settings: config.Config, layers, index, routing, logits_tE, h_tD):
-  """Returns what `layer.serve` does by `gathered`, without first copying the layer's experts."""
-  entry = DISPATCH["gathered"]
-  setting = plans.Setting(
-    *routing.experts_TK.shape, logits_tE.shape[1], 1.0, False, EXCHANGE[settings.moe.exchange]
-  )
-  experts = layers["experts"]
-  stack = Weights(experts["gate_up"][...], experts["down"][...])
-  with jax.named_scope("dispatch"):
-    plan = entry.plan(setting, routing, logits_tE)
-    arrived = entry.send(setting, h_tD, plan, 0)
-  with jax.named_scope("experts"):
-    rows = gathered.compute_layer(stack, index, arrived)
-  with jax.named_scope("combine"):
-    return entry.back(setting, rows, routing.weights_TK, plan, 0), plan
 
 
 def _pick_last(y_bsD, chunk: Chunk) -> jax.Array:

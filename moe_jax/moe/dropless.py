@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe import grouped, queues, rows
 from moe_jax.moe import plan as plans
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
 from moe_jax.parallel.axes import EXPERT
@@ -91,7 +91,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   return Arrived(rows_1RD[0], grouped.groups(sizes_Se, num_rows))
 
 
-def compute(weights: Weights, plan: Plan, arrived: Arrived) -> jax.Array:
+def compute(weights: Weights | Stacked, plan: Plan, arrived: Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`."""
   del plan
   return grouped.grouped_swiglu(weights, arrived.rows_RD, arrived.groups)

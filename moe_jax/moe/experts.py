@@ -25,6 +25,26 @@ class Weights(NamedTuple):
   down_efD: jax.Array
 
 
+class Stacked(NamedTuple):
+  """Weights of one layer where they lie: kernels read them there, what else there is cuts them out.
+
+  Attributes:
+    stack: of several layers, leaves [L, e, ...].
+    layer: which of them.
+  """
+
+  stack: Weights
+  layer: jax.Array | int
+
+  @property
+  def num_experts(self) -> int:
+    return self.stack.down_efD.shape[1]
+
+  def cut(self) -> Weights:
+    """Returns the layer's weights."""
+    return jax.tree.map(lambda w: w[self.layer], self.stack)
+
+
 def swiglu(weights: Weights, rows_eRD: jax.Array) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_eRD`; the sum over `tensor` is the experts'
   output.

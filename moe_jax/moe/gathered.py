@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe import grouped_kernels
 from moe_jax.moe import plan as plans
-from moe_jax.moe.experts import Weights, swiglu
+from moe_jax.moe.experts import Stacked, Weights, swiglu
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
 from moe_jax.parallel import collectives
@@ -29,8 +30,8 @@ _FEW = 4
 
 
 class _Arrived(NamedTuple):
-  """Every token, what it chose, and who chose each of this device's experts; None where surely all
-  are chosen.
+  """Every token and what it chose, and where that is not mostly all, who chose each of this
+  device's experts, else None.
   """
 
   x_MD: jax.Array
@@ -40,10 +41,16 @@ class _Arrived(NamedTuple):
 
 
 class _Made(NamedTuple):
-  """What experts made of every token, and how it weighs them."""
+  """What was made of every token, and how it weighs that.
 
-  rows_eMD: jax.Array
-  experts_MK: jax.Array
+  Attributes:
+    rows_iMD: of every token by expert i of this device, or by its i-th choice.
+    serves_MKi: whether that is what a choice asked for.
+    weights_MK: of the choices.
+  """
+
+  rows_iMD: jax.Array
+  serves_MKi: jax.Array
   weights_MK: jax.Array
 
 
@@ -73,32 +80,89 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   del round_id
   x_MD, experts_MK, weights_MK = collectives.gather_few((x_tD, *plan.places), TENSOR, EXPERT)
   is_full = experts_MK.size >= _FULL_LOAD * setting.num_experts
-  chose_eM = None if is_full else _serves(setting, experts_MK).any(1).T
+  num_mine = setting.num_experts // jax.lax.axis_size(EXPERT)
+  chose_eM = None if is_full else _serves(num_mine, experts_MK).any(1).T
   return _Arrived(x_MD, experts_MK, weights_MK, chose_eM)
 
 
-def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> _Made:
-  """Returns this tensor rank's partial sums; zero for an expert that nobody chose."""
-  del plan
-  return compute_layer(jax.tree.map(lambda w: w[None], weights), 0, arrived)
+def compute(weights: Weights | Stacked, plan: Plan, arrived: _Arrived) -> _Made:
+  """Returns this tensor rank's partial sums; zero for an expert that nobody chose.
 
-
-def compute_layer(stack: Weights, layer: jax.Array | int, arrived: _Arrived) -> _Made:
-  """Returns what `compute` makes of the weights of one layer, read out of the stack of all layers.
-
-  Args:
-    stack: weights of this device's experts of several layers, leaves [L, e, ...].
-    layer: which of them.
+  Weights in a stack are not differentiated.
   """
-  if arrived.chose_eM is None:
-    x_eMD = jnp.broadcast_to(arrived.x_MD[None], (stack.down_efD.shape[1], *arrived.x_MD.shape))
-    rows_eMD = swiglu(jax.tree.map(lambda w: w[layer], stack), x_eMD)
+  del plan
+  if isinstance(weights, Weights):
+    stacked = Stacked(jax.tree.map(lambda w: w[None], weights), 0)
+    rows_eMD = _products(stacked, arrived)
+  elif arrived.experts_MK.size <= weights.num_experts:
+    return _compute_choices(weights, arrived)
   else:
-    rows_eMD = _chosen(stack, layer, arrived.x_MD, arrived.chose_eM)
-  return _Made(rows_eMD, arrived.experts_MK, arrived.weights_MK)
+    stacked = weights
+    rows_eMD = jax.lax.platform_dependent(
+      stacked, arrived, cuda=_every_expert_by_kernels, default=_products
+    )
+  return _Made(rows_eMD, _serves(stacked.num_experts, arrived.experts_MK), arrived.weights_MK)
 
 
-def _chosen(stack: Weights, layer: jax.Array | int, x_MD: jax.Array, chose_eM: jax.Array):
+def _compute_choices(stacked: Stacked, arrived: _Arrived) -> _Made:
+  """Returns rows of choices alone, which are no more than the experts of this device."""
+  num_experts, num_choices = stacked.num_experts, arrived.experts_MK.shape[1]
+  place_MK = arrived.experts_MK - jax.lax.axis_index(EXPERT) * num_experts
+  is_mine_MK = (place_MK >= 0) & (place_MK < num_experts)
+  rows_KMD = jax.lax.platform_dependent(
+    stacked, jnp.where(is_mine_MK, place_MK, 0).T, arrived,
+    cuda=_choices_by_kernels, default=_choices_by_products,
+  )  # fmt: skip
+  serves_MKK = is_mine_MK[..., None] & jnp.eye(num_choices, dtype=bool)[None]
+  return _Made(rows_KMD, serves_MKK, arrived.weights_MK)
+
+
+def _choices_by_kernels(stacked: Stacked, place_KM, arrived: _Arrived, interpret=False):
+  x_MD = arrived.x_MD
+  x_A1D = jnp.broadcast_to(x_MD, (*place_KM.shape, x_MD.shape[1])).reshape(-1, 1, x_MD.shape[1])
+  rows_A1D = _kernels(stacked, x_A1D, place_KM.reshape(-1), interpret)
+  return rows_A1D.reshape(*place_KM.shape, -1)
+
+
+def _choices_by_products(stacked: Stacked, place_KM, arrived: _Arrived):
+  token_M = jnp.arange(place_KM.shape[1], dtype=jnp.int32)
+  return _products(stacked, arrived)[place_KM, token_M]
+
+
+def _every_expert_by_kernels(stacked: Stacked, arrived: _Arrived, interpret=False) -> jax.Array:
+  """Returns `rows_eMD`, of every token by every expert that anyone chose; others are finite."""
+  expert_e = jnp.arange(stacked.num_experts, dtype=jnp.int32)
+  if arrived.chose_eM is not None:
+    # To branch takes as long as to read an expert: in place of one that nobody chose another is
+    # multiplied, which is on the chip already.
+    is_chosen_e = arrived.chose_eM.any(1)
+    expert_e = jnp.where(is_chosen_e, expert_e, jnp.argmax(is_chosen_e).astype(jnp.int32))
+  x_eMD = jnp.broadcast_to(arrived.x_MD, (stacked.num_experts, *arrived.x_MD.shape))
+  return _kernels(stacked, x_eMD, expert_e, interpret)
+
+
+def _kernels(stacked: Stacked, x_iRD: jax.Array, expert_i: jax.Array, interpret) -> jax.Array:
+  """Returns `rows_iRD`, the rows of each i by its expert."""
+  tile, (groups, R, D) = grouped_kernels.TILE, x_iRD.shape
+  blocks, nowhere = -(-R // tile), 2 * groups * R
+  row_iR = jnp.arange(groups * R, dtype=jnp.int32).reshape(groups, R)
+  row_NJ = jnp.pad(row_iR, ((0, 0), (0, blocks * tile - R)), constant_values=nowhere)
+  y_RD, _ = grouped_kernels.forward(
+    stacked, x_iRD.reshape(-1, D), row_NJ.reshape(-1, tile), jnp.repeat(expert_i, blocks),
+    jnp.array([0, groups * blocks], jnp.int32), interpret=interpret,
+  )  # fmt: skip
+  return y_RD.reshape(groups, R, D)
+
+
+def _products(stacked: Stacked, arrived: _Arrived) -> jax.Array:
+  """Returns `rows_eMD`, of every token by every expert, as far as anyone asks for them."""
+  x_MD = arrived.x_MD
+  if arrived.chose_eM is not None:
+    return _chosen(stacked, x_MD, arrived.chose_eM)
+  return swiglu(stacked.cut(), jnp.broadcast_to(x_MD, (stacked.num_experts, *x_MD.shape)))
+
+
+def _chosen(stacked: Stacked, x_MD: jax.Array, chose_eM: jax.Array):
   """Returns `rows_eMD`, of each expert the tokens that chose it; others are zero, or what it makes.
 
   An expert that nobody chose is skipped. Where few chose it, only their rows are multiplied: beside
@@ -112,7 +176,7 @@ def _chosen(stack: Weights, layer: jax.Array | int, x_MD: jax.Array, chose_eM: j
 
   def expert(_, e):
     def run(x_mD):
-      weights = jax.tree.map(lambda w: w[layer, e][None], stack)
+      weights = jax.tree.map(lambda w: w[stacked.layer, e][None], stacked.stack)
       return swiglu(weights, x_mD[None])[0]
 
     few = lambda: zeros_MD.at[first_eP[e]].set(run(x_MD[first_eP[e]]), unique_indices=True)
@@ -134,12 +198,12 @@ def back(
   Communication: all-to-all over `expert`, (X - 1) * tensor * t * D elements; reduce-scatter over
   `tensor`, (tensor - 1) * t * D elements.
   """
-  del plan, round_id
-  serves_MKe = _serves(setting, made.experts_MK).astype(weights_TK.dtype)
-  weight_Me = jnp.einsum("mk,mke->me", _there(weights_TK, made.weights_MK), serves_MKe)
-  rows_eMD = residual(made.rows_eMD)
-  y_MD = jnp.einsum("me,emd->md", weight_Me, rows_eMD.astype(weights_TK.dtype))
-  return collectives.reduce_scatter_few(y_MD, TENSOR, EXPERT).astype(rows_eMD.dtype)
+  del setting, plan, round_id
+  serves_MKi = made.serves_MKi.astype(weights_TK.dtype)
+  weight_Mi = jnp.einsum("mk,mki->mi", _there(weights_TK, made.weights_MK), serves_MKi)
+  rows_iMD = residual(made.rows_iMD)
+  y_MD = jnp.einsum("mi,imd->md", weight_Mi, rows_iMD.astype(weights_TK.dtype))
+  return collectives.reduce_scatter_few(y_MD, TENSOR, EXPERT).astype(rows_iMD.dtype)
 
 
 @jax.custom_vjp
@@ -158,8 +222,7 @@ def _there_backward(_, d_MK):
 _there.defvjp(lambda weights_TK, weights_MK: (weights_MK, None), _there_backward)
 
 
-def _serves(setting: Setting, experts_MK):
+def _serves(num_mine: int, experts_MK):
   """Returns [M, K, e]: whether the assignment is of this device's expert; nobody's is of none."""
-  num_experts = setting.num_experts // jax.lax.axis_size(EXPERT)
-  mine_e = jax.lax.axis_index(EXPERT) * num_experts + jnp.arange(num_experts, dtype=jnp.int32)
+  mine_e = jax.lax.axis_index(EXPERT) * num_mine + jnp.arange(num_mine, dtype=jnp.int32)
   return experts_MK[..., None] == mine_e[None, None, :]

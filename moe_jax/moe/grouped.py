@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import grouped_kernels
-from moe_jax.moe.experts import Weights, joined
+from moe_jax.moe.experts import Stacked, Weights, joined
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
 from moe_jax.pipeline.saving import residual
@@ -99,18 +99,28 @@ def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
   return Groups(row_NJ, place_R, first_e, blocks_e)
 
 
-def grouped_swiglu(weights: Weights, rows_RD: jax.Array, groups: Groups) -> jax.Array:
+def grouped_swiglu(weights: Weights | Stacked, rows_RD: jax.Array, groups: Groups) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`, each row by its own expert; empty ones zero.
+
+  Args:
+    weights: of this device's experts; those in a stack are not differentiated.
+    rows_RD: as they arrived.
+    groups: whose they are.
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  return _grouped_swiglu(varying_like(weights, rows_RD), rows_RD, groups)
+  weights = varying_like(weights, rows_RD)
+  if isinstance(weights, Stacked):
+    return _values(weights, rows_RD, groups)
+  return _grouped_swiglu(weights, rows_RD, groups)
 
 
-@jax.custom_vjp
-def _grouped_swiglu(weights, rows_RD, groups):
+def _values(weights, rows_RD, groups):
   values = lambda *given: _kernels_forward(*given)[0]
   return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
+
+
+_grouped_swiglu = jax.custom_vjp(_values)
 
 
 def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
@@ -177,6 +187,8 @@ def _blocks(groups):
 
 
 def _blocks_values(weights, rows_RD, groups):
+  weights = weights.cut() if isinstance(weights, Stacked) else weights
+
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ joined(one.gate_up_eD2f))

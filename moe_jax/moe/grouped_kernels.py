@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.parallel.collectives import varying_like
 
 TILE = 64  # rows, columns and terms at a time: a float32 sum is 16 registers of each of 256 threads
@@ -32,11 +32,11 @@ D_GATE_UP, D_DOWN = "grouped_d_gate_up", "grouped_d_down"
 _WARPS = triton.CompilerParams(num_warps=8, num_stages=2)
 
 
-def forward(weights: Weights, x_RD, row_NJ, expert_N, used_2, *, interpret: bool = False):
+def forward(weights: Weights | Stacked, x_RD, row_NJ, expert_N, used_2, *, interpret=False):
   """Returns `y_RD`, this tensor rank's partial sums, zero in empty rows, and `gate_up_NJ2f`.
 
   Args:
-    weights: of this device's experts.
+    weights: of this device's experts; of a stack the layer is read where it lies.
     x_RD: rows as they arrived.
     row_NJ: which of them lies at each place, int32, J a multiple of 64; R + r where none does, for
       each empty row r once, else 2 * R.
@@ -47,10 +47,11 @@ def forward(weights: Weights, x_RD, row_NJ, expert_N, used_2, *, interpret: bool
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
-  run = _Call(x_RD, row_NJ, expert_N, used_2, len(weights.down_efD), interpret)
-  f, D = weights.down_efD.shape[1:]
-  (gate_up_P2f,) = run.placed(HIDDEN, _hidden_kernel, (x_RD,), weights.gate_up_eD2f, f, ((2,),))
-  y_RD = run.arrived(OUTPUT, _output_kernel, gate_up_P2f, weights.down_efD, D)
+  stack, layer = _stacked(weights)
+  run = _Call(x_RD, row_NJ, expert_N, used_2, layer, interpret)
+  f, D = stack.down_efD.shape[2:]
+  (gate_up_P2f,) = run.placed(HIDDEN, _hidden_kernel, (x_RD,), stack.gate_up_eD2f, f, ((2,),))
+  y_RD = run.arrived(OUTPUT, _output_kernel, gate_up_P2f, stack.down_efD, D)
   return y_RD, gate_up_P2f.reshape(*row_NJ.shape, 2, f)
 
 
@@ -64,13 +65,23 @@ def backward(
     gate_up_NJ2f: as it returned it.
     dy_RD: gradient of its output.
   """
-  run = _Call(x_RD, row_NJ, expert_N, used_2, len(weights.down_efD), interpret)
-  f, D = weights.down_efD.shape[1:]
+  stack, layer = _stacked(weights)
+  run = _Call(x_RD, row_NJ, expert_N, used_2, layer, interpret)
+  _, num_experts, f, D = stack.down_efD.shape
   given = (dy_RD, gate_up_NJ2f.reshape(-1, 2, f))
-  d_P2f, hidden_Pf = run.placed(D_HIDDEN, _d_hidden_kernel, given, weights.down_efD, f, ((2,), ()))
-  dx_RD = run.arrived(D_ROWS, _d_rows_kernel, d_P2f, weights.gate_up_eD2f, D)
-  of_gate_up = run.outer(D_GATE_UP, _d_gate_up_kernel, x_RD, d_P2f)
-  return Weights(of_gate_up, run.outer(D_DOWN, _d_down_kernel, hidden_Pf, dy_RD)), dx_RD
+  d_P2f, hidden_Pf = run.placed(D_HIDDEN, _d_hidden_kernel, given, stack.down_efD, f, ((2,), ()))
+  dx_RD = run.arrived(D_ROWS, _d_rows_kernel, d_P2f, stack.gate_up_eD2f, D)
+  of_gate_up = run.outer(D_GATE_UP, _d_gate_up_kernel, x_RD, d_P2f, num_experts)
+  of_down = run.outer(D_DOWN, _d_down_kernel, hidden_Pf, dy_RD, num_experts)
+  return Weights(of_gate_up, of_down), dx_RD
+
+
+def _stacked(weights: Weights | Stacked) -> Stacked:
+  """Returns the weights in a stack, of one layer where it is to be padded to whole tiles."""
+  if isinstance(weights, Weights):
+    return Stacked(jax.tree.map(lambda w: w[None], weights), 0)
+  is_whole = all(size % TILE == 0 for w in weights.stack for size in (w.shape[2], w.shape[-1]))
+  return weights if is_whole else _stacked(weights.cut())
 
 
 class _Call:
@@ -78,14 +89,16 @@ class _Call:
   a dimension of gate and up between.
   """
 
-  def __init__(self, x_RD, row_NJ, expert_N, used_2, num_experts, interpret):
-    self.like, self.num_experts, self.interpret = x_RD, num_experts, interpret
+  def __init__(self, x_RD, row_NJ, expert_N, used_2, layer, interpret):
+    self.like, self.interpret = x_RD, interpret
     self.num_rows, self.num_places = len(x_RD), row_NJ.size
     tiles = row_NJ.shape[1] // TILE
-    # Of places: the row, and of whole tiles whose rows they are.
-    self.row_P, self.expert_V, self.used_2 = varying_like(
-      (row_NJ.reshape(-1), jnp.repeat(expert_N, tiles), (used_2 * tiles).astype(jnp.int32)), x_RD
+    # Of places: the row, and of whole tiles whose rows they are; which tiles hold rows; the layer.
+    used_2, layer_1 = (used_2 * tiles).astype(jnp.int32), jnp.full(1, layer, jnp.int32)
+    self.row_P, self.expert_V, self.used_2, layer_1 = varying_like(
+      (row_NJ.reshape(-1), jnp.repeat(expert_N, tiles), used_2, layer_1), x_RD
     )
+    self.where_3 = jnp.concatenate([self.used_2, layer_1])
 
   def placed(self, name, kernel, rows, weights, width, outputs):
     """Returns an array [P, *output, width] for each output; a program of the kernel writes a tile
@@ -99,11 +112,10 @@ class _Call:
     """Returns an array [R, width]; a program of the kernel writes its tile where the rows lie."""
     return self._call(name, kernel, (places,), weights, width, [(self.num_rows,)])[0]
 
-  def outer(self, name, kernel, left, right):
+  def outer(self, name, kernel, left, right, num_experts):
     """Returns the sum over each expert's rows of left x right, [e, i, *o] float32."""
     width, shape = left.shape[1], right.shape[1:]
     left, right = _padded(left, -1), _padded(right.reshape(len(right), -1), -1)
-    num_experts = self.num_experts
     expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
     tile_V = jnp.arange(self.expert_V.size, dtype=jnp.int32)
     is_used_V = (tile_V >= self.used_2[0]) & (tile_V < self.used_2[1])
@@ -127,7 +139,7 @@ class _Call:
     """Returns arrays of these shapes, `width` more in the last dimension, of which the kernel's
     programs, one for each tile of places and columns, write theirs.
     """
-    weights = _padded(_padded(varying_like(weights, self.like), 1), -1)
+    weights = _padded(_padded(varying_like(weights, self.like), 2), -1)
     columns = math.ceil(width / TILE)
     found = pl.pallas_call(
       kernel,
@@ -135,10 +147,10 @@ class _Call:
       grid=(self.num_places // TILE, columns),
       out_shape=[self._out((*shape, columns * TILE)) for shape in shapes],
       compiler_params=_WARPS,
-      cost_estimate=_cost(self.num_places, *weights.shape[1:]),
+      cost_estimate=_cost(self.num_places, *weights.shape[2:]),
       interpret=self.interpret,
       **options,
-    )(self.expert_V, self.used_2, self.row_P, *(_padded(x, -1) for x in rows), weights)
+    )(self.expert_V, self.where_3, self.row_P, *(_padded(x, -1) for x in rows), weights)
     return [x[..., :width] for x in found]
 
   def _out(self, shape, dtype=None):
@@ -170,13 +182,13 @@ def _tile_of(output):
   return pl.BlockSpec((TILE, *output, TILE), lambda v, c: (v, *(0 for _ in output), c))
 
 
-def _walk(expert_ref, used_ref, num_terms, step, num_sums):
+def _walk(expert_ref, where_ref, num_terms, step, num_sums):
   """Returns the sums, [64, 64] float32, of `step(expert, k)` over tiles of terms; 0 for a tile that
-  holds no rows.
+  holds no rows. An expert is its layer and which of it.
   """
   v = pl.program_id(0)
-  expert = expert_ref[v]
-  is_used = (v >= used_ref[0]) & (v < used_ref[1])
+  expert = where_ref[2], expert_ref[v]
+  is_used = (v >= where_ref[0]) & (v < where_ref[1])
   turns = is_used.astype(jnp.int32) * (num_terms // TILE)
 
   def turn(k, sums):
@@ -209,41 +221,41 @@ def _write(ref, rows, number, tile):
   triton.store(ref.at[place], tile.astype(ref.dtype), mask=place[0] < num_rows)
 
 
-def _hidden_kernel(expert_ref, used_ref, row_ref, x_ref, gate_up_w_ref, gate_up_ref):
+def _hidden_kernel(expert_ref, where_ref, row_ref, x_ref, gate_up_w_ref, gate_up_ref):
   rows, column = row_ref[_at(pl.program_id(0))], _at(pl.program_id(1))
 
   def step(expert, k):
     x = _read(x_ref, rows, k)
-    return [triton.dot(x, gate_up_w_ref[expert, _at(k), part, column]) for part in range(2)]
+    return [triton.dot(x, gate_up_w_ref[*expert, _at(k), part, column]) for part in range(2)]
 
-  sums = _walk(expert_ref, used_ref, x_ref.shape[1], step, 2)
+  sums = _walk(expert_ref, where_ref, x_ref.shape[1], step, 2)
   for part in range(2):
     gate_up_ref[:, part, :] = sums[part].astype(gate_up_ref.dtype)
 
 
-def _output_kernel(expert_ref, used_ref, row_ref, gate_up_ref, down_w_ref, y_ref):
+def _output_kernel(expert_ref, where_ref, row_ref, gate_up_ref, down_w_ref, y_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
     gate, up = (_wide(gate_up_ref[here, part, _at(k)]) for part in range(2))
-    down = down_w_ref[expert, _at(k), column]
+    down = down_w_ref[*expert, _at(k), column]
     return [triton.dot((gate * jax.nn.sigmoid(gate) * up).astype(down.dtype), down)]
 
-  (y,) = _walk(expert_ref, used_ref, gate_up_ref.shape[2], step, 1)
+  (y,) = _walk(expert_ref, where_ref, gate_up_ref.shape[2], step, 1)
   _write(y_ref, row_ref[here], pl.program_id(1), y)
 
 
 def _d_hidden_kernel(
-  expert_ref, used_ref, row_ref, dy_ref, gate_up_ref, down_w_ref, d_ref, hidden_ref
+  expert_ref, where_ref, row_ref, dy_ref, gate_up_ref, down_w_ref, d_ref, hidden_ref
 ):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
   rows = row_ref[here]
 
   def step(expert, k):
-    down = down_w_ref[expert, column, _at(k)]
+    down = down_w_ref[*expert, column, _at(k)]
     return [triton.dot(_read(dy_ref, rows, k), down, trans_b=True)]
 
-  (dhidden,) = _walk(expert_ref, used_ref, dy_ref.shape[1], step, 1)
+  (dhidden,) = _walk(expert_ref, where_ref, dy_ref.shape[1], step, 1)
   gate, up = (_wide(gate_up_ref[here, part, column]) for part in range(2))
   sigmoid = jax.nn.sigmoid(gate)
   slope = sigmoid * (1 + gate * (1 - sigmoid))
@@ -252,19 +264,19 @@ def _d_hidden_kernel(
   hidden_ref[...] = (gate * sigmoid * up).astype(hidden_ref.dtype)
 
 
-def _d_rows_kernel(expert_ref, used_ref, row_ref, d_ref, gate_up_w_ref, dx_ref):
+def _d_rows_kernel(expert_ref, where_ref, row_ref, d_ref, gate_up_w_ref, dx_ref):
   here, column = _at(pl.program_id(0)), _at(pl.program_id(1))
 
   def step(expert, k):
     products = [
       triton.dot(
-        d_ref[here, part, _at(k)], gate_up_w_ref[expert, column, part, _at(k)], trans_b=True
+        d_ref[here, part, _at(k)], gate_up_w_ref[*expert, column, part, _at(k)], trans_b=True
       )
       for part in range(2)
     ]
     return [sum(products)]
 
-  (dx,) = _walk(expert_ref, used_ref, d_ref.shape[2], step, 1)
+  (dx,) = _walk(expert_ref, where_ref, d_ref.shape[2], step, 1)
   _write(dx_ref, row_ref[here], pl.program_id(1), dx)
 
 

@@ -17,7 +17,7 @@ from moe_jax.moe import plan as plans
 from moe_jax.moe import rounds, router
 from moe_jax.moe.dispatch import DISPATCH, Dispatch
 from moe_jax.moe.exchange import EXCHANGE
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.moe.plan import Plan
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import TOKENS
@@ -121,7 +121,7 @@ def auxiliary_loss(
 
 
 def serve(
-  weights: Weights,
+  weights: Weights | Stacked,
   moe_config: config.Moe,
   routing: router.Routing,
   ranking_tE: jax.Array,
@@ -130,7 +130,7 @@ def serve(
   """Returns `y_tD`, what the experts make of tokens that are routed already, and the plan.
 
   Args:
-    weights: of this device's experts.
+    weights: of this device's experts; only dispatch entries that serve take those in a stack.
     routing: differentiated by its weights.
     ranking_tE: by which experts that were not chosen are ranked; not differentiated.
 

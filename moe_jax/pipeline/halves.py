@@ -32,12 +32,12 @@ class Functions(NamedTuple):
 
   Attributes:
     embed: (shared, inputs, ()) -> x, the same on every stage.
-    begin: (half, weights, index, x, inputs, handed, state, runs) -> (x, state, handed), what comes
-      first in a layer, for one half, 0 or 1. `weights` are those of the stage's layer `index`. It
-      alone sees the state. `handed` is, for the second half, what the first returned; else ().
-      Where `runs` is False the cell is idle and nothing may be written to the state.
-    end: (half, weights, x, inputs, runs) -> (y, report), the rest of the layer; the report is not
-      counted where `runs` is False.
+    begin: (half, layers, index, x, inputs, handed, state, runs) -> (x, state, handed), what comes
+      first in layer `index` of the stage's, for one half, 0 or 1. It alone sees the state. `handed`
+      is, for the second half, what the first returned; else (). Where `runs` is False the cell is
+      idle and nothing may be written to the state.
+    end: (half, layers, index, x, inputs, runs) -> (y, report), the rest of the layer; the report is
+      not counted where `runs` is False.
     pick: (y, inputs) -> picked, what the head needs of the last layer's output.
     head: (shared, picked, inputs, ()) -> ((), outputs); `picked` is the same on every stage.
     inside: mesh axes along which all devices share a host.
@@ -106,11 +106,10 @@ class _Halves(Units):
   def run(self, state: Tree) -> Result:
     state = collectives.varying(state)
     inputs = buffers.at(self.inputs, 0)
-    weights = buffers.at(self.layers, 0)
     end = self.functions.end
-    report_of = lambda x: end(0, weights, x[0], inputs, self.stage >= 0)[1]
+    report_of = lambda x: end(0, self.layers, jnp.int32(0), x[0], inputs, self.stage >= 0)[1]
     result = self.start((), state, report_of)
-    self._cut(weights, inputs, state)
+    self._cut(inputs, state)
     zeros = collectives.zeros_like
     nowhere = _Cell(*collectives.varying((jnp.int32(0), jnp.int32(0), jnp.zeros((), bool))))
     inbox = zeros(buffers.stacked(self.x, self.table.num_inbox_slots))
@@ -118,18 +117,18 @@ class _Halves(Units):
     run = self.ticks(self._tick, _Run(first, first, second, nowhere, inbox, result))
     return self.told(run.result)
 
-  def _cut(self, weights, inputs, state) -> None:
+  def _cut(self, inputs, state) -> None:
     """Cuts both halves of a layer into steps, and lays those of a tick's layers side by side."""
     cell = (jnp.int32(0), self.stage >= 0)
-    of_layer = lambda: collectives.varying((weights, inputs, state, *cell))
-    weights, inputs, state, index, runs = jax.eval_shape(of_layer)
+    of_layer = lambda: collectives.varying((self.layers, inputs, state, *cell))
+    layers, inputs, state, index, runs = jax.eval_shape(of_layer)
     self.begin, self.end, handed, inside = [], [], (), self.functions.inside
     for half, x in enumerate(self.x):
       begin, end = self._begin(half), self._end(half)
       given = (index, inputs, handed, runs)
-      self.begin.append(cut(begin, (weights, (), (x, state), given), inside=inside))
-      handed = jax.eval_shape(begin, weights, (), (x, state), given)[2]
-      example = (weights, (), x, (inputs, runs))
+      self.begin.append(cut(begin, (layers, (), (x, state), given), inside=inside))
+      handed = jax.eval_shape(begin, layers, (), (x, state), given)[2]
+      example = (layers, (), x, (index, inputs, runs))
       self.end.append([*cut(end, example, head_apart=True, inside=inside)])
     # What comes before an exchange of tokens exchanges how many there are.
     link = "inside_bytes" if EXPERT in inside else "between_bytes"
@@ -154,15 +153,16 @@ class _Halves(Units):
     return tie.side_by_side(*costs, after, exchange_first=True)
 
   def _begin(self, half: int) -> Callable:
-    def begin(weights, _, carry, given):
+    def begin(layers, _, carry, given):
       (x, state), (index, inputs, handed, runs) = carry, given
-      return self.functions.begin(half, weights, index, x, inputs, handed, state, runs)
+      return self.functions.begin(half, layers, index, x, inputs, handed, state, runs)
 
     return begin
 
   def _end(self, half: int) -> Callable:
-    def end(weights, _, x, given):
-      return self.functions.end(half, weights, x, *given)
+    def end(layers, _, x, given):
+      index, inputs, runs = given
+      return self.functions.end(half, layers, index, x, inputs, runs)
 
     return end
 
@@ -257,11 +257,11 @@ class _Tick:
     return self.before._replace(inbox=tuple(self.inbox), result=result)
 
   def _begin(self, half: int, cell: _Cell) -> _Part:
-    weights, inputs = self._weights(cell), self._inputs(cell)
+    inputs = self._inputs(cell)
 
     def enter(x):
       handed = self.handed if half else ()
-      return weights, (cell.index, inputs, handed, cell.runs), (x, self.result.state)
+      return self.halves.layers, (cell.index, inputs, handed, cell.runs), (x, self.result.state)
 
     def leave(made):
       x, state, self.handed = made
@@ -271,7 +271,7 @@ class _Tick:
     return _Part(self.halves.begin[half], enter, leave)
 
   def _end(self, half: int, cell: _Cell, made: list | None = None) -> _Part:
-    weights, inputs = self._weights(cell), self._inputs(cell)
+    given = cell.index, self._inputs(cell), cell.runs
 
     def leave(returned):
       y, report = returned
@@ -281,7 +281,7 @@ class _Tick:
         made.append(y)
       return y
 
-    return _Part(self.halves.end[half], lambda x: (weights, (inputs, cell.runs), x), leave)
+    return _Part(self.halves.end[half], lambda x: (self.halves.layers, given, x), leave)
 
   def _send(self) -> _Part:
     """The first half's way to the next stage, at the end of the tick."""
@@ -311,9 +311,6 @@ class _Tick:
     slot = self.row.forward_inbox_slot
     waiting = buffers.at(self.inbox[half], jnp.maximum(slot, 0))
     return buffers.select(slot >= 0, waiting, self.embedded[half])
-
-  def _weights(self, cell: _Cell) -> Tree:
-    return buffers.at(self.halves.layers, cell.index)
 
   def _inputs(self, cell: _Cell) -> Tree:
     return collectives.varying(buffers.at(self.halves.inputs, cell.micro))

@@ -68,11 +68,12 @@ def cut(
 
   closed = jax.make_jaxpr(flat)(*given)
   jaxpr, consts = closed.jaxpr, closed.consts
-  least = _SMALL_COLLECTIVE * max(map(_sent_bytes, jaxpr.eqns), default=0.0)
-  pieces = _pieces(jaxpr.eqns, least, head_apart)
+  eqns = _asked_for(jaxpr)
+  least = _SMALL_COLLECTIVE * max(map(_sent_bytes, eqns), default=0.0)
+  pieces = _pieces(eqns, least, head_apart)
   if len(pieces) == 1:
     uses = tuple(range(len(jax.tree.leaves(example[:2]))))
-    return (_step(layer, uses, jaxpr.eqns, least, inside),)
+    return (_step(layer, uses, eqns, least, inside),)
   num_x = len(jax.tree.leaves(example[2]))
   first_x = len(jax.tree.leaves(example[:2]))
   x_vars = jaxpr.invars[first_x : first_x + num_x]
@@ -144,6 +145,16 @@ def _pieces(eqns, least_sent: float, head_apart: bool) -> list[list]:
       operand = eqn.invars[0] if is_product else None
     last = place + 1
   return [list(eqns[a:b]) for a, b in itertools.pairwise([0, *begins, len(eqns)])]
+
+
+def _asked_for(jaxpr) -> list:
+  """Returns the equations without those whose results nobody takes, which XLA leaves out."""
+  taken, found = set(map(id, jaxpr.outvars)), []
+  for eqn in reversed(jaxpr.eqns):
+    if eqn.effects or any(id(v) in taken for v in eqn.outvars):
+      taken |= set(map(id, eqn.invars))
+      found.append(eqn)
+  return found[::-1]
 
 
 def _narrowest(eqns, start: int, stop: int) -> int:

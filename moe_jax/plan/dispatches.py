@@ -189,7 +189,7 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
     Step("send tokens between", "dispatch", "all-to-all", axes=("expert",),
          operand_bytes=sent * everyone, integer_bytes=choices * everyone),
     Step("experts", "experts", flops=6.0 * chosen * tokens * model.d_model * f,
-         num_bytes=rows * (3 * model.d_model + 4 * f) + weights, kernels=4 * e),
+         num_bytes=rows * (3 * model.d_model + 4 * f) + weights, kernels=8),
     Step("combine", "combine", num_bytes=2 * rows * model.d_model, kernels=3),
     Step("sum between", "combine", "all-to-all", axes=("expert",),
          operand_bytes=sum_x * everyone),

@@ -4,9 +4,9 @@ The same steps as in training, forwards alone, the head at the last position of 
 of the mesh serve equal parts of a workload, and send each other nothing. Knows steps and machines;
 must not know how requests arrive.
 
-Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. Times
-are upper bounds: a prefill's micro-batch is worked as two halves side by side (pipeline.halves),
-and is priced here as one after the other.
+Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. A
+prefill's micro-batch is worked as two halves side by side where it sends much (pipeline.halves), and
+is priced here as one after the other, which takes longer.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from moe_jax.plan.machine import Machine, seconds
 from moe_jax.plan.memory import Memory
 from moe_jax.plan.steps import Sizes
 
-_TRAINING_ONLY = program.NOT_WAITED_FOR | phases.LATE
+# Experts' kernels read weights where they lie in the stack of layers.
+_TRAINING_ONLY = program.NOT_WAITED_FOR | phases.LATE | {"cut weights"}
 
 
 class Workload(NamedTuple):

@@ -170,7 +170,7 @@ class Program:
 def read(
   text: str,
   mesh: Mapping[str, int],
-  kernels: work.KernelFlops | None = None,
+  kernels: work.Kernels | None = None,
   turns: Mapping[str, int | None] | None = None,
 ) -> Program:
   """Returns the schedule of a compiled program.
@@ -178,7 +178,7 @@ def read(
   Args:
     text: of `Compiled.as_text()`.
     mesh: size of each axis by name, outermost first.
-    kernels: operations of hand-written kernels by name; others of them are counted as unknown.
+    kernels: what hand-written kernels do, by name; others of them are counted as unknown.
     turns: how often a loop turns whose data decides that, by the scope that it stands in; None for
       once or not at all, as a branch.
 
@@ -235,7 +235,7 @@ class _Reader:
     self,
     module: Module,
     mesh: Mapping[str, int],
-    kernels: work.KernelFlops,
+    kernels: work.Kernels,
     turns: Mapping[str, int | None],
   ):
     self.module, self.mesh, self.kernels, self.turns = module, mesh, kernels, turns

@@ -150,7 +150,7 @@ def _scheduled(step, settings, pod: Pod, mesh, table: Table, progress, once: boo
 
 
 def _simulated(compiled: lowering.Compiled, table: Table, turns, pod: Pod, mesh) -> _Simulated:
-  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, turns)
+  found = program.read(compiled.text, dict(mesh.shape), kernels.KERNELS, turns)
   taken = ticks.branches_taken(found, table)
   simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
   return _Simulated(found, taken, simulator, simulator.run(found))

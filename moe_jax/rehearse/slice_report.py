@@ -41,7 +41,9 @@ def make(
   mesh, workload = pod.mesh(settings.mesh), workloads.WORKLOADS[step](settings)
   compiled = _compiled(step, settings, mesh, progress)
   progress("reading the compiled program")
-  found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, ticks.turns(step, settings))
+  found = program.read(
+    compiled.text, dict(mesh.shape), kernels.KERNELS, ticks.turns(step, settings)
+  )
   taken = ticks.branches_taken(found, workload.table)
   times = ticks.executions(found.entry, taken.branch_of_turn)
   bytes_by_part = memory.by_part(settings, compiled)

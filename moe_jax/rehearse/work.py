@@ -9,14 +9,27 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moe_jax.rehearse import convolution
 from moe_jax.rehearse.hlo import Computation, Instruction, Module, Shape
 
-# (operand shapes, result shapes) -> operations, by the name of a hand-written kernel.
-KernelFlops = Mapping[str, Callable[[tuple[Shape, ...], tuple[Shape, ...]], float]]
+
+class Kernel(NamedTuple):
+  """What a hand-written kernel does, by the shapes of its operands.
+
+  Attributes:
+    flops: of its matrix products.
+    read_parts: of operands that it does not read wholly the part, by their number.
+  """
+
+  flops: Callable[[tuple[Shape, ...]], float]
+  read_parts: Callable[[tuple[Shape, ...]], Mapping[int, float]] = lambda operands: {}
+
+
+# By the name that it has in a compiled program.
+Kernels = Mapping[str, Kernel]
 
 _GEMM_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 _KERNEL_TARGETS = ("__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu_v2")
@@ -58,7 +71,7 @@ class Work:
 
 
 def of(
-  module: Module, computation: Computation, instruction: Instruction, kernels: KernelFlops
+  module: Module, computation: Computation, instruction: Instruction, kernels: Kernels
 ) -> Work:
   """Returns the work of an instruction of `computation` that calls no loop and no collective."""
   flops: collections.Counter[str] = collections.Counter()
@@ -80,7 +93,8 @@ def of(
         flops[_call_dtype(where, each)] += counted
     elif each.opcode in ("fft", "triangular-solve", "cholesky"):
       unknown.append(each.opcode)
-  return Work(dict(flops), _num_bytes(module, computation, instruction), tuple(unknown))
+  num_bytes = _num_bytes(module, computation, instruction, kernels)
+  return Work(dict(flops), num_bytes, tuple(unknown))
 
 
 def _inside(
@@ -114,10 +128,10 @@ def _dot_flops(computation: Computation, dot: Instruction) -> float:
 
 
 def _custom_call_flops(
-  computation: Computation, call: Instruction, kernels: KernelFlops
+  computation: Computation, call: Instruction, kernels: Kernels
 ) -> float | None:
   target = _target(call)
-  operands = tuple(s for operand in computation.operands_of(call) for s in operand.shapes)
+  operands = _shapes(computation.operands_of(call))
   if target in _GEMM_TARGETS:
     config = call.backend_config.get("gemm_backend_config", call.backend_config)
     numbers = config["dot_dimension_numbers"]
@@ -125,8 +139,12 @@ def _custom_call_flops(
     return 2.0 * call.shapes[0].elements * math.prod(contracted)
   if target in _NO_FLOPS_TARGETS:
     return 0.0
-  name = _kernel_name(call) if target in _KERNEL_TARGETS else target
-  return kernels[name](operands, call.shapes) if name in kernels else None
+  name = _kernel_name(call)
+  return kernels[name].flops(operands) if name in kernels else None
+
+
+def _shapes(operands: Sequence[Instruction]) -> tuple[Shape, ...]:
+  return tuple(shape for operand in operands for shape in operand.shapes)
 
 
 def _call_dtype(computation: Computation, call: Instruction) -> str:
@@ -136,7 +154,7 @@ def _call_dtype(computation: Computation, call: Instruction) -> str:
   Source: https://triton-lang.org/main/python-api/generated/triton.language.dot.html,
   input_precision, which Pallas leaves at its default.
   """
-  dtypes = [s.dtype for operand in computation.operands_of(call) for s in operand.shapes]
+  dtypes = [shape.dtype for shape in _shapes(computation.operands_of(call))]
   dtype = next((d for d in dtypes if not _INTEGER.fullmatch(d)), dtypes[0])
   return "tf32" if dtype == "f32" and _target(call) in _KERNEL_TARGETS else dtype
 
@@ -146,11 +164,15 @@ def _target(call: Instruction) -> str:
 
 
 def _kernel_name(call: Instruction) -> str:
+  if _target(call) not in _KERNEL_TARGETS:
+    return _target(call)
   found = re.search(r'name\s*[=:]\s*\\*"([\w.\-]+)', call.attributes)
   return call.backend_config.get("name") or (found[1] if found else "")
 
 
-def _num_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+def _num_bytes(
+  module: Module, computation: Computation, instruction: Instruction, kernels: Kernels
+) -> float:
   operands = computation.operands_of(instruction)
   if "calls" in instruction.called:
     inner = module.called(instruction, "calls")
@@ -160,7 +182,11 @@ def _num_bytes(module: Module, computation: Computation, instruction: Instructio
   if instruction.opcode in _UPDATES:
     update = _UPDATES[instruction.opcode]
     return (2 + update.adds) * operands[update.part].num_bytes
-  return instruction.num_bytes + sum(operand.num_bytes for operand in operands)
+  parts: Mapping[int, float] = {}
+  if instruction.opcode == "custom-call" and _kernel_name(instruction) in kernels:
+    parts = kernels[_kernel_name(instruction)].read_parts(_shapes(operands))
+  read = sum(parts.get(i, 1.0) * operand.num_bytes for i, operand in enumerate(operands))
+  return instruction.num_bytes + read
 
 
 def _parameter_bytes(module: Module, inner: Computation) -> float:

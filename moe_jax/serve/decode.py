@@ -66,6 +66,9 @@ class Result(NamedTuple):
   dropped_L: jax.Array
 
 
+RESULT = Result(P(None, *ROWS), P(STAGE), P(STAGE))  # as prefill.RESULT
+
+
 def shape(settings: config.Config) -> tuple[int, int]:
   """Returns [U, X * b] of the slots: a micro-batch for each stage, `serve.slots` on each rank."""
   return settings.mesh.stage, settings.serve.slots * settings.mesh.sequence_shares
@@ -109,7 +112,7 @@ def decode_step(settings: config.Config, mesh: Mesh, num_tokens: int | None = No
     region,
     mesh=mesh,
     in_specs=(transformer.specs(settings.model), cache_specs, ROWS, slots_specs),
-    out_specs=(cache_specs, slots_specs, Result(P(None, *ROWS), P(STAGE), P(STAGE))),
+    out_specs=(cache_specs, slots_specs, RESULT),
   )
 
 

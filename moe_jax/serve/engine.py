@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from moe_jax import config
 from moe_jax.model.transformer import Parameters
 from moe_jax.serve import decode, packing, prefill, requests
 from moe_jax.serve.expert_load import ExpertCounts, ExpertLoad
 from moe_jax.serve.latency import Latencies
-from moe_jax.serve.programs import Programs
+from moe_jax.serve.programs import Programs, on_host
 from moe_jax.serve.requests import Event, Overloaded, Request, Timing
 from moe_jax.serve.scheduler import Running, Scheduler
 
@@ -208,9 +207,9 @@ class Engine:
     width = self._programs.width(max(piece.start for piece in pieces))
     batch, places = packing.pack(self._settings, pieces, width)
     self._cache, found = self._programs.prefill(self._parameters, self._cache, batch)
-    tokens_UB = np.asarray(found.tokens_UB)
+    tokens_UB = on_host(found.tokens_UB)
     self._count(found)
-    self._padding_tokens += int(np.asarray(found.padding_tokens))
+    self._padding_tokens += packing.num_padding(batch)
     self._prompt_tokens += sum(len(piece.tokens) for piece in pieces)
     # Of a prompt's pieces the last one's token counts.
     ends = {one.request_id: (one, place) for (one, _), place in zip(taken, places, strict=True)}
@@ -231,7 +230,7 @@ class Engine:
     self._cache, _, found = self._programs.decode(
       self._parameters, self._cache, scheduler.page_table(width), scheduler.slots
     )
-    tokens_TUB = np.asarray(found.tokens_TUB)
+    tokens_TUB = on_host(found.tokens_TUB)
     self._count(found)
     events = []
     for one in active:
@@ -245,7 +244,7 @@ class Engine:
 
   def _count(self, found: prefill.Result | decode.Result) -> None:
     with self._mutex:
-      self._experts.add(found.assigned_LE, found.dropped_L)
+      self._experts.add(on_host(found.assigned_LE), on_host(found.dropped_L))
 
   def _made(self, one: Running, tokens: Sequence[int]) -> Event:
     """Returns the event of new tokens, up to a stop token; the last ends the request."""

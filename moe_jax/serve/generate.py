@@ -18,7 +18,7 @@ from moe_jax.serve import decode, packing, prefill
 from moe_jax.serve import pages as pages_lib
 from moe_jax.serve.packing import Piece, Wish
 from moe_jax.serve.pages import Pages
-from moe_jax.serve.programs import Programs
+from moe_jax.serve.programs import Programs, on_host
 
 GREEDY = Wish()
 
@@ -114,7 +114,7 @@ class Generator:
       width = self.programs.width(longest)
       pages_UBW = pages_lib.table(in_order, width).reshape(*self._shape, width)
       cache, slots, found = self.programs.decode(parameters, cache, pages_UBW, slots)
-      for tokens_UB in np.asarray(found.tokens_TUB):
+      for tokens_UB in on_host(found.tokens_TUB):
         every = [(i, int(tokens_UB[slot])) for i, slot in enumerate(by_slot)]
         made = [(i, token) for i, token in every if token != decode.NO_TOKEN]
         for i, token in made:
@@ -180,12 +180,13 @@ class Generator:
       width = self.programs.width(taken[0][1].start)
       batch, places = packing.pack(self._settings, [piece for _, piece in taken], width)
       cache, found = self.programs.prefill(parameters, cache, batch)
-      results.append((taken, places, found.tokens_UB))
+      results.append((taken, places, found.tokens_UB))  # read when all calls are made
       waiting = later
     first = [0] * len(sequences)
     for taken, places, tokens_UB in results:
+      tokens_UB = on_host(tokens_UB)
       for (i, _), place in zip(taken, places, strict=True):
-        first[i] = int(np.asarray(tokens_UB)[place])  # of a prompt's pieces the last one's stays
+        first[i] = int(tokens_UB[place])  # of a prompt's pieces the last one's stays
     return cache, first
 
   def _slots(self, sequences, first, new_tokens: int, stop_token: int) -> decode.Slots:

@@ -75,13 +75,13 @@ def functions(
     del carry
     return tuple(model.embed_chunk(shared, half) for half in how.split(given.chunk))
 
-  def begin(half, weights, index, x, given, handed, cache, runs):
+  def begin(half, layers, index, x, given, handed, cache, runs):
     chunk = how.split(given.chunk)[half]
     before = handed if how.hands_over else ()
-    return model.attention_of_chunk(weights, index, x, chunk, before, cache, runs)
+    return model.attention_of_chunk(layers, index, x, chunk, before, cache, runs)
 
-  def end(half, weights, x, given, runs):
-    return model.experts_of_chunk(weights, x, how.split(given.chunk)[half], runs)
+  def end(half, layers, index, x, given, runs):
+    return model.experts_of_chunk(layers, index, x, how.split(given.chunk)[half], runs)
 
   def pick(y, given):
     chunks = how.split(given.chunk)

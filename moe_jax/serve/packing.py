@@ -109,6 +109,11 @@ def pack(
   return batch, places
 
 
+def num_padding(batch: prefill.Batch) -> int:
+  """Returns how many positions of a packed call hold no token."""
+  return int(batch.chunk.tokens_bS.size - batch.chunk.lengths_b.sum())
+
+
 def numpy_zeros(structs):
   """Returns zeros, numpy, of the shapes and dtypes of a tree of named tuples."""
   if hasattr(structs, "_fields"):

@@ -47,15 +47,17 @@ class Result(NamedTuple):
   Attributes:
     tokens_UB: the token after each row's last one, drawn as its request wishes, int32; of use
       where the row ends its prompt.
-    padding_tokens: positions of the call that hold no token, int32.
     assigned_LE: assignments per layer (in the pipeline's placement) and expert, int32.
     dropped_L: assignments that no expert served, int32.
   """
 
   tokens_UB: jax.Array
-  padding_tokens: jax.Array
   assigned_LE: jax.Array
   dropped_L: jax.Array
+
+
+# Where a call leaves them: tokens with their rows, for nothing on the devices waits for others'.
+RESULT = Result(ROWS, P(STAGE), P(STAGE))
 
 
 def rows(settings: config.Config) -> int:
@@ -107,12 +109,8 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
     else:
       functions = halving.functions(settings, model, way, head)
       found = halves.run(functions, table, layers, shared, batch, cache)
-    size = batch.chunk.tokens_bS.shape[-1]
-    padding = jnp.sum(size - batch.chunk.lengths_b, dtype=jnp.int32)
-    tokens_UB = jax.lax.pmax(found.outputs, (STAGE, TENSOR))
     return found.state, Result(
-      tokens_UB=tokens_UB,
-      padding_tokens=jax.lax.psum(collectives.after(tokens_UB, padding), SEQUENCES),
+      tokens_UB=jax.lax.pmax(found.outputs, (STAGE, TENSOR)),
       assigned_LE=jax.lax.psum(found.reports.assigned_E, TOKENS),
       dropped_L=jax.lax.psum(found.reports.dropped, TOKENS),
     )
@@ -123,7 +121,7 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
     region,
     mesh=mesh,
     in_specs=(transformer.specs(settings.model), cache_specs, batch_specs),
-    out_specs=(cache_specs, Result(ROWS, P(), P(STAGE), P(STAGE))),
+    out_specs=(cache_specs, RESULT),
   )
 
 

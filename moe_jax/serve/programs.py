@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,7 +93,8 @@ class Programs:
   def prefill(self, parameters: Parameters, cache: Cache, batch: prefill.Batch):
     """Returns (cache, prefill.Result) of a batch that `packing.pack` made; the cache is donated.
 
-    Its context width is one of `widths`, or 0. Results lie on every device.
+    Its context width is one of `widths`, or 0. Results lie as `prefill.RESULT` says; `on_host`
+    brings them.
     """
     run = self._prefill(batch.chunk.context_bW.shape[-1])
     return run(parameters, cache, self._put(batch))
@@ -100,7 +102,7 @@ class Programs:
   def decode(self, parameters: Parameters, cache: Cache, pages_UBW: np.ndarray, slots):
     """Returns (cache, decode.Slots, decode.Result); the cache is donated, W is one of `widths`.
 
-    Results lie on every device; the slots, as they come back, may be given to the next call.
+    Results lie as `decode.RESULT` says; the slots, as they come back, the next call may take.
     """
     run = self._decode(pages_UBW.shape[-1])
     return run(parameters, cache, *self._put((pages_UBW, slots)))
@@ -110,7 +112,7 @@ class Programs:
     step = prefill.prefill_step(self._settings, self._mesh)
     tokens = context_width * self._settings.serve.page
     batch = self._place(prefill.abstract_batch(self._settings, tokens))
-    results = (self._cache_shardings(), NamedSharding(self._mesh, P()))
+    results = (self._cache_shardings(), self._shardings(prefill.RESULT))
     jitted = jax.jit(step, donate_argnums=1, out_shardings=results)
     return jitted.lower(*self.abstract, batch)
 
@@ -119,8 +121,8 @@ class Programs:
     step = decode.decode_step(self._settings, self._mesh)
     pages = jax.ShapeDtypeStruct((*decode.shape(self._settings), width), jnp.int32)
     given = self._place((pages, decode.abstract_slots(self._settings)))
-    sharding = lambda spec: NamedSharding(self._mesh, spec)
-    results = (self._cache_shardings(), sharding(ROWS), sharding(P()))
+    slots = NamedSharding(self._mesh, ROWS)
+    results = (self._cache_shardings(), slots, self._shardings(decode.RESULT))
     jitted = jax.jit(step, donate_argnums=1, out_shardings=results)
     return jitted.lower(*self.abstract, *given)
 
@@ -137,6 +139,10 @@ class Programs:
 
   def _cache_shardings(self):
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract.cache)
+
+  def _shardings(self, specs):
+    place = lambda spec: NamedSharding(self._mesh, spec)
+    return jax.tree.map(place, specs, is_leaf=lambda node: isinstance(node, P))
 
   def _put(self, tree):
     """Returns host arrays, the same in every process, as the programs take them."""
@@ -155,6 +161,13 @@ class Programs:
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), structs
     )
+
+
+def on_host(result: jax.Array) -> np.ndarray:
+  """Returns a result of a program; every process gets the same."""
+  if result.is_fully_addressable:
+    return np.asarray(result)
+  return multihost_utils.process_allgather(result, tiled=True)
 
 
 def abstract(settings: config.Config, mesh: Mesh) -> Abstract:

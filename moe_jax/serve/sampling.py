@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 _BITS = 32
+_BITS_AT_ONCE = 4
 # Names the branches in a compiled program that the requests' wishes decide.
 SCOPE = "sampling"
 
@@ -67,13 +68,13 @@ def _restrict(logits_BV, wishes: Wishes):
     order_BV = _ordered(logits_BV)
     num = jnp.where(wishes.top_k > 0, wishes.top_k, logits_BV.shape[1])
     weight_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
-    above = lambda t_B: order_BV > t_B[:, None]
+    above = lambda t_BC: order_BV[:, None] > t_BC[..., None]
     # A token is kept if fewer than k are above it; of those, if less than p's share is above it.
-    k_B = _lowest(lambda t_B: above(t_B).sum(-1, dtype=jnp.int32) < num, order_BV)
+    k_B = _lowest(lambda t_BC: above(t_BC).sum(-1, dtype=jnp.int32) < num[:, None], order_BV)
     weight_BV = jnp.where(order_BV >= k_B[:, None], weight_BV, 0.0)
-    mass_above = lambda t_B: jnp.where(above(t_B), weight_BV, 0.0).sum(-1)
-    share_B = wishes.top_p * weight_BV.sum(-1)
-    p_B = _lowest(lambda t_B: mass_above(t_B) < share_B, order_BV)
+    mass_above = lambda t_BC: jnp.where(above(t_BC), weight_BV[:, None], 0.0).sum(-1)
+    share_B1 = wishes.top_p[:, None] * weight_BV.sum(-1, keepdims=True)
+    p_B = _lowest(lambda t_BC: mass_above(t_BC) < share_B1, order_BV)
     # top_p = 0 has no token with less than nothing above it: the most likely one stays.
     least_B = jnp.minimum(jnp.maximum(k_B, p_B), order_BV.max(-1))
     least_B = jnp.where(wishes.top_p < 1, least_B, k_B)
@@ -90,12 +91,19 @@ def _ordered(x):
 
 
 def _lowest(fits, order_BV):
-  """Returns the lowest t_B, uint32, with `fits(t_B)`, which holds from some number on upwards."""
+  """Returns the lowest t_B, uint32, with `fits(t_B1)`, which holds from some number on upwards.
 
-  def bit(i, t_B):
-    # Bits from the highest down: set one wherever, with all lower bits set too, nothing fits yet.
-    one = jnp.uint32(1) << (jnp.uint32(_BITS - 1) - i.astype(jnp.uint32))
-    return jnp.where(fits(t_B | (one - jnp.uint32(1))), t_B, t_B | one)
+  Args:
+    fits: of several numbers for each row, [B, C], asked at once.
+  """
+  digit_1C = jnp.arange((1 << _BITS_AT_ONCE) - 1, dtype=jnp.uint32)[None]
 
-  start = jnp.zeros_like(order_BV[:, 0])
-  return jax.lax.fori_loop(0, _BITS, bit, start)
+  def step(i, t_B):
+    # A digit after the other, the highest first: it is above those with which, whatever follows,
+    # nothing fits yet.
+    shift = jnp.uint32(_BITS - _BITS_AT_ONCE) - _BITS_AT_ONCE * i.astype(jnp.uint32)
+    lower = (jnp.uint32(1) << shift) - jnp.uint32(1)
+    digit_B = (~fits(t_B[:, None] | (digit_1C << shift) | lower)).sum(-1, dtype=jnp.uint32)
+    return t_B | (digit_B << shift)
+
+  return jax.lax.fori_loop(0, _BITS // _BITS_AT_ONCE, step, jnp.zeros_like(order_BV[:, 0]))

@@ -88,7 +88,7 @@ def compiled(schedule: str, save: str) -> Row:
   settings, described = config.from_mapping(deployment), pod.describe(POD)
   mesh = described.mesh(settings.mesh)
   made = lowering.train(settings, mesh)
-  found = program.read(made.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
+  found = program.read(made.text, dict(mesh.shape), kernels.KERNELS, ticks.TURNS)
   taken = ticks.branches_taken(found, step.table(settings))
   if found.unknown or taken.unknown:
     raise ValueError(f"the program could not be read in full: {found.unknown} {taken.unknown}")

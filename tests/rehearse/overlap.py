@@ -56,7 +56,7 @@ def _row(name, settings, pod) -> None:
   for how in ("XLA's guess", "profile"):
     if text:
       compiled = lowering.schedule_again(first, text, lambda _: None)
-    found = program.read(compiled.text, dict(mesh.shape), kernels.FLOPS, ticks.TURNS)
+    found = program.read(compiled.text, dict(mesh.shape), kernels.KERNELS, ticks.TURNS)
     taken = ticks.branches_taken(found, table)
     simulator = Simulator(pod.chip, pod.gpus_per_host, taken.branch_of_turn)
     run = simulator.run(found)

@@ -28,7 +28,7 @@ def test_a_triton_kernel_is_read_by_its_name():
   text = golden.LISTED.replace("%gemm.1 =", "%q.0 = bf16[2,128,4,32]{3,2,1,0} parameter(1)\n"
     "  " + _CALL + "%gemm.1 =", 1)  # fmt: skip
   assert program.read(text, golden.MESH).unknown == {"custom-call __gpu$xla.gpu.triton": 1}
-  found = program.read(text, golden.MESH, kernels.FLOPS)
+  found = program.read(text, golden.MESH, kernels.KERNELS)
   assert found.unknown == {}
   (kernel,) = (u for u, _ in program.flat(found.entry) if u.name == "call.1")
   # 3 of 4 blocks of 64 x 64 positions, 2 products of 2 x 32 operations, 8 rows and heads.
@@ -38,12 +38,12 @@ def test_a_triton_kernel_is_read_by_its_name():
 
 
 def test_grouped_kernels_count_every_block():
-  N, D, F = 640, 128, 256  # places; 2 experts
-  index = (Shape("s32", (10,)), Shape("s32", (2,)), Shape("s32", (N,)))
+  N, D, F = 640, 128, 256  # places; 2 experts of one of 3 layers
+  index = (Shape("s32", (10,)), Shape("s32", (3,)), Shape("s32", (N,)))
   array = lambda *dims: Shape("bf16", dims)
   narrow, wide, both = array(500, D), array(N, F), array(N, 2, F)  # 500 rows that arrived
-  gate_up, down = array(2, D, 2, F), array(2, F, D)
-  operands = {
+  gate_up, down = array(3, 2, D, 2, F), array(3, 2, F, D)
+  arrays_of = {
     "grouped_hidden": ((narrow, gate_up), 2),
     "grouped_output": ((both, down), 1),
     "grouped_d_hidden": ((narrow, both, down), 1),
@@ -51,9 +51,15 @@ def test_grouped_kernels_count_every_block():
     "grouped_d_gate_up": ((narrow, array(N, 2 * F)), 2),
     "grouped_d_down": ((wide, narrow), 1),
   }
-  assert {*operands, *flash.PRODUCTS} == set(kernels.FLOPS)
-  for name, (arrays, products) in operands.items():
-    assert kernels.FLOPS[name]((*index, *arrays), ()) == products * 2 * N * D * F
+  assert {*arrays_of, *flash.PRODUCTS} == set(kernels.KERNELS)
+  for name, (arrays, products) in arrays_of.items():
+    kernel, operands = kernels.KERNELS[name], (*index, *arrays)
+    assert kernel.flops(operands) == products * 2 * N * D * F
+    # Of weights the experts of one layer are read, as far as there are blocks for them.
+    place = next((i for i, shape in enumerate(operands) if shape in (gate_up, down)), None)
+    assert kernel.read_parts(operands) == ({} if place is None else {place: 1 / 3})
+  few = (*index[:2], Shape("s32", (64,)), narrow, gate_up)
+  assert kernels.KERNELS["grouped_hidden"].read_parts(few) == {4: 1 / 6}
 
 
 @pytest.mark.skipif(
@@ -81,7 +87,7 @@ def test_the_compiled_kernels_are_counted(dtype, counted_as):
   arrays = struct(1, S, N, H), struct(1, S, G, H), struct(1, S, G, H)
   lowered = gradient.lower(*arrays, struct(1, S, dtype=jnp.int32))
   text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
-  found = program.read(text, dict(mesh.shape), kernels.FLOPS)
+  found = program.read(text, dict(mesh.shape), kernels.KERNELS)
   assert found.unknown == {}
   flops = [unit.work.flops for unit, _ in program.flat(found.entry) if unit.work.flops]
   pairs = 6 * flash.BLOCK**2 * N  # on or below the diagonal of 3 x 3 blocks
