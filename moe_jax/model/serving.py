@@ -27,6 +27,9 @@ from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 
+# What a layer's two parts read of it, beside the experts, which stay as they lie.
+_ATTENTION, _ROUTER = ("attention_norm", "attention"), ("expert_norm", "router")
+
 
 class Chunk(NamedTuple):
   """A micro-batch of prefill: chunks of prompts, one a row, padded on the right.
@@ -111,11 +114,15 @@ def functions(settings: config.Config) -> Model:
   shared_definition = nnx.graphdef(nnx.eval_shape(lambda: Shared(model, nnx.Rngs(0))))
   merge = lambda shared: nnx.merge(shared_definition, shared)
 
-  def weights_of(layers, index) -> Layer:
-    return nnx.merge(layer_definition, jax.tree.map(lambda leaf: leaf[index], layers))
+  def weights_of(layers, index, names) -> Layer:
+    """Returns a layer of which these parts are cut out of the stack, and no others may be read."""
+    at = lambda name: jax.tree.map(lambda leaf: leaf[index], layers[name])
+    return nnx.merge(
+      layer_definition, nnx.State({n: at(n) if n in names else layers[n] for n in layers})
+    )
 
   def attention_of_chunk(layers, index, x_bsD, chunk: Chunk, before, cache: Cache, runs):
-    weights = weights_of(layers, index)
+    weights = weights_of(layers, index, _ATTENTION)
     attend = lambda h_bsD: _attend_chunk(weights, model, index, h_bsD, chunk, before, cache, runs)
     return _add_attention(weights, model, x_bsD, attend)
 
@@ -123,7 +130,7 @@ def functions(settings: config.Config) -> Model:
     size = x_bsD.shape[1]
     place_s = jax.lax.axis_index(TENSOR) * size + jnp.arange(size, dtype=jnp.int32)
     is_real_bs = (place_s[None, :] < chunk.lengths_b[:, None]) & runs
-    weights, experts = weights_of(layers, index), _experts(layers, index)
+    weights, experts = weights_of(layers, index, _ROUTER), _experts(layers, index)
     return _add_experts(weights, settings, experts, x_bsD, is_real_bs)
 
   def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
@@ -132,7 +139,7 @@ def functions(settings: config.Config) -> Model:
     return y_bsD, cache, report
 
   def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
-    weights, experts = weights_of(layers, index), _experts(layers, index)
+    weights, experts = weights_of(layers, index, _ATTENTION + _ROUTER), _experts(layers, index)
     attend = lambda h_1cD: _attend_tokens(weights, model, index, h_1cD, tokens, cache, runs)
     x_1cD, cache = _add_attention(weights, model, x_1cD, attend)
     is_real_1c = _my_share(tokens.is_active_b & runs)

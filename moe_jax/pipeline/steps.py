@@ -20,6 +20,8 @@ from moe_jax.parallel.axes import TENSOR
 _COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum_invariant", "reduce_scatter")
 _NAME = "name"  # as `saving.residual` marks it
 _CALLS = ("closed_call", "custom_vjp_call", "jit", "remat2")
+# Equations that write into their first operand: which one holds what they write.
+_UPDATES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2}
 _SMALL_COLLECTIVE = 0.05  # of the bytes of the largest
 _SMALL_PRODUCT = 0.03  # of the FLOPs of all
 
@@ -68,12 +70,11 @@ def cut(
 
   closed = jax.make_jaxpr(flat)(*given)
   jaxpr, consts = closed.jaxpr, closed.consts
-  eqns = _asked_for(jaxpr)
-  least = _SMALL_COLLECTIVE * max(map(_sent_bytes, eqns), default=0.0)
-  pieces = _pieces(eqns, least, head_apart)
+  least = _SMALL_COLLECTIVE * max(map(_sent_bytes, jaxpr.eqns), default=0.0)
+  pieces = _pieces(jaxpr.eqns, least, head_apart)
   if len(pieces) == 1:
     uses = tuple(range(len(jax.tree.leaves(example[:2]))))
-    return (_step(layer, uses, eqns, least, inside),)
+    return (_step(layer, uses, jaxpr.eqns, least, inside),)
   num_x = len(jax.tree.leaves(example[2]))
   first_x = len(jax.tree.leaves(example[:2]))
   x_vars = jaxpr.invars[first_x : first_x + num_x]
@@ -147,16 +148,6 @@ def _pieces(eqns, least_sent: float, head_apart: bool) -> list[list]:
   return [list(eqns[a:b]) for a, b in itertools.pairwise([0, *begins, len(eqns)])]
 
 
-def _asked_for(jaxpr) -> list:
-  """Returns the equations without those whose results nobody takes, which XLA leaves out."""
-  taken, found = set(map(id, jaxpr.outvars)), []
-  for eqn in reversed(jaxpr.eqns):
-    if eqn.effects or any(id(v) in taken for v in eqn.outvars):
-      taken |= set(map(id, eqn.invars))
-      found.append(eqn)
-  return found[::-1]
-
-
 def _narrowest(eqns, start: int, stop: int) -> int:
   """Returns the last of the places between equations, from start to stop, that the fewest bytes
   cross; but for residuals, which are kept wherever they are made.
@@ -185,9 +176,16 @@ def _alive_between(pieces, x_vars, globals_, outvars) -> list[list]:
 
 
 def _bytes_of(eqns) -> float:
-  """Returns the bytes of all that equations of the top level make."""
-  made = [v.aval for eqn in eqns for v in eqn.outvars]
-  return float(sum(aval.size * aval.dtype.itemsize for aval in made))
+  """Returns the bytes of all that equations of the top level make, of an update in place those that
+  it writes.
+  """
+
+  def made(eqn):
+    place = _UPDATES.get(eqn.primitive.name)
+    return eqn.outvars if place is None else eqn.invars[place : place + 1]
+
+  avals = [v.aval for eqn in eqns for v in made(eqn)]
+  return float(sum(aval.size * aval.dtype.itemsize for aval in avals))
 
 
 def _collectives(eqn) -> list:

@@ -5,8 +5,8 @@ of the mesh serve equal parts of a workload, and send each other nothing. Knows 
 must not know how requests arrive.
 
 Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. A
-prefill's micro-batch is worked as two halves side by side where it sends much (pipeline.halves), and
-is priced here as one after the other, which takes longer.
+prefill's micro-batch is worked as two halves side by side where it sends much (pipeline.halves),
+and is priced here as one after the other, which takes longer.
 """
 
 import dataclasses
