@@ -7,6 +7,7 @@ knows axes and arrays; it must not know tokens, experts or stages.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,50 @@ def reduce_scatter_few(x, inside: str, between: str):
   """
   x_m = x.reshape(jax.lax.axis_size(between), -1, *x.shape[1:])
   return reduce_scatter(exchange(x_m, between).sum(0, dtype=x.dtype), inside, 0)
+
+
+def gather_together(leaves: list, axis_name: str, dimensions: Sequence[int]) -> list:
+  """Returns what `gather` does of several arrays of one dtype, each at its dimension, in one
+  message to each device.
+
+  Among many hosts a ring's steps take longer than as many messages: 141 us against 67 over 16 hosts
+  by NCCL's own formulas, besides what the bytes take.
+
+  Communication: all-to-all over `axis_name`, (n - 1) * the arrays' elements.
+  """
+  num = jax.lax.axis_size(axis_name)
+  if num == 1 or not leaves:
+    return leaves
+  mine_w = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+  all_nw = exchange(jnp.broadcast_to(mine_w, (num, mine_w.size)), axis_name)
+  parts = jnp.split(all_nw, np.cumsum([leaf.size for leaf in leaves])[:-1], 1)
+  joined = []
+  for part_nw, leaf, dimension in zip(parts, leaves, dimensions, strict=True):
+    d = dimension % leaf.ndim
+    shape = (*leaf.shape[:d], num * leaf.shape[d], *leaf.shape[d + 1 :])
+    joined.append(jnp.moveaxis(part_nw.reshape(num, *leaf.shape), 0, d).reshape(shape))
+  return joined
+
+
+def reduce_scatter_together(leaves: list, axis_name: str, dimensions: Sequence[int]) -> list:
+  """Returns what `reduce_scatter` does of several arrays of one dtype, each at its dimension, in
+  one message to each device, as `gather_together` does; added up in float32.
+
+  Communication: all-to-all over `axis_name`, (n - 1) / n * the arrays' elements.
+  """
+  num = jax.lax.axis_size(axis_name)
+  if num == 1 or not leaves:
+    return leaves
+  pieces, shapes = [], []
+  for leaf, dimension in zip(leaves, dimensions, strict=True):
+    d = dimension % leaf.ndim
+    shapes.append((*leaf.shape[:d], leaf.shape[d] // num, *leaf.shape[d + 1 :]))
+    cut = leaf.reshape(*leaf.shape[:d], num, *shapes[-1][d:])
+    pieces.append(jnp.moveaxis(cut, d, 0).reshape(num, -1))
+  found_nw = exchange(jnp.concatenate(pieces, 1), axis_name)
+  sum_w = found_nw.sum(0, dtype=jnp.float32).astype(found_nw.dtype)
+  parts = jnp.split(sum_w, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+  return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def exchange(x_n, axis_name: str):

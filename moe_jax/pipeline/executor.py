@@ -12,7 +12,7 @@ Must not know the model: it is given `functions.Functions`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,12 @@ from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
 from moe_jax.pipeline.functions import Functions, Result, example
-from moe_jax.pipeline.reduction import Reduce, Reduction
+from moe_jax.pipeline.reduction import Reduction
 from moe_jax.pipeline.saving import SAVE
 from moe_jax.pipeline.segments import segments
 from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.together import Together
 from moe_jax.pipeline.units import Backward, Forward, Layers, Totals
 from moe_jax.pipeline.weights import Arriving, Coming, Late, Streamed, Whole
 
@@ -71,7 +72,7 @@ def run(
   *,
   save: str = "inputs",
   gradient_dtype: jnp.dtype = jnp.float32,
-  reduces: Sequence[Reduce | None] | None = None,
+  summed: Together | None = None,
 ) -> Result:
   """Returns the result of a step, inside the manual region.
 
@@ -84,28 +85,28 @@ def run(
     inputs: leaves [micro-batches, ...].
     save: what each layer keeps for its backward unit, a key of `saving.SAVE`.
     gradient_dtype: of the accumulated gradients.
-    reduces: of each leaf of the layers' gradients, what sums a layer's, or several stacked, over
-      ranks; None, or all of them, where the gradient is this device's own. Those of chunks that are
-      done are summed while the pipeline drains.
+    summed: what sums gradients of a layer, or of several stacked, over ranks; those of leaves that
+      do not take part are this device's own. Those of chunks that are done are summed while the
+      pipeline drains.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
   of a cotangent backwards, of two stages both in one; per micro-batch an all-reduce of the head's
   cotangent, and one of an activation for the head where `Table.head_needs_broadcast`. And what the
   functions do; the gathers of streamed layers, of each layer of a forward or backward unit, and of
-  the rings' once; those of layers that arrive, and what `reduces` does, once of each layer; what
+  the rings' once; those of layers that arrive, and what `summed` does, once of each layer; what
   late parameters send.
   """
   if table.is_forward_only:
     return evaluate(functions, table, layers, shared, inputs)
   weights = layers if isinstance(layers, Streamed | Arriving) else Whole(layers)
-  given = (functions, table, weights, shared, inputs, save, gradient_dtype, reduces)
+  given = (functions, table, weights, shared, inputs, save, gradient_dtype, summed)
   return _Executor(*given).run()
 
 
 class _Executor:
   """The pieces of a tick; holds what every tick shares."""
 
-  def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, reduces=None):
+  def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, summed=None):
     self.functions, self.table = functions, table
     self.late = shared if isinstance(shared, Late) else None
     self.shared = shared = self.late.before() if self.late else shared
@@ -129,9 +130,7 @@ class _Executor:
       num_layers=layers_per_chunk,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
       adds=not table.num_micro_batches == table.num_stages == 1,
-      reduction=Reduction.of(
-        reduces or [None] * len(jax.tree.leaves(weights.layers)), table, layers_per_chunk
-      ),
+      reduction=Reduction.of(summed or Together.none(weights.layers), table, layers_per_chunk),
     )
     self.chunk = Chunk.of(self.layers, steps)
     self.layer, _, self.x, _ = of_layer

@@ -14,7 +14,6 @@ Knows tables and trees; must not know which weights lie in shares, or along whic
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 from moe_jax.parallel import collectives
 from moe_jax.pipeline import buffers, ends
 from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.together import Together
 
 Tree = Any
 
@@ -82,53 +82,38 @@ class Shares(NamedTuple):
 
   Attributes:
     layers: [layers of this stage, ...], whole or this device's share.
-    gathers: of each leaf, what makes a layer's share, or those of several stacked, whole; None
-      where it is whole.
+    whole: what makes a layer's shares, or those of several stacked, whole.
   """
 
   layers: Tree
-  gathers: Sequence[Callable[[jax.Array], jax.Array] | None]
+  whole: Together
 
   def at(self, number: jax.Array | int | slice) -> list[jax.Array]:
     """Returns those weights of a layer, or of several, that lie in shares."""
-    leaves = jax.tree.leaves(self.layers)
-    return [leaf[number] for gather, leaf in zip(self.gathers, leaves, strict=True) if gather]
+    return [leaf[number] for leaf in self.whole.of(self.layers)]
 
   def gather(self, shares: list[jax.Array]) -> list[jax.Array]:
     """Returns whole what `at` gave.
 
-    Communication: that of the gathers.
+    Communication: that of `whole`.
     """
-    present = filter(None, self.gathers)
-    return [gather(share) for gather, share in zip(present, shares, strict=True)]
-
-  def joined(
-    self, gathered: list[jax.Array], rest: Callable[[jax.Array], jax.Array] = lambda leaf: leaf
-  ) -> Tree:
-    """Returns the tree with what was gathered where shares lie, and `rest` of the other leaves."""
-    leaves, tree = jax.tree.flatten(self.layers)
-    given = iter(gathered)
-    whole = [
-      next(given) if gather else rest(leaf)
-      for gather, leaf in zip(self.gathers, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, whole)
+    return self.whole.run(shares)
 
   def several(self, first: jax.Array, number: int) -> list[jax.Array]:
     """Returns what `at` does of so many layers that follow each other, stacked."""
-    return buffers.several(
-      [leaf for g, leaf in zip(self.gathers, jax.tree.leaves(self.layers), strict=True) if g],
-      first,
-      number,
-    )
+    return buffers.several(self.whole.of(self.layers), first, number)
+
+  def joined(self, gathered: list[jax.Array]) -> Tree:
+    """Returns the tree with what was gathered where shares lie."""
+    return self.whole.put(self.layers, gathered)
 
   def layer(self, number: jax.Array | int, gathered: list[jax.Array] | None = None) -> Tree:
     """Returns a layer's weights, with what was gathered of it, or gathered now.
 
-    Communication: that of the gathers, if they are to be.
+    Communication: that of `whole`, if they are to be gathered.
     """
     gathered = self.gather(self.at(number)) if gathered is None else gathered
-    return self.joined(gathered, lambda leaf: leaf[number])
+    return self.whole.put(self.layers, gathered, lambda leaf: leaf[number])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +134,14 @@ class _InShares:
   def layer(self, number: jax.Array | int) -> Tree:
     """Returns a layer's weights, gathered now.
 
-    Communication: that of the gathers.
+    Communication: that of the shares.
     """
     return self.shares.layer(number)
 
   def gather(self, shares: list) -> list:
     """Returns whole what `take` gave.
 
-    Communication: that of the gathers.
+    Communication: that of the shares.
     """
     return self.shares.gather(shares) if shares else []
 
@@ -177,7 +162,7 @@ class Arriving(_InShares):
   def start(self, table: Table, stage: jax.Array) -> tuple[list, tuple]:
     """Returns the whole weights of all layers before the first tick, but for those to come.
 
-    Communication: that of the gathers, once for the first chunk's layers.
+    Communication: that of the shares, once for the first chunk's layers.
     """
     gathered = self.shares.gather(self.shares.at(slice(_num_layers(self.layers, table))))
     num_layers = len(jax.tree.leaves(self.layers)[0])
@@ -316,45 +301,37 @@ class Late(NamedTuple):
 
   Attributes:
     tree: whole, or this device's share.
-    gathers: of each leaf, what makes it whole; None where it is.
-    reduces: of each leaf, what sums its gradient into shares; None where it is whole.
+    whole: what makes shares whole.
+    summed: what sums gradients into shares; of the same leaves.
   """
 
   tree: Tree
-  gathers: Sequence[Callable[[jax.Array], jax.Array] | None]
-  reduces: Sequence[Callable[[jax.Array], jax.Array] | None]
+  whole: Together
+  summed: Together
 
   def before(self) -> Tree:
     """Returns the tree as long as no head has run: zeros, which nothing reads, for what is late."""
-    return self._replaced(
-      lambda gather, leaf: collectives.zeros_like(jax.eval_shape(gather, leaf)), self.tree
-    )
+    made = jax.eval_shape(self.whole.run, self.whole.of(self.tree))
+    return self.whole.put(self.tree, collectives.zeros_like(made))
 
   def come(self, after: Tree) -> tuple[Tree, Tree]:
     """Returns the whole tree, and `after`, what the ticks before left for those to come: messages
     leave only then.
 
-    Communication: that of the gathers.
+    Communication: that of `whole`.
     """
-    late = [leaf for g, leaf in zip(self.gathers, jax.tree.leaves(self.tree), strict=True) if g]
+    late = self.whole.of(self.tree)
     late, after = jax.lax.optimization_barrier((collectives.after(after, late), after))
-    late = iter(late)
-    whole = self._replaced(lambda gather, _: gather(next(late)), self.tree)
+    whole = self.whole.put(self.tree, self.whole.run(late))
     return whole, collectives.after(whole, after)
 
   def leave(self, gradients: Tree, after: Tree) -> tuple[Tree, Tree]:
     """Returns the gradients, of what was late this device's share of the sum, and `after`, what is
     left for the ticks to come, which waits for them.
 
-    Communication: that of `reduces`.
+    Communication: that of `summed`.
     """
-    leaves, structure = jax.tree.flatten(gradients)
-    of_leaf = zip(self.reduces, leaves, strict=True)
-    leaves = [reduce(leaf) if reduce else leaf for reduce, leaf in of_leaf]
-    leaves, after = jax.lax.optimization_barrier((leaves, after))
-    return jax.tree.unflatten(structure, leaves), collectives.after(leaves, after)
-
-  def _replaced(self, make: Callable, tree: Tree) -> Tree:
-    leaves, structure = jax.tree.flatten(tree)
-    of_leaf = zip(self.gathers, leaves, strict=True)
-    return jax.tree.unflatten(structure, [make(g, leaf) if g else leaf for g, leaf in of_leaf])
+    made = self.summed.run(self.summed.of(gradients))
+    gradients = self.summed.put(gradients, made)
+    gradients, after = jax.lax.optimization_barrier((gradients, after))
+    return gradients, collectives.after(gradients, after)

@@ -24,7 +24,9 @@ from moe_jax.plan.steps import (
   activation_bytes,
   cached_bytes,
   even_rounds,
+  gather_over,
   group_size,
+  sum_over,
 )
 
 # Positions of an attention block: of the one kernel that a GPU runs.
@@ -49,7 +51,8 @@ def layer_forward(settings: Config, at: Sizes) -> tuple[Step, ...]:
   """Returns the forward steps of one layer: attention, dispatch, experts, combine.
 
   Communication: as the docstrings of model/attention.py and of `dispatches.forward` say; and of
-  streamed weights, of a layer to come, all-gathers over `data` and then `expert`.
+  streamed weights, of a layer to come, an all-to-all over `data` and then an all-gather over
+  `expert`.
   """
   *layer, keep = _first_round(settings, at)
   return (*stream(settings), *layer, *_further_rounds(settings, layer), keep)
@@ -86,8 +89,7 @@ def gather_layer(settings: Config) -> tuple[Step, ...]:
     return ()
   return (
     *(
-      Step(name, "other", "all-gather", axes=(axis,),
-           operand_bytes=split[axis] // getattr(mesh, axis) * width)
+      gather_over(name, axis, mesh, split[axis] // getattr(mesh, axis) * width)
       for axis, name in _GATHER.items()
       if axis in split
     ),
@@ -104,9 +106,7 @@ def scatter_layer(settings: Config) -> tuple[Step, ...]:
     return ()
   return (
     *(
-      Step(name, "other", "reduce-scatter", BACKWARD, (axis,), split[axis] * width)
-      for axis, name in _SCATTER.items()
-      if axis in split
+      sum_over(name, axis, split[axis] * width) for axis, name in _SCATTER.items() if axis in split
     ),
     # Out of the sums, and what comes back into those of the ranks.
     Step(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 
-from moe_jax.config import Config
+from moe_jax.config import Config, Mesh
 from moe_jax.plan import cost
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES
 
@@ -111,6 +111,21 @@ def sizes(settings: Config, positions: int = 0, context: int = 0, parts: int = 1
     each = min(assignments, max(1, math.ceil(moe.capacity_factor * assignments / mesh.expert)))
     rows = mesh.expert * each
   return Sizes(sequences, positions, tokens, context, rows, DTYPE_BYTES[model.dtype])
+
+
+def gather_over(name: str, axis: str, mesh: Mesh, share_bytes: float) -> Step:
+  """Returns the gather of parameters along an axis, of which each device brings so many bytes:
+  between copies they go to each device directly.
+  """
+  if axis != "data":
+    return Step(name, "other", "all-gather", axes=(axis,), operand_bytes=share_bytes)
+  return Step(name, "other", "all-to-all", axes=(axis,), operand_bytes=share_bytes * mesh.data)
+
+
+def sum_over(name: str, axis: str, num_bytes: float) -> Step:
+  """Returns the sum of so many bytes of gradients into shares along an axis, as `gather_over`."""
+  kind = "all-to-all" if axis == "data" else "reduce-scatter"
+  return Step(name, "other", kind, BACKWARD, (axis,), num_bytes)
 
 
 def two_level_rows(settings: Config, tokens: int) -> tuple[int, int]:

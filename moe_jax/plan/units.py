@@ -13,8 +13,10 @@ from moe_jax.plan.steps import (
   Sizes,
   Step,
   activation_bytes,
+  gather_over,
   logits_bytes,
   sizes,
+  sum_over,
   vocabulary,
 )
 
@@ -102,26 +104,36 @@ def begin(settings: Config, share: float = 1.0, is_head_late: bool = False) -> t
 
 
 def _gathers(settings: Config, share: float, is_head_late: bool) -> list[Step]:
-  """Returns the gathers of parameters: XLA's over both axes of their shares at once, the pipeline's
+  """Returns the gathers of parameters: XLA's over both axes of their shares at once, the region's
   over one after the other, `data` first.
   """
   mesh, dtype = settings.mesh, DTYPE_BYTES[settings.model.dtype]
   gathered = dict.fromkeys((_SEQUENCES, ("data",), ("expert",)), 0)
+  mine = dict.fromkeys(_SEQUENCES, 0)
   for leaf in leaves(settings.model):
     axes, width = leaf.shares(mesh).axes, _FLOAT32 if leaf.is_float32 else dtype
     if not axes or leaf.is_streamed(settings):
       continue
     here = share if leaf.is_by_layer(mesh) else 1.0
-    if here == 1 and not (is_head_late and leaf.phase == "head" and not leaf.is_float32):
+    is_outside = leaf.phase in ("embed", "head") and not leaf.is_float32
+    is_mine = is_outside and (mesh.data > 1 or (is_head_late and leaf.phase == "head"))
+    if here == 1 and not is_mine:
       gathered[tuple(a for a in _SEQUENCES if a in axes)] += leaf.state_elements(mesh) * width
       continue
     for axis, elements in leaf.whole_elements(mesh).items():
-      gathered[(axis,)] += elements // getattr(mesh, axis) * width * here
+      mine[axis] += elements // getattr(mesh, axis) * width * here
   return [
-    Step(f"gather parameters over {'+'.join(axes)}", "other", "all-gather", axes=axes,
-         operand_bytes=num_bytes)
-    for axes, num_bytes in gathered.items()
-    if num_bytes
+    *(
+      Step(f"gather parameters over {'+'.join(axes)}", "other", "all-gather", axes=axes,
+           operand_bytes=num_bytes)
+      for axes, num_bytes in gathered.items()
+      if num_bytes
+    ),
+    *(
+      gather_over(f"gather the first parameters over {axis}", axis, mesh, num_bytes)
+      for axis, num_bytes in mine.items()
+      if num_bytes
+    ),
   ]  # fmt: skip
 
 
@@ -153,8 +165,7 @@ def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
       * bool(turned)
     ),
     *(
-      Step(f"scatter gradients over {axis}", "other", "reduce-scatter", BACKWARD, (axis,),
-           scattered[axis] * dtype)
+      sum_over(f"scatter gradients over {axis}", axis, scattered[axis] * dtype)
       for axis in ("expert", "data")
       if axis in scattered
     ),

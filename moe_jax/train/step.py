@@ -26,6 +26,7 @@ from moe_jax.parallel.axes import ALL, STAGE, TOKENS
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table, check
+from moe_jax.pipeline.together import Together
 from moe_jax.train import router_bias, streaming
 from moe_jax.train.state import State
 
@@ -100,19 +101,17 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   functions = transformer.loss_functions(settings)
   schedule = table(settings)
   to_weights = streaming.to_weights(settings, mesh)
-  reduces = streaming.reduces(settings, mesh)
-  are_summed, late = streaming.are_summed(settings, mesh), streaming.late(settings, mesh)
+  summed = streaming.summed(settings, mesh)
+  are_summed, to_shared = streaming.are_summed(settings, mesh), streaming.to_shared(settings, mesh)
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
     result = executor.run(
-      functions, schedule, to_weights(layers), late(shared), inputs,
+      functions, schedule, to_weights(layers), to_shared(shared), inputs,
       save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
-      reduces=reduces,
+      summed=summed,
     )  # fmt: skip
-    gradients = jax.tree.map(
-      functools.partial(_reduce, mesh), Parameters(*result.gradients), specs, shapes, are_summed
-    )
+    gradients = _reduce(mesh, Parameters(*result.gradients), specs, shapes, are_summed)
     squares = jax.tree.map(functools.partial(_squares, mesh), gradients, gradient_specs)
     losses, squares = _sum_losses(result, sum(jax.tree.leaves(squares)))
     return losses, gradients, jnp.sqrt(squares)
@@ -235,19 +234,38 @@ def _squares(mesh: Mesh, gradient: jax.Array, spec: P) -> jax.Array:
 
 
 def _reduce(
-  mesh: Mesh, gradient: jax.Array, spec: P, shape: jax.ShapeDtypeStruct, is_summed: bool
-) -> jax.Array:
-  """Returns the gradient summed over the axes on which the parameter is replicated.
+  mesh: Mesh,
+  gradients: Parameters,
+  specs: Parameters,
+  shapes: Parameters,
+  are_summed: Parameters,
+) -> Parameters:
+  """Returns the gradients in float32, summed over the axes on which the parameters are replicated.
 
   Args:
     mesh: of the step.
-    gradient: this device's.
-    spec, shape: of the parameter.
-    is_summed: whether the pipeline summed it into its shares.
+    gradients: this device's.
+    specs, shapes: of the parameters.
+    are_summed: which of them the pipeline summed into their shares; the others are, together.
   """
-  shares = sharding.shares(spec, shape.shape, mesh)
-  axes = tuple(name for name in sharding.replicated_axes(spec) if name not in shares.axes)
-  if not is_summed:
-    gradient = streaming.sum_into(shares, gradient)
-  gradient = jax.lax.psum(gradient, axes) if axes else gradient
-  return gradient.astype(jnp.float32)
+  shares = [
+    sharding.shares(spec, leaf.shape, mesh)
+    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True)
+  ]
+  of_others = [
+    each for each, done in zip(shares, jax.tree.leaves(are_summed), strict=True) if not done
+  ]
+  others = Together(
+    tuple(not done for done in jax.tree.leaves(are_summed)),
+    functools.partial(streaming.sum_into, of_others),
+  )
+  gradients = others.put(gradients, others.run(others.of(gradients)))
+
+  def over_the_rest(gradient, spec, of):
+    axes = tuple(name for name in sharding.replicated_axes(spec) if name not in of.axes)
+    gradient = jax.lax.psum(gradient, axes) if axes else gradient
+    return gradient.astype(jnp.float32)
+
+  leaves, structure = jax.tree.flatten(gradients)
+  summed = map(over_the_rest, leaves, jax.tree.leaves(specs), shares)
+  return jax.tree.unflatten(structure, summed)

@@ -10,7 +10,7 @@ parameters, the mesh and of a schedule whether weights may come late.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -21,10 +21,11 @@ from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Parameters
 from moe_jax.parallel import collectives, sharding
+from moe_jax.parallel.axes import DATA, EXPERT
 from moe_jax.pipeline import ends, segments
-from moe_jax.pipeline.reduction import Reduce
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import Table
+from moe_jax.pipeline.together import Together
 from moe_jax.pipeline.weights import Arriving, Late, Shares, Streamed
 
 
@@ -37,7 +38,9 @@ def specs(settings: config.Config, mesh: Mesh) -> Parameters:
   whole = transformer.specs(settings.model)
   ahead, model = settings.pipeline.prefetch_layers, settings.model
   shapes = _shapes(settings.model)
-  whole = whole._replace(shared=_placed(whole.shared, shapes.shared, _late(settings, mesh), mesh))
+  whole = whole._replace(
+    shared=_placed(whole.shared, shapes.shared, _outside(settings, mesh), mesh)
+  )
   if not ahead and not _arrive(settings, mesh):
     return whole
   if not any(_shares(settings, mesh)):
@@ -64,42 +67,45 @@ def to_weights(
 ) -> Callable[[nnx.State], nnx.State | Streamed | Arriving]:
   """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
 
-  Communication: none; the pipeline's gathers are, for each weight that lies in shares, an
-  all-gather over each of their axes, of a layer or of several.
+  Communication: none; the pipeline's is, of the weights of a layer or of several that lie in
+  shares, `collectives.gather_together` over `data`, and over `expert` an all-gather.
   """
   ahead = settings.pipeline.prefetch_layers
   if not ahead and not _arrive(settings, mesh):
     return lambda layers: layers
-  gathers = _of_layers(settings, mesh, _gather)
+  whole = _together(_gather, _of_layers(settings, mesh))
   if ahead:
-    return lambda layers: Streamed(Shares(layers, gathers), ahead)
-  return lambda layers: Arriving(Shares(layers, gathers))
+    return lambda layers: Streamed(Shares(layers, whole), ahead)
+  return lambda layers: Arriving(Shares(layers, whole))
 
 
-def reduces(settings: config.Config, mesh: Mesh) -> list[Reduce | None]:
-  """Returns, of each leaf of the layers, what sums gradients into shares where its weights lie, or
-  might, in them: those of a layer, or of several stacked; None for the others.
+def summed(settings: config.Config, mesh: Mesh) -> Together:
+  """Returns what sums gradients of a layer, or of several stacked, into shares: of those leaves
+  whose weights lie, or might, in them.
 
-  Communication: none; that of each is a reduce-scatter over each axis of the shares.
+  Communication: none; that of it is over `expert` a reduce-scatter, and over `data`
+  `collectives.reduce_scatter_together`.
   """
-  return _of_layers(settings, mesh, sum_into)
+  return _together(sum_into, _of_layers(settings, mesh))
 
 
-def late(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
+def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
   """Returns the function from a device's parameters outside the layers, laid out by `specs`, to
   what the pipeline takes.
 
-  Communication: none; the pipeline's gather is, of what lies in shares, an all-gather over each of
-  their axes, and its sum a reduce-scatter.
+  Communication: of what lies in shares and is not late as `to_weights` says of layers; the
+  pipeline's is that of the rest.
   """
-  shares = _late(settings, mesh)
-  if not any(shares):
-    return lambda shared: shared
-  gathers, reduces = (
-    [functools.partial(collective, share) if share else None for share in shares]
-    for collective in (_gather, sum_into)
-  )
-  return lambda shared: Late(shared, gathers, reduces)
+  late = _late(settings, mesh)
+  others = zip(_outside(settings, mesh), late, strict=True)
+  first = _together(_gather, [None if is_late else shares for shares, is_late in others])
+  whole, summed = _together(_gather, late), _together(sum_into, late)
+
+  def convert(shared: nnx.State) -> nnx.State | Late:
+    shared = first.put(shared, first.run(first.of(shared)))
+    return Late(shared, whole, summed) if whole.are_any else shared
+
+  return convert
 
 
 def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
@@ -111,34 +117,55 @@ def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
   )
 
 
-def sum_into(shares: sharding.Shares, x: jax.Array) -> jax.Array:
-  """Returns this device's share of the sum of `x`, all of it where there are no shares: between
-  copies a share of it travels.
+def sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list[jax.Array]:
+  """Returns this device's shares of the sums, a leaf whole where it has no shares: between copies a
+  share of it travels.
 
-  Communication: a reduce-scatter over each axis of the shares.
+  Communication: over `expert` a reduce-scatter, and over `data`
+  `collectives.reduce_scatter_together`.
   """
-  for name in shares.axes:
-    x = collectives.reduce_scatter(x, name, shares.dimension)
-  return x
+  leaves = [
+    collectives.reduce_scatter(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
+    for of, leaf in zip(shares, leaves, strict=True)
+  ]
+  return _over_copies(collectives.reduce_scatter_together, shares, leaves)
 
 
-def _of_layers(settings: config.Config, mesh: Mesh, collective: Callable) -> list[Callable | None]:
-  """Returns `collective` of the shares in which each leaf lies, their dimension counted from the
-  last one, for one of layers may stand before the others; None where it lies in none.
+def _gather(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list[jax.Array]:
+  """Returns the leaves whole: between copies, which lie far apart, a share of each travels.
+
+  Communication: over `data` `collectives.gather_together`, and over `expert` an all-gather.
   """
-  ranks = [len(leaf.shape) for leaf in jax.tree.leaves(_shapes(settings.model).layers)]
-  from_last = lambda shares, rank: shares._replace(dimension=shares.dimension - rank)
+  leaves = _over_copies(collectives.gather_together, shares, leaves)
   return [
-    functools.partial(collective, from_last(shares, rank)) if shares else None
-    for shares, rank in zip(_shares(settings, mesh), ranks, strict=True)
+    collectives.gather(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
+    for of, leaf in zip(shares, leaves, strict=True)
   ]
 
 
-def _gather(shares: sharding.Shares, x: jax.Array) -> jax.Array:
-  """Returns `x` whole: between copies, which lie far apart, a share of it travels."""
-  for name in reversed(shares.axes):
-    x = collectives.gather(x, name, shares.dimension)
-  return x
+def _over_copies(collective: Callable, shares: Sequence[sharding.Shares], leaves: list) -> list:
+  """Returns the leaves, of those that have shares along `data` what the collective makes of them,
+  together.
+  """
+  mine = Together(tuple(DATA in of.axes for of in shares), lambda given: given)
+  dimensions = [of.dimension for of in shares if DATA in of.axes]
+  return mine.put(leaves, collective(mine.of(leaves), DATA, dimensions))
+
+
+def _together(collective: Callable, shares: Sequence[sharding.Shares | None]) -> Together:
+  present = [each for each in shares if each]
+  return Together(tuple(map(bool, shares)), functools.partial(collective, present))
+
+
+def _of_layers(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:
+  """Returns `_shares`, their dimensions counted from the last one: one of layers may stand before
+  the others.
+  """
+  ranks = [len(leaf.shape) for leaf in jax.tree.leaves(_shapes(settings.model).layers)]
+  return [
+    shares and shares._replace(dimension=shares.dimension - rank)
+    for shares, rank in zip(_shares(settings, mesh), ranks, strict=True)
+  ]
 
 
 def _arrive(settings: config.Config, mesh: Mesh) -> bool:
@@ -157,6 +184,16 @@ def _shares(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]
   found = _shares_of(_shapes(settings.model).layers, transformer.specs(settings.model).layers, mesh)
   # ZeRO-1 may split the dimension of the layers, where no other is larger: those stay whole.
   return [shares if shares and shares.dimension else None for shares in found]
+
+
+def _outside(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:
+  """Returns the shares in which each parameter outside the layers enters the region; None: whole.
+
+  Between copies the region gathers all itself, where XLA sends to them what `expert` brings.
+  """
+  if mesh.shape[DATA] == 1:
+    return _late(settings, mesh)
+  return _shares_of(_shapes(settings.model).shared, transformer.specs(settings.model).shared, mesh)
 
 
 def _late(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:

@@ -1,0 +1,48 @@
+"""Several arrays of a tree that go through a collective together, in one message.
+
+Knows trees; must not know what is sent, or along which axes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+Tree = Any
+
+
+class Together(NamedTuple):
+  """What some leaves of a tree become.
+
+  Attributes:
+    takes: of each leaf, whether it takes part.
+    run: makes, of those that do, as many others.
+  """
+
+  takes: tuple[bool, ...]
+  run: Callable[[list[jax.Array]], list[jax.Array]]
+
+  @classmethod
+  def none(cls, tree: Tree) -> "Together":
+    """Returns that of a tree of which no leaf takes part."""
+    return cls((False,) * len(jax.tree.leaves(tree)), lambda leaves: leaves)
+
+  @property
+  def are_any(self) -> bool:
+    """Whether a leaf takes part."""
+    return any(self.takes)
+
+  def of(self, tree: Tree) -> list:
+    """Returns the leaves that take part."""
+    return [leaf for takes, leaf in zip(self.takes, jax.tree.leaves(tree), strict=True) if takes]
+
+  def put(
+    self, tree: Tree, made: Iterable, rest: Callable[[jax.Array], jax.Array] = lambda leaf: leaf
+  ) -> Tree:
+    """Returns the tree with what was made in their places, and `rest` of the other leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    given = iter(made)
+    whole = [
+      next(given) if takes else rest(leaf) for takes, leaf in zip(self.takes, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
