@@ -99,7 +99,7 @@ class Chunk(NamedTuple):
     moves = self._moves(forward, backward)
     if moves:
       brought, totals = moves.begin(totals)
-      forward, backward = moves.others(brought)
+      forward, backward = moves.others(brought, totals)
     layer = functools.partial(self._layer, forward, backward)
     last = self.layers.num_layers - 1
     body = lambda carry, l: (layer(l, False, *carry), None)
@@ -109,6 +109,11 @@ class Chunk(NamedTuple):
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
     totals, y, gx, _ = layer(last, True, *carry)
     return (moves.end(totals, brought) if moves else totals), y, gx
+
+  @property
+  def sends_nothing_forward(self) -> bool:
+    """Whether a forward unit sends nothing between hosts."""
+    return self.quiet_alone[0] == (0, len(self.inside_s) - 1)
 
   def _moves(self, forward: Forward | None, backward: Backward | None) -> Moves | None:
     """Returns what comes or leaves in one message beside a unit alone: where its layers send

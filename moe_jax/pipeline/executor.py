@@ -11,6 +11,7 @@ The forward unit may write the slot of the stash that the backward unit beside i
 Must not know the model: it is given `functions.Functions`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,6 +134,8 @@ class _Executor:
       reduction=Reduction.of(summed or Together.none(weights.layers), table, layers_per_chunk),
     )
     self.chunk = Chunk.of(self.layers, steps)
+    if isinstance(weights, Arriving) and self.chunk.sends_nothing_forward:
+      self._have(dataclasses.replace(weights, in_messages=True))
     self.layer, _, self.x, _ = of_layer
     self.num_layers = table.num_chunks * self.layers.num_layers
     self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
@@ -171,11 +174,16 @@ class _Executor:
     """Takes weights for whole when none of them is still to come."""
     weights = self.layers.weights
     if isinstance(weights, Arriving) and self.units["comes"] == "never":
-      ring, _ = state.totals.rings
-      self.layers = self.layers._replace(weights=weights.arrived(ring))
-      self.chunk = self.chunk._replace(layers=self.layers)
-      state = state._replace(totals=state.totals._replace(rings=((), ())))
+      totals, (ring, _) = state.totals, state.totals.rings
+      ring = weights.put_landed(totals.landed, ring) if totals.landed else ring
+      self._have(weights.arrived(ring))
+      state = state._replace(totals=totals._replace(rings=((), ()), landed=()))
     return state
+
+  def _have(self, weights: Whole | Arriving) -> None:
+    """Goes on with these weights."""
+    self.layers = self.layers._replace(weights=weights)
+    self.chunk = self.chunk._replace(layers=self.layers)
 
   def _start(self) -> _State:
     table, layers, zeros = self.table, self.layers, collectives.zeros_like
@@ -188,6 +196,7 @@ class _Executor:
     of_layers = stacked(layers.statistics, self.num_layers)
     g_layers = gradient(stacked(self.layer, self.num_layers))
     auxiliary = jax.eval_shape(lambda given: self.functions.auxiliary(given)[1], of_layers)
+    landed = layers.weights.first_message(table) if isinstance(layers.weights, Arriving) else ()
     return _State(
       made=collectives.after((layers.weights.layers, self.shared, self.inputs), zeros(self.x)),
       arrived=zeros(self.x) if self.head_reads_arrived else (),
@@ -206,6 +215,7 @@ class _Executor:
         g_layers=zeros(g_layers),
         g_shared=zeros(gradient(self.shared)),
         rings=layers.weights.start(table, self.stage),
+        landed=landed,
         sums=layers.reduction.start(g_layers),
       ),
       saved=(),

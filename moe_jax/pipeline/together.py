@@ -16,16 +16,27 @@ class Together(NamedTuple):
 
   Attributes:
     takes: of each leaf, whether it takes part.
-    run: makes, of those that do, as many others.
+    send: what arrives, of the leaves that do.
+    open: makes of what arrived as many others; takes the leaves, or their shapes, as well.
   """
 
   takes: tuple[bool, ...]
-  run: Callable[[list[jax.Array]], list[jax.Array]]
+  send: Callable[[list[jax.Array]], Tree]
+  open: Callable[[Tree, list], list[jax.Array]]
+
+  @classmethod
+  def at_once(cls, takes: Iterable[bool], run: Callable[[list], list]) -> "Together":
+    """Returns that of a collective whose result needs no opening."""
+    return cls(tuple(takes), run, lambda arrived, like: arrived)
 
   @classmethod
   def none(cls, tree: Tree) -> "Together":
     """Returns that of a tree of which no leaf takes part."""
-    return cls((False,) * len(jax.tree.leaves(tree)), lambda leaves: leaves)
+    return cls.at_once([False] * len(jax.tree.leaves(tree)), lambda leaves: leaves)
+
+  def run(self, leaves: list[jax.Array]) -> list[jax.Array]:
+    """Returns what the leaves that take part become."""
+    return self.open(self.send(leaves), leaves)
 
   @property
   def are_any(self) -> bool:

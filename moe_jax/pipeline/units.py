@@ -33,6 +33,8 @@ class Totals(NamedTuple):
     g_layers: [layers of this stage, ...].
     g_shared: of the parameters outside the layers.
     rings: weights gathered ahead, for forward and for backward units.
+    landed: weights that came in a message and are still to be put into the forward ring, as
+      `Arriving.send` returns them; () where none do.
     sums: [layers of this stage, ...] those of `g_layers` that left, summed over ranks.
   """
 
@@ -42,6 +44,7 @@ class Totals(NamedTuple):
   g_layers: Tree
   g_shared: Tree
   rings: tuple[Tree, Tree]
+  landed: Tree
   sums: list[jax.Array]
 
 
@@ -278,31 +281,35 @@ class Moves(NamedTuple):
       return self.forward.coming is not None and isinstance(self.stage.weights, Arriving)
     return self.backward.leaving is not None
 
-  def begin(self, totals: Totals) -> tuple[list[jax.Array], Totals]:
+  def begin(self, totals: Totals) -> tuple[Tree, Totals]:
     """Returns what the messages bring, and the totals, to which is to be added only now."""
     stage = self.stage
     if self.forward:
-      return stage.weights.gather(stage.weights.take_chunk(self.forward.coming)), totals
+      # What the message before brought is put away beside this one.
+      brought = stage.weights.send(self.forward.coming.layers)
+      ring, other = totals.rings
+      ring = stage.weights.put_landed(collectives.after(brought, totals.landed), ring)
+      # Or XLA reads what is not written over where it lay before, and copies the ring for it.
+      ring = jax.lax.optimization_barrier(ring)
+      return brought, totals._replace(rings=(ring, other), landed=())
     leaving, g_layers = both(
       stage.reduction.of_chunk(totals.g_layers, self.backward.leaving, stage.num_layers),
       totals.g_layers,
     )
     return stage.reduction.summed(leaving), totals._replace(g_layers=g_layers)
 
-  def others(self, brought: list[jax.Array]) -> tuple[Forward | None, Backward | None]:
+  def others(self, brought: Tree, totals: Totals) -> tuple[Forward | None, Backward | None]:
     """Returns the units without what moves; on XLA:CPU they wait for it (`collectives.after`)."""
     if self.forward:
-      x = collectives.after(brought, self.forward.x)
+      x = collectives.after((brought, totals.rings[0]), self.forward.x)
       return self.forward._replace(x=x, coming=None), None
     gy = collectives.after(brought, self.backward.gy)
     return None, self.backward._replace(gy=gy, leaving=None)
 
-  def end(self, totals: Totals, brought: list[jax.Array]) -> Totals:
+  def end(self, totals: Totals, brought: Tree) -> Totals:
     """Puts away what they brought."""
     if self.forward:
-      ring, other = totals.rings
-      ring = self.stage.weights.put_chunk(self.forward.coming, ring, brought)
-      return totals._replace(rings=(ring, other))
+      return totals._replace(landed=brought)
     place = (self.backward.leaving,)
     sums = [buffers.put(leaf, place, new) for leaf, new in zip(totals.sums, brought, strict=True)]
     return totals._replace(sums=sums)

@@ -146,11 +146,18 @@ class _InShares:
     return self.shares.gather(shares) if shares else []
 
 
+@dataclasses.dataclass(frozen=True)
 class Arriving(_InShares):
   """Weights in shares, each chunk's to be whole when it first runs, as `ends.coming` says.
 
-  In place of a ring stand the whole weights of all layers, of which the first chunk's are there.
+  In place of a ring stand the whole weights of all layers, of which the first chunk's are there;
+  with messages, once the first of them is put away.
+
+  Attributes:
+    in_messages: whether those of a chunk come in one message, which is put away in the next tick.
   """
+
+  in_messages: bool = False
 
   def coming(self, table: Table, stage: jax.Array) -> tuple[Coming, None]:
     """Returns what forward units gather in each tick, leaves [ticks, ...]."""
@@ -162,13 +169,23 @@ class Arriving(_InShares):
   def start(self, table: Table, stage: jax.Array) -> tuple[list, tuple]:
     """Returns the whole weights of all layers before the first tick, but for those to come.
 
-    Communication: that of the shares, once for the first chunk's layers.
+    Communication: that of the shares, once for the first chunk's layers, but with messages none.
     """
-    gathered = self.shares.gather(self.shares.at(slice(_num_layers(self.layers, table))))
+    of_first = lambda: self.shares.gather(self.shares.at(slice(_num_layers(self.layers, table))))
     num_layers = len(jax.tree.leaves(self.layers)[0])
     whole = lambda leaf: jax.ShapeDtypeStruct((num_layers, *leaf.shape[1:]), leaf.dtype)
-    stacks = collectives.zeros_like([whole(leaf) for leaf in gathered])
-    return [buffers.put(stack, (), leaf) for stack, leaf in zip(stacks, gathered, strict=True)], ()
+    stacks = collectives.zeros_like([whole(leaf) for leaf in jax.eval_shape(of_first)])
+    if self.in_messages:
+      return stacks, ()
+    return [buffers.put(s, (), leaf) for s, leaf in zip(stacks, of_first(), strict=True)], ()
+
+  def first_message(self, table: Table) -> Tree:
+    """Returns the first chunk's weights as `send` does, () without messages.
+
+    Communication: that of the shares, once for the first chunk's layers.
+    """
+    first = jnp.arange(_num_layers(self.layers, table), dtype=jnp.int32)
+    return self.send(collectives.varying(first)) if self.in_messages else ()
 
   def take(
     self, number: jax.Array, place: int, coming: Coming, ring: list
@@ -193,14 +210,22 @@ class Arriving(_InShares):
     number = coming.layers[place]
     return [buffers.put(leaf, number, new) for leaf, new in zip(ring, gathered, strict=True)]
 
-  def take_chunk(self, coming: Coming) -> list:
-    """Returns this device's shares of the weights of all layers to come beside a unit."""
-    return self.shares.several(coming.layers[0], len(coming.layers))
+  def send(self, layers: jax.Array) -> tuple[Tree, jax.Array]:
+    """Returns the weights of layers that follow each other, as they arrive, and those numbers.
 
-  def put_chunk(self, coming: Coming, ring: list, gathered: list) -> list:
-    """Returns the ring with what was gathered of them."""
-    first = (coming.layers[0],)
-    return [buffers.put(leaf, first, new) for leaf, new in zip(ring, gathered, strict=True)]
+    Communication: that of the shares, as far as it is between copies.
+    """
+    return self.shares.whole.send(self.shares.several(layers[0], len(layers))), layers
+
+  def put_landed(self, landed: tuple[Tree, jax.Array], ring: list) -> list:
+    """Returns the ring with what `send` returned.
+
+    Communication: the rest of that of the shares.
+    """
+    arrived, layers = landed
+    like = jax.eval_shape(lambda: self.shares.several(layers[0], len(layers)))
+    whole = self.shares.whole.open(arrived, like)
+    return [buffers.put(leaf, (layers[0],), new) for leaf, new in zip(ring, whole, strict=True)]
 
   def arrived(self, ring: list) -> Whole:
     """Returns the weights when all have come."""

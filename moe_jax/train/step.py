@@ -255,7 +255,7 @@ def _reduce(
   of_others = [
     each for each, done in zip(shares, jax.tree.leaves(are_summed), strict=True) if not done
   ]
-  others = Together(
+  others = Together.at_once(
     tuple(not done for done in jax.tree.leaves(are_summed)),
     functools.partial(streaming.sum_into, of_others),
   )

@@ -10,7 +10,7 @@ parameters, the mesh and of a schedule whether weights may come late.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from flax import nnx
@@ -68,12 +68,12 @@ def to_weights(
   """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
 
   Communication: none; the pipeline's is, of the weights of a layer or of several that lie in
-  shares, `collectives.gather_together` over `data`, and over `expert` an all-gather.
+  shares, `collectives.send_together` over `data`, and over `expert` an all-gather.
   """
   ahead = settings.pipeline.prefetch_layers
   if not ahead and not _arrive(settings, mesh):
     return lambda layers: layers
-  whole = _together(_gather, _of_layers(settings, mesh))
+  whole = _gathered(_of_layers(settings, mesh))
   if ahead:
     return lambda layers: Streamed(Shares(layers, whole), ahead)
   return lambda layers: Arriving(Shares(layers, whole))
@@ -86,7 +86,7 @@ def summed(settings: config.Config, mesh: Mesh) -> Together:
   Communication: none; that of it is over `expert` a reduce-scatter, and over `data`
   `collectives.reduce_scatter_together`.
   """
-  return _together(sum_into, _of_layers(settings, mesh))
+  return _summed(_of_layers(settings, mesh))
 
 
 def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
@@ -98,8 +98,8 @@ def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.
   """
   late = _late(settings, mesh)
   others = zip(_outside(settings, mesh), late, strict=True)
-  first = _together(_gather, [None if is_late else shares for shares, is_late in others])
-  whole, summed = _together(_gather, late), _together(sum_into, late)
+  first = _gathered([None if is_late else shares for shares, is_late in others])
+  whole, summed = _gathered(late), _summed(late)
 
   def convert(shared: nnx.State) -> nnx.State | Late:
     shared = first.put(shared, first.run(first.of(shared)))
@@ -128,33 +128,56 @@ def sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list
     collectives.reduce_scatter(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
     for of, leaf in zip(shares, leaves, strict=True)
   ]
-  return _over_copies(collectives.reduce_scatter_together, shares, leaves)
+  over_copies, dimensions = _over_copies(shares)
+  scatter = functools.partial(collectives.reduce_scatter_together, axis_name=DATA)
+  mine = _picked(over_copies, leaves)
+  return _replaced(over_copies, leaves, scatter(mine, dimensions=dimensions) if mine else [])
 
 
-def _gather(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list[jax.Array]:
-  """Returns the leaves whole: between copies, which lie far apart, a share of each travels.
+def _gathered(shares: Sequence[sharding.Shares | None]) -> Together:
+  """Returns what makes leaves whole: between copies, which lie far apart, a share of each travels.
 
-  Communication: over `data` `collectives.gather_together`, and over `expert` an all-gather.
+  Communication: over `data` `collectives.send_together`, and over `expert` an all-gather.
   """
-  leaves = _over_copies(collectives.gather_together, shares, leaves)
-  return [
-    collectives.gather(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
-    for of, leaf in zip(shares, leaves, strict=True)
-  ]
-
-
-def _over_copies(collective: Callable, shares: Sequence[sharding.Shares], leaves: list) -> list:
-  """Returns the leaves, of those that have shares along `data` what the collective makes of them,
-  together.
-  """
-  mine = Together(tuple(DATA in of.axes for of in shares), lambda given: given)
-  dimensions = [of.dimension for of in shares if DATA in of.axes]
-  return mine.put(leaves, collective(mine.of(leaves), DATA, dimensions))
-
-
-def _together(collective: Callable, shares: Sequence[sharding.Shares | None]) -> Together:
   present = [each for each in shares if each]
-  return Together(tuple(map(bool, shares)), functools.partial(collective, present))
+  over_copies, dimensions = _over_copies(present)
+
+  def send(leaves):
+    mine = _picked(over_copies, leaves)
+    return leaves, collectives.send_together(mine, DATA) if mine else ()
+
+  def open_(arrived, like):
+    leaves, all_nw = arrived
+    mine = _picked(over_copies, like)
+    leaves = _replaced(
+      over_copies, leaves, collectives.joined(all_nw, mine, dimensions) if mine else []
+    )
+    return [
+      collectives.gather(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
+      for of, leaf in zip(present, leaves, strict=True)
+    ]
+
+  return Together(tuple(map(bool, shares)), send, open_)
+
+
+def _summed(shares: Sequence[sharding.Shares | None]) -> Together:
+  present = [each for each in shares if each]
+  return Together.at_once(map(bool, shares), functools.partial(sum_into, present))
+
+
+def _over_copies(shares: Sequence[sharding.Shares]) -> tuple[list[bool], list[int]]:
+  """Returns which shares lie along `data`, and the dimensions of those."""
+  are = [DATA in of.axes for of in shares]
+  return are, _picked(are, [of.dimension for of in shares])
+
+
+def _picked(are: list[bool], items: Sequence) -> list:
+  return [item for is_mine, item in zip(are, items, strict=True) if is_mine]
+
+
+def _replaced(are: list[bool], items: Sequence, others: Iterable) -> list:
+  others = iter(others)
+  return [next(others) if is_mine else item for is_mine, item in zip(are, items, strict=True)]
 
 
 def _of_layers(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:

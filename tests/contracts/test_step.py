@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.model import transformer
 from moe_jax.parallel import sharding
-from moe_jax.parallel.axes import ALL, EXPERT, STAGE, TOKENS
+from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TOKENS
 from moe_jax.pipeline import ends
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.segments import has_room_beside_heads
@@ -88,7 +88,7 @@ def test_weights_come_and_gradients_leave_a_layer_at_a_time(ahead):
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
   specs = transformer.specs(settings.model)
   of_layer = lambda leaf, spec: jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)[1:]
-  is_by_layer = [each is not None for each in streaming.reduces(settings, on)]
+  is_by_layer = streaming.summed(settings, on).takes
   leaves = zip(jax.tree.leaves(shapes.layers), jax.tree.leaves(specs.layers), strict=True)
   whole = [of_layer(*leaf) for leaf, by in zip(leaves, is_by_layer, strict=True) if by]
   assert len(whole) == 4  # query, key, value and output
@@ -128,29 +128,46 @@ def test_a_gradient_that_is_summed_in_a_loop_is_found():
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 2, 1), (2, 1, 4), (2, 1, 2, 2), (1, 2, 1, 4)])
 def test_each_gradient_is_summed_once_outside_the_loops(mesh):
-  """And of the weights gathered inside the region, once, those that heads alone read."""
+  """And of the weights gathered inside the region, once, those that heads alone read, and between
+  copies the embedding's; between copies what travels at one time does so in one message.
+  """
   settings, on, found = step_program(mesh)
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  expected, kernel = collections.Counter(), shapes.shared["head"]["kernel"].get_value()
-  for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True):
+  expected, messages = collections.Counter(), collections.Counter()
+  kernel, table = (
+    shapes.shared[a][b].get_value() for a, b in (("head", "kernel"), ("embedding", "table"))
+  )
+  is_by_layer = streaming.summed(settings, on).takes
+  is_by_layer += (False,) * (len(jax.tree.leaves(shapes)) - len(is_by_layer))
+  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), is_by_layer, strict=True)
+  for leaf, spec, by_layer in leaves:
     here = jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
     remaining = sharding.replicated_axes(spec)
     dimension, axes = sharding.shares(spec, leaf.shape, on)
+    is_late = leaf is kernel and has_room_beside_heads(step.table(settings))
     for axis in axes:  # between copies a share of it
-      expected["reduce-scatter", (axis,), here] += 1
+      if axis == EXPERT:
+        expected["reduce-scatter", (axis,), here] += 1
+      else:
+        messages["sums", is_late, by_layer] += math.prod(here) // on.shape[axis]
       size = here[dimension] // on.shape[axis]
       here = (*here[:dimension], size, *here[dimension + 1 :])
     share = here
-    is_late = leaf is kernel and has_room_beside_heads(step.table(settings))
-    for axis in reversed(axes if is_late else ()):
-      expected["all-gather", (axis,), share] += 1  # before the first head
+    is_mine = is_late or (on.shape[DATA] > 1 and (leaf is kernel or leaf is table))
+    for axis in reversed(axes if is_mine else ()):
+      if axis == EXPERT:
+        expected["all-gather", (axis,), share] += 1
+      else:
+        messages["weights", is_late] += math.prod(share)
       size = share[dimension] * on.shape[axis]
       share = (*share[:dimension], size, *share[dimension + 1 :])
     remaining = tuple(axis for axis in remaining if axis not in axes)
     if remaining:
       expected["all-reduce", remaining, here] += 1
   expected["all-reduce", ALL, (3,)] += 1  # losses and norm
+  for elements in messages.values():
+    expected["all-to-all", (DATA,), (on.shape[DATA], elements)] += 1
   outside = collections.Counter(
     (c.kind, c.axes, c.shape) for c in found if not c.num_loops and math.prod(c.shape) > 1
   )

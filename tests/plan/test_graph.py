@@ -80,7 +80,7 @@ def test_copies_meet_where_gradients_are_summed_and_nowhere_in_a_layer():
   names = {built.steps[i].name for i in np.unique(built.step[target[crossing]])}
   assert {
     "gather ahead from copies", "scatter ahead to copies", "scatter gradients over data",
-    "gather parameters over data", "count over data",
+    "gather the first parameters over data", "count over data",
   } < names  # fmt: skip
   in_layers = np.isin(built.unit, [graph.UNITS.index(k) for k in ("forward", "backward")])
   assert not in_layers[target[crossing]].any()

@@ -109,9 +109,9 @@ def test_weights_that_the_pipeline_gathers_are_by_layer(mesh):
   mesh = config.Mesh(*mesh)
   settings = runs.settings(mesh=dataclasses.asdict(mesh), train={"batch": 64})
   abstract, parameters = placed(settings.model, mesh)
-  reduces = streaming.reduces(settings, abstract)
-  of_layers = [leaf.shape for leaf, _ in parameters][: len(reduces)]
-  gathered = [shape for shape, reduce in zip(of_layers, reduces, strict=True) if reduce]
+  takes = streaming.summed(settings, abstract).takes
+  of_layers = [leaf.shape for leaf, _ in parameters][: len(takes)]
+  gathered = [shape for shape, is_taken in zip(of_layers, takes, strict=True) if is_taken]
   assert gathered
   found = [leaf.shape for leaf in leaves(settings.model) if leaf.is_by_layer(mesh)]
   assert sorted(found) == sorted(gathered)

@@ -244,9 +244,10 @@ def test_what_copies_send_by_hand():
   """The golden plan twice: of 4,680 elements alike on two ranks of `expert` a quarter is a rank's,
   gathered from four at once, and an expert's 2 x 384 are halved between two copies.
 
-  Sent at the begin: of the head's 2,048, which the pipeline gathers, a quarter to the other copy,
-  then half to the other rank; of the others 3 x 2,632 / 4; and 384 of the experts'. At the end
-  4,680 / 2 to the other rank, then half of the 2,340 left and of the 768 to the other copy.
+  Sent at the begin: of the 2 x 2,048 of embedding and head, which the region gathers, a quarter to
+  the other copy, then half to the other rank; of the others 3 x 584 / 4; and 384 of the experts'.
+  At the end 4,680 / 2 to the other rank, then half of the 2,340 left and of the 768 to the other
+  copy.
   """
   settings = golden()
   settings = dataclasses.replace(
@@ -261,9 +262,10 @@ def test_what_copies_send_by_hand():
         size = steps.group_size(settings, op.step)
         sent[op.step.name] = links.bytes_sent(op.step.kind, op.step.operand_bytes, size)
   assert sent == {
-    "gather parameters over data+expert": 4 * 3 * 2_632 // 4,
-    "gather parameters over data": 4 * (384 + 512),
-    "gather parameters over expert": 4 * 1_024,
+    "gather parameters over data+expert": 4 * 3 * 584 // 4,
+    "gather parameters over data": 4 * 384,
+    "gather the first parameters over data": 4 * 2 * 512,
+    "gather the first parameters over expert": 4 * 2 * 1_024,
     "scatter gradients over expert": 4 * 4_680 // 2,
     "scatter gradients over data": 4 * (2_340 + 768) // 2,
   }
