@@ -50,6 +50,16 @@ def test_wrappers_send_what_they_declare(name, axis):
   assert found == [(kind, axis, elements) for kind, _, elements in expected]
 
 
+@pytest.mark.parametrize("name", ["send_together", "reduce_scatter_together"])
+def test_together_wrappers_send_what_they_declare(name):
+  settings = settings_of(OF_TWO[DATA])
+  function, more = getattr(collectives, name), [[0, 1]] * (name != "send_together")
+  call = lambda x, y: function([x, y], DATA, *more)
+  found = found_in(settings, call, P(DATA), P(DATA), struct(16, 6), struct(4, 10))
+  (expected,) = program.declared(function, n=2, w=8 * 6 + 2 * 10)
+  assert found == [(expected[0], DATA, expected[2])]
+
+
 @pytest.mark.parametrize("axis", ALL)
 def test_tree_wrappers_send_what_they_declare(axis):
   settings = settings_of(OF_TWO[axis])

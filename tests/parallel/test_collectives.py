@@ -38,6 +38,37 @@ def test_gather_and_reduce_scatter_undo_each_other_four_times_over(axis, x):
   np.testing.assert_array_equal(joined, np.tile(expected, (4, 1)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_several_together_are_gathered_and_summed_as_each_alone(dtype):
+  """At other dimensions, one of them counted from the last; other shapes."""
+  mesh, dimensions = mesh_lib.make(ON_AXIS[DATA]), (0, -1, 1)
+  random = np.random.default_rng(0)
+  # Small integers, whose sums are exact in any order and dtype.
+  arrays = [
+    jnp.asarray(random.integers(-8, 8, (4, *shape)), dtype) for shape in ((8, 3), (5, 4), (2, 8, 6))
+  ]
+
+  def gathered(*mine):
+    mine = [each[0] for each in mine]
+    joined = collectives.joined(collectives.send_together(mine, DATA), mine, dimensions)
+    alone = [collectives.gather(x, DATA, d) for x, d in zip(mine, dimensions, strict=True)]
+    return joined, alone
+
+  def summed(*mine):
+    mine = [each[0] for each in mine]
+    together = collectives.reduce_scatter_together(mine, DATA, dimensions)
+    alone = [collectives.reduce_scatter(x, DATA, d) for x, d in zip(mine, dimensions, strict=True)]
+    return together, alone
+
+  for function in (gathered, summed):
+    stacked = lambda *mine, f=function: jax.tree.map(lambda x: x[None], f(*mine))
+    region = jax.shard_map(stacked, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA))
+    together, alone = jax.jit(region)(*arrays)
+    for one, other in zip(together, alone, strict=True):
+      assert one.dtype == other.dtype == dtype
+      np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 8)])
 def test_few_are_gathered_in_one_message_bit_by_bit(mesh, x):
   """Arrays of different widths, NaN and infinity among them; gradients of floats are summed."""

@@ -63,10 +63,10 @@ def test_the_report_has_the_documented_keys(done):
     assert set(row) == {"claim", "asked", "found", "holds", "how"}
 
 
-def on_pod(pytestconfig, tmp_path, config):
-  """Returns the report of a config's train step on the reference's pod."""
+def on_pod(pytestconfig, tmp_path, config, *more):
+  """Returns the report of a config's train step, or of another one, on the reference's pod."""
   path = tmp_path / "report.json"
-  words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}"]
+  words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}", *more]
   finished = rehearse(pytestconfig.rootpath, *words, config=config)
   assert finished.returncode == 0, finished.stderr
   return json.loads(path.read_text())
@@ -95,13 +95,29 @@ def test_copies_hide_what_they_send(pytestconfig, tmp_path):
   found = on_pod(pytestconfig, tmp_path, "pod64_copies")
   assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.92
   assert found["planned"]["prediction"]["tokens_per_ms_per_gpu"] >= 100
-  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 200
+  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 250
   assert found["prediction"]["bubble_fraction"] == 0
   assert found["memory_bytes"]["total"] <= 4.312e9
   # No token leaves its host: between hosts weights travel, gradients and some numbers.
   between = [r for r in found["collectives"] if r["link"] == "between"]
   assert all("data" in r["axis"] for r in between)
   assert all("data" not in r["axis"] for r in found["collectives"] if r["link"] == "inside")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_copy_on_each_gpu_serves_without_waiting(pytestconfig, tmp_path, step):
+  found = on_pod(pytestconfig, tmp_path, "pod64_serve", f"--step={step}")
+  # Nothing but the counts of experts' loads is sent, beside the last products.
+  assert [(r["kind"], r["axis"], r["count"]) for r in found["collectives"]] == [
+    ("all-reduce", "data", 1)
+  ]
+  for chip in (found, found["planned"]):
+    assert chip["exposure"]["hidden_of_hideable"] >= 0.92
+  assert found["memory_bytes"]["total"] <= 4.312e9
+  if step == "prefill":
+    assert found["prediction"]["ttft_s"] < 0.25
+  assert not found["unknown"]
 
 
 @pytest.mark.slow

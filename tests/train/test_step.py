@@ -108,6 +108,17 @@ CASES = {
       "batch": 16,
     },
   ),
+  "2x1x1x4-interleaved-4-halves-everything": (
+    (2, 1, 1, 4),
+    {
+      "pipeline": {
+        "schedule": "interleaved", "chunks": 4, "micro_batches": 1, "save": "everything",
+        "halves": True,
+      },
+      "moe": {"expert_ranks_per_host": 2},
+      "batch": 16,
+    },
+  ),
   "2x2x1x2-1f1b-streamed-2-halves-exchanges": (
     (2, 2, 1, 2), {"pipeline": {"prefetch_layers": 2, "save": "exchanges", "halves": True}},
   ),
