@@ -75,9 +75,8 @@ def test_pod64_is_the_reference_deployment():
   build("pod64", moe={"dispatch": "dropless"}, train={"sequence": 10_240})  # as it serves
 
 
-@pytest.mark.parametrize("name", ["pod64", "pod64_10b"])
-def test_copies_are_the_same_model_and_batch_with_experts_inside_hosts(name):
-  pod, copies = build(name), build(f"{name}_copies")
+def test_copies_are_the_same_model_and_batch_with_experts_inside_hosts():
+  pod, copies = build("pod64"), build("pod64_copies")
   assert copies.model == pod.model
   assert (copies.train, copies.moe.capacity_factor) == (pod.train, pod.moe.capacity_factor)
   mesh = copies.mesh
@@ -85,6 +84,19 @@ def test_copies_are_the_same_model_and_batch_with_experts_inside_hosts(name):
   assert copies.moe.expert_ranks_per_host == mesh.expert
   assert copies.pipeline.halves  # of the two sequences that each rank has
   assert copies.train.batch // mesh.sequence_shares == 2
+
+
+@pytest.mark.parametrize("name", ["pod64", "pod64_10b"])
+def test_the_same_model_is_served_by_a_copy_on_each_gpu(name):
+  pod, served = build(name), build(f"{name}_serve")
+  assert served.model == pod.model
+  assert served.mesh == config_lib.Mesh(data=64)
+  prompts = [
+    each.mesh.sequence_shares * each.serve.prefill_rows * each.serve.prefill_micro_batches
+    for each in (pod, served)
+  ]
+  slots = [each.mesh.sequence_shares * each.serve.slots * each.mesh.stage for each in (pod, served)]
+  assert prompts == slots == [128, 128]
 
 
 def test_pod64_10b_differs_in_three_widths_only():

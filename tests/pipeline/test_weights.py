@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.pipeline.schedules import SCHEDULES
+from moe_jax.pipeline.together import Together
 from moe_jax.pipeline.weights import Shares, Streamed, Whole
 
 CASES = {
@@ -27,7 +28,8 @@ def test_every_layer_finds_its_own_weights(case, layers_per_chunk, ahead):
   table = SCHEDULES[schedule](stages, micro_batches, chunks)
   of_stage = chunks * layers_per_chunk
   layers = {"share": jnp.arange(1.0, of_stage + 1), "whole": jnp.arange(of_stage)}
-  weights = Streamed(Shares(layers, (lambda share: 10 * share, None)), ahead)
+  whole = Together.at_once((True, False), lambda shares: [10 * share for share in shares])
+  weights = Streamed(Shares(layers, whole), ahead)
   for stage in range(stages):
     rings = list(weights.start(table, jnp.int32(stage)))
     coming = weights.coming(table, jnp.int32(stage))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.rehearse import program
+from moe_jax.rehearse import program, work
 from moe_jax.rehearse.program import Branch, Collective, Compute, Done, Loop
 from tests.rehearse import golden
 
@@ -139,7 +139,7 @@ def test_a_kernel_counts_by_its_declared_formula():
   )
   text = golden.LISTED.replace("%gemm.1 =", call, 1)
   assert program.read(text, golden.MESH).unknown == {"custom-call __gpu$xla.gpu.triton": 1}
-  kernels = {"attention": lambda operands, results: operands[0].elements * results[0].elements}
+  kernels = {"attention": work.Kernel(lambda operands: 4.0 * operands[0].elements)}
   found = program.read(text, golden.MESH, kernels)
   assert found.unknown == {}
   (kernel,) = (u for u, _ in program.flat(found.entry) if u.name == "call.1")
