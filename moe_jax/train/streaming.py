@@ -129,9 +129,9 @@ def sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list
     for of, leaf in zip(shares, leaves, strict=True)
   ]
   over_copies, dimensions = _over_copies(shares)
-  scatter = functools.partial(collectives.reduce_scatter_together, axis_name=DATA)
   mine = _picked(over_copies, leaves)
-  return _replaced(over_copies, leaves, scatter(mine, dimensions=dimensions) if mine else [])
+  made = collectives.reduce_scatter_together(mine, DATA, dimensions) if mine else []
+  return _replaced(over_copies, leaves, made)
 
 
 def _gathered(shares: Sequence[sharding.Shares | None]) -> Together:
