@@ -187,8 +187,6 @@ def _blocks(groups):
 
 
 def _blocks_values(weights, rows_RD, groups):
-  weights = weights.cut() if isinstance(weights, Stacked) else weights
-
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ joined(one.gate_up_eD2f))
@@ -233,7 +231,7 @@ def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
   return dweights, _received(dx_NJD, groups)
 
 
-def _loop(weights: Weights, groups: Groups, step, buffers, nothing=lambda one: ()):
+def _loop(weights: Weights | Stacked, groups: Groups, step, buffers, nothing=lambda one: ()):
   """Runs `step` over the blocks of each expert: (blocks, buffers, its weights) -> buffers and what
   is summed over the expert's blocks, `nothing` of its weights where it has none.
 
@@ -258,6 +256,12 @@ def _loop(weights: Weights, groups: Groups, step, buffers, nothing=lambda one: (
 
     return jax.lax.fori_loop(0, number // many, turn, state)
 
+  if isinstance(weights, Stacked):
+    # An expert is cut out of the stack alone: cutting out the layer first would copy all twice.
+    of_expert = lambda e: jax.tree.map(lambda w: w[weights.layer, e], weights.stack)
+    in_stack = lambda buffers, given: expert(buffers, (of_expert(given[0]), *given[1:]))
+    each_e = jnp.arange(weights.num_experts, dtype=jnp.int32)
+    return jax.lax.scan(in_stack, buffers, (each_e, groups.first_e, groups.blocks_e))
   return jax.lax.scan(expert, buffers, (weights, groups.first_e, groups.blocks_e))
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
 from moe_jax.moe import grouped, grouped_kernels
-from moe_jax.moe.experts import Weights
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.rehearse import hlo, pod
 
 TOLERANCE = 1e-5  # relative L2, float32
@@ -93,6 +93,21 @@ def test_grouped_swiglu_equals_a_loop_over_experts(name):
     jax.tree.leaves(vjp(cotangent_RD)), jax.tree.leaves(expected_vjp(cotangent_RD)), strict=True
   ):
     check(each, expected)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(("width", "num_hidden"), [(64, 128), (6, 10)])
+def test_weights_in_a_stack_are_those_of_their_layer(width, num_hidden, kernels):
+  """Also where the kernels pad them; other layers are NaN."""
+  sizes_Se, num_source_rows, weights, rows_RD, *_ = case("even", width, num_hidden)
+  groups = grouped.groups(sizes_Se, num_source_rows)
+  beside = lambda w: jnp.stack([jnp.full_like(w, jnp.nan), w, jnp.full_like(w, jnp.nan)])
+  stacked = Stacked(jax.tree.map(beside, weights), jnp.int32(1))
+  if kernels:
+    run = lambda weights: grouped._kernels_forward(weights, rows_RD, groups, interpret=True)[0]
+  else:
+    run = lambda weights: grouped.grouped_swiglu(weights, rows_RD, groups)
+  check(jax.jit(run)(stacked), jax.jit(run)(weights))
 
 
 def test_bfloat16_gradients_of_weights_are_summed_in_float32():
