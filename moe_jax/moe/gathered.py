@@ -2,8 +2,9 @@
 
 No rows, no sorting, no rounds: a message to each device and one back, whatever the routing, where
 the exchanges of the others send padded buffers. It pays while the experts' time is that of reading
-their weights (`few_tokens.is_cheaper`). An expert that no token chose is not computed, and its
-weights are not read, where that is likely.
+their weights (`few_tokens.is_cheaper`). The weights of an expert that no token chose are not read,
+where that is likely: a loop passes it over, and kernels, which serve on GPUs, multiply another in
+its place, or where choices are few those alone.
 
 Letters: X devices of `expert`; M tokens of all devices of `expert` and `tensor`; e experts of this
 device; f this tensor rank's share of the hidden units.
@@ -19,7 +20,7 @@ from moe_jax.moe import plan as plans
 from moe_jax.moe.experts import Stacked, Weights, swiglu
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing
-from moe_jax.parallel import collectives
+from moe_jax.parallel import collectives, messages
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.pipeline.saving import residual
 
@@ -78,7 +79,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   over `expert`, (X - 1) * tensor * t * (D + 2 * K) elements, each of four bytes as two of two.
   """
   del round_id
-  x_MD, experts_MK, weights_MK = collectives.gather_few((x_tD, *plan.places), TENSOR, EXPERT)
+  x_MD, experts_MK, weights_MK = messages.gather_few((x_tD, *plan.places), TENSOR, EXPERT)
   is_full = experts_MK.size >= _FULL_LOAD * setting.num_experts
   num_mine = setting.num_experts // jax.lax.axis_size(EXPERT)
   chose_eM = None if is_full else _serves(num_mine, experts_MK).any(1).T
@@ -203,7 +204,7 @@ def back(
   weight_Mi = jnp.einsum("mk,mki->mi", _there(weights_TK, made.weights_MK), serves_MKi)
   rows_iMD = residual(made.rows_iMD)
   y_MD = jnp.einsum("mi,imd->md", weight_Mi, rows_iMD.astype(weights_TK.dtype))
-  return collectives.reduce_scatter_few(y_MD, TENSOR, EXPERT).astype(rows_iMD.dtype)
+  return messages.reduce_scatter_few(y_MD, TENSOR, EXPERT).astype(rows_iMD.dtype)
 
 
 @jax.custom_vjp
@@ -216,7 +217,7 @@ def _there(weights_TK: jax.Array, weights_MK: jax.Array) -> jax.Array:
 
 
 def _there_backward(_, d_MK):
-  return collectives.reduce_scatter_few(d_MK, TENSOR, EXPERT), jnp.zeros_like(d_MK)
+  return messages.reduce_scatter_few(d_MK, TENSOR, EXPERT), jnp.zeros_like(d_MK)
 
 
 _there.defvjp(lambda weights_TK, weights_MK: (weights_MK, None), _there_backward)

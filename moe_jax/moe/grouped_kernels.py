@@ -94,11 +94,13 @@ class _Call:
     self.num_rows, self.num_places = len(x_RD), row_NJ.size
     tiles = row_NJ.shape[1] // TILE
     # Of places: the row, and of whole tiles whose rows they are; which tiles hold rows; the layer.
-    used_2, layer_1 = (used_2 * tiles).astype(jnp.int32), jnp.full(1, layer, jnp.int32)
-    self.row_P, self.expert_V, self.used_2, layer_1 = varying_like(
-      (row_NJ.reshape(-1), jnp.repeat(expert_N, tiles), used_2, layer_1), x_RD
+    used_2, layer_1 = varying_like(
+      ((used_2 * tiles).astype(jnp.int32), jnp.full(1, layer, jnp.int32)), x_RD
     )
-    self.where_3 = jnp.concatenate([self.used_2, layer_1])
+    self.where_3 = jnp.concatenate([used_2, layer_1])
+    self.row_P, self.expert_V = varying_like(
+      (row_NJ.reshape(-1), jnp.repeat(expert_N, tiles)), x_RD
+    )
 
   def placed(self, name, kernel, rows, weights, width, outputs):
     """Returns an array [P, *output, width] for each output; a program of the kernel writes a tile
@@ -118,7 +120,7 @@ class _Call:
     left, right = _padded(left, -1), _padded(right.reshape(len(right), -1), -1)
     expert_e = varying_like(jnp.arange(num_experts, dtype=jnp.int32), self.like)
     tile_V = jnp.arange(self.expert_V.size, dtype=jnp.int32)
-    is_used_V = (tile_V >= self.used_2[0]) & (tile_V < self.used_2[1])
+    is_used_V = (tile_V >= self.where_3[0]) & (tile_V < self.where_3[1])
     is_own_eV = (self.expert_V[None] == expert_e[:, None]) & is_used_V[None]
     length_e = is_own_eV.sum(1, dtype=jnp.int32)
     first_e = jnp.argmax(is_own_eV, 1).astype(jnp.int32)

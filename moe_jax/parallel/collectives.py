@@ -7,7 +7,6 @@ knows axes and arrays; it must not know tokens, experts or stages.
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,126 +88,6 @@ def reduce_scatter(x, axis_name: str, dimension: int):
   if jax.lax.axis_size(axis_name) == 1:
     return x
   return jax.lax.psum_scatter(x, axis_name, scatter_dimension=dimension % x.ndim, tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_few(tree, inside: str, between: str):
-  """Returns the parts of all devices along two axes, joined at the first dimension, `between`
-  major, of arrays so small that mostly latency counts.
-
-  All of them in one message, and along `between` one to each device, where a ring passes through
-  n - 1 of them.
-
-  Args:
-    tree: arrays [t, ...] with the same t.
-
-  Communication: all-gather over `inside`, (n - 1) * the arrays' elements, of as many bytes as those
-  of the narrowest array; then all-to-all over `between`, (m - 1) * n * as many.
-  """
-  leaves, structure = jax.tree.flatten(tree)
-  unit = min(leaf.dtype.itemsize for leaf in leaves)
-  packed_tw = jnp.concatenate([_to_words(leaf, unit) for leaf in leaves], 1)
-  of_host = gather(packed_tw, inside, 0)
-  copies = jnp.broadcast_to(of_host[None], (jax.lax.axis_size(between), *of_host.shape))
-  all_Mw = exchange(copies, between).reshape(-1, packed_tw.shape[1])
-  parts, place = [], 0
-  for leaf in leaves:
-    width = leaf[0].size * leaf.dtype.itemsize // unit
-    parts.append(_from_words(all_Mw[:, place : place + width], leaf))
-    place += width
-  return jax.tree.unflatten(structure, parts)
-
-
-def _gather_few_forward(tree, inside, between):
-  return gather_few(tree, inside, between), tree
-
-
-def _gather_few_backward(inside, between, tree, gradients):
-  home = lambda leaf, gradient: (
-    reduce_scatter_few(gradient, inside, between)
-    if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    else np.zeros(leaf.shape, jax.dtypes.float0)
-  )
-  return (jax.tree.map(home, tree, gradients),)
-
-
-gather_few.defvjp(_gather_few_forward, _gather_few_backward)
-
-
-def _to_words(x, num_bytes: int):
-  """Returns the bits of `x`, [t, ...], as unsigned integers of so many bytes, [t, words]."""
-  words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * num_bytes}"))
-  return words.reshape(len(x), -1)
-
-
-def _from_words(words_Mw, like):
-  """Returns `_to_words` undone: [M, ...] as `like` is [t, ...]."""
-  num_bytes, shape = words_Mw.dtype.itemsize, (len(words_Mw), *like.shape[1:])
-  ratio = like.dtype.itemsize // num_bytes
-  words = words_Mw.reshape(*shape, ratio) if ratio > 1 else words_Mw.reshape(shape)
-  return jax.lax.bitcast_convert_type(words, like.dtype)
-
-
-def reduce_scatter_few(x, inside: str, between: str):
-  """Returns this device's piece, as `gather_few` joins them, of the sum over both axes, of so few
-  bytes that mostly latency counts.
-
-  Along `between` a direct message to each device, where a ring passes through n - 1 of them: 16 us
-  against 45 us of 128 kB over 8 hosts by NCCL's own formulas.
-
-  Communication: all-to-all over `between`, (m - 1) / m * x.size elements; then reduce-scatter over
-  `inside`, (n - 1) / n * x.size / m elements.
-  """
-  x_m = x.reshape(jax.lax.axis_size(between), -1, *x.shape[1:])
-  return reduce_scatter(exchange(x_m, between).sum(0, dtype=x.dtype), inside, 0)
-
-
-def send_together(leaves: list, axis_name: str) -> jax.Array:
-  """Returns the arrays, of one dtype, of all devices along `axis_name`, flat, [n, elements]; a
-  message to each device.
-
-  Among many hosts a ring's steps take longer than as many messages: 141 us against 67 over 16 hosts
-  by NCCL's own formulas, besides what the bytes take.
-
-  Communication: all-to-all over `axis_name`, (n - 1) * w elements, w those of all arrays.
-  """
-  mine_w = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-  return exchange(jnp.broadcast_to(mine_w, (jax.lax.axis_size(axis_name), mine_w.size)), axis_name)
-
-
-def joined(all_nw: jax.Array, like: Sequence, dimensions: Sequence[int]) -> list:
-  """Returns what `gather` does of each of the arrays that `send_together` sent, at its dimension.
-
-  Args:
-    all_nw: as it returned them.
-    like: arrays or shapes, as they were sent.
-  """
-  num, found = len(all_nw), []
-  parts = jnp.split(all_nw, np.cumsum([leaf.size for leaf in like])[:-1], 1)
-  for part_nw, leaf, dimension in zip(parts, like, dimensions, strict=True):
-    d = dimension % leaf.ndim
-    shape = (*leaf.shape[:d], num * leaf.shape[d], *leaf.shape[d + 1 :])
-    found.append(jnp.moveaxis(part_nw.reshape(num, *leaf.shape), 0, d).reshape(shape))
-  return found
-
-
-def reduce_scatter_together(leaves: list, axis_name: str, dimensions: Sequence[int]) -> list:
-  """Returns what `reduce_scatter` does of several arrays of one dtype, each at its dimension, in
-  one message to each device, as `send_together` does; added up in float32.
-
-  Communication: all-to-all over `axis_name`, (n - 1) / n * w elements, w those of all arrays.
-  """
-  num = jax.lax.axis_size(axis_name)
-  pieces, shapes = [], []
-  for leaf, dimension in zip(leaves, dimensions, strict=True):
-    d = dimension % leaf.ndim
-    shapes.append((*leaf.shape[:d], leaf.shape[d] // num, *leaf.shape[d + 1 :]))
-    cut = leaf.reshape(*leaf.shape[:d], num, *shapes[-1][d:])
-    pieces.append(jnp.moveaxis(cut, d, 0).reshape(num, -1))
-  found_nw = exchange(jnp.concatenate(pieces, 1), axis_name)
-  sum_w = found_nw.sum(0, dtype=jnp.float32).astype(found_nw.dtype)
-  parts = jnp.split(sum_w, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-  return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def exchange(x_n, axis_name: str):

@@ -110,18 +110,15 @@ class Chunk(NamedTuple):
     totals, y, gx, _ = layer(last, True, *carry)
     return (moves.end(totals, brought) if moves else totals), y, gx
 
-  @property
-  def sends_nothing_forward(self) -> bool:
-    """Whether a forward unit sends nothing between hosts."""
-    return self.quiet_alone[0] == (0, len(self.inside_s) - 1)
+  def sends_nothing(self, is_backward: bool) -> bool:
+    """Says whether a unit alone sends nothing between hosts."""
+    return self.quiet_alone[is_backward] == (0, len(self.inside_s) - 1)
 
   def _moves(self, forward: Forward | None, backward: Backward | None) -> Moves | None:
     """Returns what comes or leaves in one message beside a unit alone: where its layers send
     nothing between hosts themselves, so that no part of them is to be kept clear of it.
     """
-    if forward and backward:
-      return None
-    if self.quiet_alone[backward is not None] != (0, len(self.inside_s) - 1):
+    if (forward and backward) or not self.sends_nothing(is_backward=backward is not None):
       return None
     moves = Moves(self.layers, forward, backward)
     return moves if moves.are_any else None

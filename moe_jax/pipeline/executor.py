@@ -134,7 +134,7 @@ class _Executor:
       reduction=Reduction.of(summed or Together.none(weights.layers), table, layers_per_chunk),
     )
     self.chunk = Chunk.of(self.layers, steps)
-    if isinstance(weights, Arriving) and self.chunk.sends_nothing_forward:
+    if isinstance(weights, Arriving) and self.chunk.sends_nothing(is_backward=False):
       self._have(dataclasses.replace(weights, in_messages=True))
     self.layer, _, self.x, _ = of_layer
     self.num_layers = table.num_chunks * self.layers.num_layers

@@ -38,6 +38,10 @@ class Together(NamedTuple):
     """Returns what the leaves that take part become."""
     return self.open(self.send(leaves), leaves)
 
+  def of_tree(self, tree: Tree) -> Tree:
+    """Returns the tree with what those of its leaves become that take part."""
+    return self.put(tree, self.run(self.of(tree)))
+
   @property
   def are_any(self) -> bool:
     """Whether a leaf takes part."""

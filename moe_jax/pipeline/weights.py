@@ -356,7 +356,5 @@ class Late(NamedTuple):
 
     Communication: that of `summed`.
     """
-    made = self.summed.run(self.summed.of(gradients))
-    gradients = self.summed.put(gradients, made)
-    gradients, after = jax.lax.optimization_barrier((gradients, after))
+    gradients, after = jax.lax.optimization_barrier((self.summed.of_tree(gradients), after))
     return gradients, collectives.after(gradients, after)

@@ -48,12 +48,12 @@ class ExpertCounts:
     self._recent_LE = np.zeros((model.layers, model.experts))
     self._dropped = 0
 
-  def add(self, assigned_LE, dropped_L) -> None:
+  def add(self, assigned_LE: np.ndarray, dropped_L: np.ndarray) -> None:
     """Takes note of a call, as its Result has it."""
-    assigned_LE = np.asarray(assigned_LE)[self._place_L]
+    assigned_LE = assigned_LE[self._place_L]
     self._tokens_LE += assigned_LE
     self._recent_LE = _KEEP * self._recent_LE + assigned_LE
-    self._dropped += int(np.asarray(dropped_L).sum())
+    self._dropped += int(dropped_L.sum())
 
   def load(self) -> ExpertLoad:
     """Returns the sums so far."""

@@ -2,7 +2,7 @@
 top-p.
 
 A draw depends on the request's seed and the token's position alone, so a request gets the same
-tokens whatever else is in the batch. Thresholds are found by bisection over the bits of a float:
+tokens whatever else is in the batch. Thresholds are found digit by digit in the bits of a float:
 exact, and without sorting the vocabulary. Knows logits; must not know the model or the cache.
 """
 

@@ -91,9 +91,10 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   in the shares of ZeRO-1 (`sharding.zero_spec`). Until then they are summed whole on every device,
   of streamed weights too.
 
-  Communication: the pipeline's; then each gradient once: along each axis of its shares a
-  reduce-scatter, all-reduces over the other axes on which the parameter is replicated. Then losses
-  and norm in one all-reduce over all axes.
+  Communication: the region's gathers of weights outside the layers, and the pipeline's; then each
+  gradient that the pipeline has not summed, once: into its shares as `streaming.sum_into` does, and
+  all-reduces over the other axes on which the parameter is replicated. Then losses and norm in one
+  all-reduce over all axes.
   """
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
@@ -259,7 +260,7 @@ def _reduce(
     tuple(not done for done in jax.tree.leaves(are_summed)),
     functools.partial(streaming.sum_into, of_others),
   )
-  gradients = others.put(gradients, others.run(others.of(gradients)))
+  gradients = others.of_tree(gradients)
 
   def over_the_rest(gradient, spec, of):
     axes = tuple(name for name in sharding.replicated_axes(spec) if name not in of.axes)

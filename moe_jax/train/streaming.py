@@ -10,7 +10,7 @@ parameters, the mesh and of a schedule whether weights may come late.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import config
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Parameters
-from moe_jax.parallel import collectives, sharding
+from moe_jax.parallel import collectives, messages, sharding
 from moe_jax.parallel.axes import DATA, EXPERT
 from moe_jax.pipeline import ends, segments
 from moe_jax.pipeline.schedules import SCHEDULES
@@ -68,7 +68,7 @@ def to_weights(
   """Returns the function from a device's layers, laid out by `specs`, to what the pipeline runs.
 
   Communication: none; the pipeline's is, of the weights of a layer or of several that lie in
-  shares, `collectives.send_together` over `data`, and over `expert` an all-gather.
+  shares, `messages.send_together` over `data`, and over `expert` an all-gather.
   """
   ahead = settings.pipeline.prefetch_layers
   if not ahead and not _arrive(settings, mesh):
@@ -84,7 +84,7 @@ def summed(settings: config.Config, mesh: Mesh) -> Together:
   whose weights lie, or might, in them.
 
   Communication: none; that of it is over `expert` a reduce-scatter, and over `data`
-  `collectives.reduce_scatter_together`.
+  `messages.reduce_scatter_together`.
   """
   return _summed(_of_layers(settings, mesh))
 
@@ -102,7 +102,7 @@ def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.
   whole, summed = _gathered(late), _summed(late)
 
   def convert(shared: nnx.State) -> nnx.State | Late:
-    shared = first.put(shared, first.run(first.of(shared)))
+    shared = first.of_tree(shared)
     return Late(shared, whole, summed) if whole.are_any else shared
 
   return convert
@@ -122,36 +122,36 @@ def sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list
   share of it travels.
 
   Communication: over `expert` a reduce-scatter, and over `data`
-  `collectives.reduce_scatter_together`.
+  `messages.reduce_scatter_together`.
   """
   leaves = [
     collectives.reduce_scatter(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
     for of, leaf in zip(shares, leaves, strict=True)
   ]
-  over_copies, dimensions = _over_copies(shares)
-  mine = _picked(over_copies, leaves)
-  made = collectives.reduce_scatter_together(mine, DATA, dimensions) if mine else []
-  return _replaced(over_copies, leaves, made)
+  are_over, dimensions = _over_copies(shares)
+  scatter = lambda mine: messages.reduce_scatter_together(mine, DATA, dimensions) if mine else []
+  return Together.at_once(are_over, scatter).of_tree(leaves)
 
 
 def _gathered(shares: Sequence[sharding.Shares | None]) -> Together:
   """Returns what makes leaves whole: between copies, which lie far apart, a share of each travels.
 
-  Communication: over `data` `collectives.send_together`, and over `expert` an all-gather.
+  Communication: over `data` `messages.send_together`, and over `expert` an all-gather.
   """
   present = [each for each in shares if each]
-  over_copies, dimensions = _over_copies(present)
+  are_over, dimensions = _over_copies(present)
+  copies = Together(
+    are_over,
+    lambda mine: messages.send_together(mine, DATA) if mine else (),
+    lambda arrived, mine: messages.joined(arrived, mine, dimensions) if mine else [],
+  )
 
   def send(leaves):
-    mine = _picked(over_copies, leaves)
-    return leaves, collectives.send_together(mine, DATA) if mine else ()
+    return leaves, copies.send(copies.of(leaves))
 
   def open_(arrived, like):
-    leaves, all_nw = arrived
-    mine = _picked(over_copies, like)
-    leaves = _replaced(
-      over_copies, leaves, collectives.joined(all_nw, mine, dimensions) if mine else []
-    )
+    leaves, of_copies = arrived
+    leaves = copies.put(leaves, copies.open(of_copies, copies.of(like)))
     return [
       collectives.gather(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
       for of, leaf in zip(present, leaves, strict=True)
@@ -165,19 +165,10 @@ def _summed(shares: Sequence[sharding.Shares | None]) -> Together:
   return Together.at_once(map(bool, shares), functools.partial(sum_into, present))
 
 
-def _over_copies(shares: Sequence[sharding.Shares]) -> tuple[list[bool], list[int]]:
+def _over_copies(shares: Sequence[sharding.Shares]) -> tuple[tuple[bool, ...], list[int]]:
   """Returns which shares lie along `data`, and the dimensions of those."""
-  are = [DATA in of.axes for of in shares]
-  return are, _picked(are, [of.dimension for of in shares])
-
-
-def _picked(are: list[bool], items: Sequence) -> list:
-  return [item for is_mine, item in zip(are, items, strict=True) if is_mine]
-
-
-def _replaced(are: list[bool], items: Sequence, others: Iterable) -> list:
-  others = iter(others)
-  return [next(others) if is_mine else item for is_mine, item in zip(are, items, strict=True)]
+  are_over = tuple(DATA in of.axes for of in shares)
+  return are_over, [of.dimension for of, is_over in zip(shares, are_over, strict=True) if is_over]
 
 
 def _of_layers(settings: config.Config, mesh: Mesh) -> list[sharding.Shares | None]:

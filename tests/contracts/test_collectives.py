@@ -14,7 +14,7 @@ from moe_jax.moe import capacity
 from moe_jax.moe import layer as moe_layer
 from moe_jax.moe.exchange import EXCHANGE
 from moe_jax.moe.router import Statistics
-from moe_jax.parallel import collectives, parameters
+from moe_jax.parallel import collectives, messages, parameters
 from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR, TOKENS
 from tests.contracts import program
 from tests.contracts.small import SEQUENCE, settings_of, struct
@@ -53,7 +53,7 @@ def test_wrappers_send_what_they_declare(name, axis):
 @pytest.mark.parametrize("name", ["send_together", "reduce_scatter_together"])
 def test_together_wrappers_send_what_they_declare(name):
   settings = settings_of(OF_TWO[DATA])
-  function, more = getattr(collectives, name), [[0, 1]] * (name != "send_together")
+  function, more = getattr(messages, name), [[0, 1]] * (name != "send_together")
   call = lambda x, y: function([x, y], DATA, *more)
   found = found_in(settings, call, P(DATA), P(DATA), struct(16, 6), struct(4, 10))
   (expected,) = program.declared(function, n=2, w=8 * 6 + 2 * 10)

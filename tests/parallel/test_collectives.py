@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
-from moe_jax.parallel import collectives
+from moe_jax.parallel import collectives, messages
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.axes import ALL, DATA, EXPERT, STAGE, TENSOR
 
@@ -50,13 +50,13 @@ def test_several_together_are_gathered_and_summed_as_each_alone(dtype):
 
   def gathered(*mine):
     mine = [each[0] for each in mine]
-    joined = collectives.joined(collectives.send_together(mine, DATA), mine, dimensions)
+    joined = messages.joined(messages.send_together(mine, DATA), mine, dimensions)
     alone = [collectives.gather(x, DATA, d) for x, d in zip(mine, dimensions, strict=True)]
     return joined, alone
 
   def summed(*mine):
     mine = [each[0] for each in mine]
-    together = collectives.reduce_scatter_together(mine, DATA, dimensions)
+    together = messages.reduce_scatter_together(mine, DATA, dimensions)
     alone = [collectives.reduce_scatter(x, DATA, d) for x, d in zip(mine, dimensions, strict=True)]
     return together, alone
 
@@ -79,7 +79,7 @@ def test_few_are_gathered_in_one_message_bit_by_bit(mesh, x):
     "b": jnp.asarray(x.reshape(16, 2, 2)).at[5, 0, 0].set(-jnp.inf),
     "c": jnp.arange(16, dtype=jnp.int32)[:, None] - 7,
   }
-  both = lambda tree: collectives.gather_few(tree, TENSOR, EXPERT)
+  both = lambda tree: messages.gather_few(tree, TENSOR, EXPERT)
   region = lambda function: jax.jit(
     jax.shard_map(function, mesh=on, in_specs=every, out_specs=every)
   )

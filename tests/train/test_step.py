@@ -12,6 +12,15 @@ from tests import reference
 from tests.train import parity
 
 # (expert, tensor, stage), or with data, then what differs from `parity.settings_of`.
+
+
+def as_pod64_copies(expert, data, **pipeline):
+  """Weights of experts lie in shares too; halves, and one message a chunk."""
+  pipeline |= {"schedule": "interleaved", "micro_batches": 1, "halves": True}
+  moe = {"expert_ranks_per_host": expert}
+  return (expert, 1, 1, data), {"pipeline": pipeline, "moe": moe, "batch": 16}
+
+
 CASES = {
   "1x1x1-gpipe": ((1, 1, 1), {"pipeline": {"schedule": "gpipe"}}),
   "2x2x2-1f1b-residuals": (
@@ -96,29 +105,8 @@ CASES = {
       },
     },
   ),
-  # Copies: weights of experts lie in shares too. As pod64_data: halves, and one message a chunk.
-  "4x1x1x2-interleaved-2-halves-residuals": (
-    (4, 1, 1, 2),
-    {
-      "pipeline": {
-        "schedule": "interleaved", "chunks": 2, "micro_batches": 1, "save": "residuals",
-        "halves": True,
-      },
-      "moe": {"expert_ranks_per_host": 4},
-      "batch": 16,
-    },
-  ),
-  "2x1x1x4-interleaved-4-halves-everything": (
-    (2, 1, 1, 4),
-    {
-      "pipeline": {
-        "schedule": "interleaved", "chunks": 4, "micro_batches": 1, "save": "everything",
-        "halves": True,
-      },
-      "moe": {"expert_ranks_per_host": 2},
-      "batch": 16,
-    },
-  ),
+  "4x1x1x2-interleaved-2-halves-residuals": as_pod64_copies(4, 2, chunks=2, save="residuals"),
+  "2x1x1x4-interleaved-4-halves-everything": as_pod64_copies(2, 4, chunks=4, save="everything"),
   "2x2x1x2-1f1b-streamed-2-halves-exchanges": (
     (2, 2, 1, 2), {"pipeline": {"prefetch_layers": 2, "save": "exchanges", "halves": True}},
   ),
