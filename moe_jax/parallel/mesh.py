@@ -27,7 +27,7 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
   devices = list(jax.devices() if devices is None else devices)
   if len(devices) != sizes.num_devices:
     raise ValueError(
-      f"mesh {_text(sizes)} needs {sizes.num_devices} devices, found {len(devices)};"
+      f"mesh {text(sizes)} needs {sizes.num_devices} devices, found {len(devices)};"
       f" {_fitting(sizes, len(devices))}"
     )
   shape = [getattr(sizes, name) for name in axes.ALL]
@@ -42,7 +42,7 @@ def axes_inside_host(settings: config.Config) -> tuple[str, ...]:
   return (axes.EXPERT, axes.TENSOR) if is_inside else (axes.TENSOR,)
 
 
-def _text(sizes: config.Mesh) -> str:
+def text(sizes: config.Mesh) -> str:
   """Returns the sizes in words, copies only where there are several."""
   names = [axes.EXPERT, axes.TENSOR, axes.STAGE, *[axes.DATA] * (sizes.data > 1)]
   return " x ".join(f"{name}={getattr(sizes, name)}" for name in names)

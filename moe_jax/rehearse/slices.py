@@ -75,9 +75,8 @@ def fitting_mesh(
   """
   if len(devices) != sizes.num_devices:
     raise ValueError(
-      f"mesh expert={sizes.expert} x tensor={sizes.tensor} x stage={sizes.stage} needs"
-      f" {sizes.num_devices} {unit}, pod {name} has {len(devices)}; {fit}, or a mesh of"
-      f" {len(devices)}"
+      f"mesh {mesh_lib.text(sizes)} needs {sizes.num_devices} {unit}, pod {name} has"
+      f" {len(devices)}; {fit}, or a mesh of {len(devices)}"
     )
   return mesh_lib.make(sizes, devices)
 

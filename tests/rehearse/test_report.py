@@ -249,6 +249,10 @@ def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
   ("words", "message"),
   [
     (["--pod=h100:4x4"], "mesh expert=2 x tensor=2 x stage=2 needs 8 GPUs, pod h100:4x4 has 16"),
+    (
+      ["--pod=h100:4x4", "--config.mesh.data=4"],
+      "mesh expert=2 x tensor=2 x stage=2 x data=4 needs 32 GPUs, pod h100:4x4 has 16",
+    ),
     (["--pod=h10:2x4"], "chip 'h10' is not known; did you mean h100?"),
     (["--pod=64"], "--pod=64 is not CHIP:HOSTSxGPUS"),
     (["--pod=h100:2x4", "--once", "--profile=x"], "so that --profile has none; leave one out"),
