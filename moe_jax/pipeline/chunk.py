@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel import collectives
 from moe_jax.pipeline import buffers, tie
 from moe_jax.pipeline.steps import Step
 from moe_jax.pipeline.units import (
@@ -106,9 +107,19 @@ class Chunk(NamedTuple):
     carry = (totals, forward and forward.x, backward and backward.gy, saved)
     if last:
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
+    totals, x, gy, saved = carry
+    own = moves and moves.beside_last_layer()
+    if own:
+      gy, totals = moves.end_before(gy, brought, totals)
+      brought, totals = own.begin(totals)
+      gy = collectives.after(brought, gy)
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    totals, y, gx, _ = layer(last, True, *carry)
-    return (moves.end(totals, brought) if moves else totals), y, gx
+    totals, y, gx, _ = layer(last, True, totals, x, gy, saved)
+    if own:
+      gx, totals = own.end_before(gx, brought, totals)
+    elif moves:
+      totals = moves.end(totals, brought)
+    return totals, y, gx
 
   def sends_nothing(self, is_backward: bool) -> bool:
     """Says whether a unit alone sends nothing between hosts."""
@@ -120,8 +131,7 @@ class Chunk(NamedTuple):
     """
     if (forward and backward) or not self.sends_nothing(is_backward=backward is not None):
       return None
-    moves = Moves(self.layers, forward, backward)
-    return moves if moves.are_any else None
+    return Moves.beside(self.layers, forward, backward)
 
   def _layer(self, forward, backward, l, is_last, totals: Totals, x, gy, saved):
     """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied; and what

@@ -46,5 +46,13 @@ def leaving(table: Table) -> np.ndarray:
   return found_Q
 
 
+def last(table: Table) -> np.ndarray:
+  """Returns which tick is the last of a stage that works alone, if gradients leave in it, bool
+  [ticks]: beside the first chunk's first layer, the last one to run, those of its others may leave.
+  """
+  is_last_Q = np.arange(table.num_ticks) == table.num_ticks - 1
+  return is_last_Q & (leaving(table) >= 0) & (table.num_stages == 1)
+
+
 def _nothing(table: Table) -> np.ndarray:
   return np.full(table.num_ticks, -1, np.int32)

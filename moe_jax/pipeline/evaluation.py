@@ -44,7 +44,7 @@ def evaluate(
     return functions.embed(shared, inputs[0])
 
   num_micro_batches, num_layers = table.num_micro_batches, jax.tree.leaves(layers)[0].shape[0]
-  given = example(functions, Whole(layers), shared, inputs)
+  given = example(functions, Whole(layers), lambda: shared, inputs)
   _, of_layer, _ = jax.eval_shape(functions.layer, *given)
   stacked = buffers.stacked(jax.eval_shape(buffers.packed, of_layer), num_micro_batches, num_layers)
   numbered = (inputs, jnp.arange(num_micro_batches, dtype=jnp.int32))
@@ -59,5 +59,5 @@ def evaluate(
   of_micro_batches = lambda leaf: leaf.reshape(num_micro_batches, num_layers, *leaf.shape[1:])
   auxiliary = jax.tree.map(lambda leaf: of_micro_batches(leaf).sum(0), auxiliary)
   return Result(
-    found.carry, auxiliary_loss, auxiliary, found.reports, found.outputs, None, found.ticks
+    found.carry, auxiliary_loss, auxiliary, found.reports, found.outputs, None, [], found.ticks
   )

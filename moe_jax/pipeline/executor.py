@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import STAGE
-from moe_jax.pipeline import buffers, columns, paired
+from moe_jax.pipeline import buffers, columns, ends, paired
 from moe_jax.pipeline.chunk import Chunk
 from moe_jax.pipeline.columns import Row
 from moe_jax.pipeline.evaluation import evaluate
@@ -33,7 +33,7 @@ from moe_jax.pipeline.steps import cut
 from moe_jax.pipeline.table import Table
 from moe_jax.pipeline.together import Together
 from moe_jax.pipeline.units import Backward, Forward, Layers, Totals
-from moe_jax.pipeline.weights import Arriving, Coming, Late, Streamed, Whole
+from moe_jax.pipeline.weights import Arriving, Coming, Outside, Streamed, Whole
 
 Tree = Any
 
@@ -68,7 +68,7 @@ def run(
   functions: Functions,
   table: Table,
   layers: Tree | Streamed | Arriving,
-  shared: Tree | Late,
+  shared: Tree | Outside,
   inputs: Tree,
   *,
   save: str = "inputs",
@@ -82,13 +82,12 @@ def run(
     table: the schedule; with backward units gradients are returned, without them none.
     layers: this stage's parameters, leaves [chunks * layers per chunk, ...], chunk major; with
       backward units they may be `Streamed` or `Arriving`.
-    shared: parameters outside the layers; with backward units they may be `Late`.
+    shared: parameters outside the layers; with backward units they may be `Outside`.
     inputs: leaves [micro-batches, ...].
     save: what each layer keeps for its backward unit, a key of `saving.SAVE`.
     gradient_dtype: of the accumulated gradients.
-    summed: what sums gradients of a layer, or of several stacked, over ranks; those of leaves that
-      do not take part are this device's own. Those of chunks that are done are summed while the
-      pipeline drains.
+    summed: what sums gradients of a layer, or of several stacked, over ranks. Those of chunks that
+      are done are summed while the pipeline drains; others are this device's own.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
   of a cotangent backwards, of two stages both in one; per micro-batch an all-reduce of the head's
@@ -109,13 +108,13 @@ class _Executor:
 
   def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, summed=None):
     self.functions, self.table = functions, table
-    self.late = shared if isinstance(shared, Late) else None
-    self.shared = shared = self.late.before() if self.late else shared
+    self.outside = shared if isinstance(shared, Outside) else None
     self.inputs = inputs
     self.gradient_dtype = gradient_dtype
     self.stage = jax.lax.axis_index(STAGE)
     self.head_reads_arrived = table.num_stages > 1 and not table.head_needs_broadcast
-    of_layer = example(functions, weights, shared, inputs)
+    before = self.outside.before if self.outside else lambda: shared
+    of_layer = example(functions, weights, before, inputs)
     _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
     layer, inside = functions.layer, functions.inside
     if functions.halves:
@@ -126,7 +125,7 @@ class _Executor:
     self.layers = Layers(
       SAVE[save](steps, of_layer),
       weights,
-      shared,
+      (),
       statistics,
       num_layers=layers_per_chunk,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
@@ -134,21 +133,25 @@ class _Executor:
       reduction=Reduction.of(summed or Together.none(weights.layers), table, layers_per_chunk),
     )
     self.chunk = Chunk.of(self.layers, steps)
-    if isinstance(weights, Arriving) and self.chunk.sends_nothing(is_backward=False):
-      self._have(dataclasses.replace(weights, in_messages=True))
+    reduction = self.layers.reduction
+    leaves = reduction.num_left is not None and ends.last(table).any()
+    if leaves and self.chunk.sends_nothing(is_backward=True):
+      self._have(reduction=reduction._replace(num_left=1))
+    self.shared, self.landed = self._before_ticks(shared)
     self.layer, _, self.x, _ = of_layer
     self.num_layers = table.num_chunks * self.layers.num_layers
-    self.output = jax.eval_shape(functions.head, shared, self.x, buffers.at(inputs, 0))[1]
+    self.output = jax.eval_shape(functions.head, self.shared, self.x, buffers.at(inputs, 0))[1]
 
   def run(self) -> Result:
     state = self._start()
     rows = columns.rows(self.table, self.stage)
     found = list(segments(self.table))
     heads = [number for number, each in enumerate(found) if each.at["head"].any()]
+    late = self.outside is not None and self.outside.late.are_any
     for number, segment in enumerate(found):
       self.units = segment.presence()
-      if self.late and number == heads[0] - 1:
-        self.shared, inbox = self.late.come(state.inbox)
+      if late and number == heads[0] - 1:
+        self.shared, inbox = self.outside.come(self.shared, state.inbox)
         state = state._replace(inbox=inbox)
       state = self._have_arrived(state)
       coming = self.layers.weights.coming(self.table, self.stage)
@@ -158,16 +161,16 @@ class _Executor:
         first = buffers.at(piece[0], 0)
         state = self._read(first.backward_slot, first.backward_is_reversed, state)
       state, _ = jax.lax.scan(body, state, piece)
-      if self.late and number == heads[-1]:
-        g_shared, inbox = self.late.leave(state.totals.g_shared, state.cotangent_inbox)
+      if late and number == heads[-1]:
+        g_shared, inbox = self.outside.leave(state.totals.g_shared, state.cotangent_inbox)
         totals = state.totals._replace(g_shared=g_shared)
         state = state._replace(cotangent_inbox=inbox, totals=totals)
     totals = state.totals
-    g_layers = self.layers.reduction.finish(totals.g_layers, totals.sums)
+    g_layers, left = self.layers.reduction.finish(totals.g_layers, totals.sums)
     gradients = (g_layers, totals.g_shared)
     reports = buffers.unpacked(totals.reports, self.report)
     loss, auxiliary_loss, auxiliary, outputs = state.found
-    found = (loss, auxiliary_loss, auxiliary, reports, outputs, gradients)
+    found = (loss, auxiliary_loss, auxiliary, reports, outputs, gradients, left)
     return Result(*collectives.after(found, found), state.ticks)
 
   def _have_arrived(self, state: _State) -> _State:
@@ -176,14 +179,35 @@ class _Executor:
     if isinstance(weights, Arriving) and self.units["comes"] == "never":
       totals, (ring, _) = state.totals, state.totals.rings
       ring = weights.put_landed(totals.landed, ring) if totals.landed else ring
-      self._have(weights.arrived(ring))
+      self._have(weights=weights.arrived(ring))
       state = state._replace(totals=totals._replace(rings=((), ()), landed=()))
     return state
 
-  def _have(self, weights: Whole | Arriving) -> None:
-    """Goes on with these weights."""
-    self.layers = self.layers._replace(weights=weights)
+  def _have(self, **new) -> None:
+    """Goes on with these fields of the layers."""
+    self.layers = self.layers._replace(**new)
     self.chunk = self.chunk._replace(layers=self.layers)
+
+  def _before_ticks(self, shared: Tree | Outside) -> tuple[Tree, Tree]:
+    """Returns what there is outside the layers before the first tick, which layers may read from
+    now on, and as `Totals.landed` what has come of the layers.
+
+    Communication: that of parameters outside the layers which are needed at once; with the first
+    chunk's weights, where they come in a message.
+    """
+    weights, landed = self.layers.weights, ()
+    if isinstance(weights, Arriving) and self.chunk.sends_nothing(is_backward=False):
+      weights = dataclasses.replace(weights, in_messages=True)
+      shares, numbers = weights.first(self.table)
+      if self.outside:
+        shared, arrived = self.outside.before_beside(shares)
+      else:
+        arrived = weights.shares.whole.send(shares)
+      landed = (arrived, numbers)
+    elif self.outside:
+      shared = self.outside.before()
+    self._have(weights=weights, shared=shared)
+    return shared, landed
 
   def _start(self) -> _State:
     table, layers, zeros = self.table, self.layers, collectives.zeros_like
@@ -196,7 +220,6 @@ class _Executor:
     of_layers = stacked(layers.statistics, self.num_layers)
     g_layers = gradient(stacked(self.layer, self.num_layers))
     auxiliary = jax.eval_shape(lambda given: self.functions.auxiliary(given)[1], of_layers)
-    landed = layers.weights.first_message(table) if isinstance(layers.weights, Arriving) else ()
     return _State(
       made=collectives.after((layers.weights.layers, self.shared, self.inputs), zeros(self.x)),
       arrived=zeros(self.x) if self.head_reads_arrived else (),
@@ -215,7 +238,7 @@ class _Executor:
         g_layers=zeros(g_layers),
         g_shared=zeros(gradient(self.shared)),
         rings=layers.weights.start(table, self.stage),
-        landed=landed,
+        landed=self.landed,
         sums=layers.reduction.start(g_layers),
       ),
       saved=(),
@@ -373,6 +396,7 @@ class _Executor:
       slot=jnp.maximum(row.backward_slot, 0),
       is_reversed=row.backward_is_reversed > 0,
       leaving=row.leaving_chunk * self.layers.num_layers if leaves else None,
+      is_last=self.units["last"] != "never",
     )
     return backward, state
 

@@ -69,8 +69,10 @@ class Result(NamedTuple):
       micro-batches.
     reports: the layers' reports, likewise.
     outputs: the head's outputs, [micro-batches, ...].
-    gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; None if
-      forward-only.
+    gradients: (layers, shared) as the parameters, in `gradient_dtype`, this device's share; of
+      layers that left the sum. None if forward-only.
+    left: of the gradients that the pipeline sums, those of the layers that are not summed yet
+      (`reduction.completed`).
     ticks: how many ticks ran, int32.
   """
 
@@ -80,19 +82,21 @@ class Result(NamedTuple):
   reports: Tree
   outputs: Tree
   gradients: tuple[Tree, Tree] | None
+  left: list[jax.Array]
   ticks: jax.Array
 
 
-def example(functions: Functions, weights: Any, shared: Tree, inputs: Tree) -> tuple:
+def example(functions: Functions, weights: Any, shared: Callable[[], Tree], inputs: Tree) -> tuple:
   """Returns shapes of what `Functions.layer` takes.
 
   Args:
     functions: the model.
     weights: of a stage, `weights.Whole` or `Streamed`.
-    shared: parameters outside the layers.
+    shared: gives the parameters outside the layers.
     inputs: leaves [micro-batches, ...].
   """
-  x = jax.eval_shape(lambda: collectives.varying(functions.embed(shared, buffers.at(inputs, 0))))
-  of_layer = lambda: (weights.layer(0), shared, collectives.varying(buffers.at(inputs, 0)))
+  embed = lambda: functions.embed(shared(), buffers.at(inputs, 0))
+  x = jax.eval_shape(lambda: collectives.varying(embed()))
+  of_layer = lambda: (weights.layer(0), shared(), collectives.varying(buffers.at(inputs, 0)))
   weights, shared, inputs = jax.eval_shape(of_layer)
   return weights, shared, x, inputs

@@ -1,8 +1,8 @@
 """A stage's gradients, summed over the ranks that hold a parameter alike.
 
-Those of a chunk that leaves (`ends.leaving`) are summed layer by layer beside the last ticks, what
-is left when all ticks are over. Knows stacks of layers; must not know ticks, or which axes a sum is
-over.
+Those of a chunk that leaves (`ends.leaving`) are summed layer by layer beside the last ticks. What
+is left when all ticks are over is for whoever has more to sum then. Knows stacks of layers; must
+not know ticks, or which axes a sum is over.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Reduction(NamedTuple):
   Attributes:
     sums: what sums a layer's gradients, or those of several stacked; others are this device's own,
       or summed elsewhere.
-    num_left: layers, from the first on, that are summed when all ticks are over; None if all are.
+    num_left: layers, from the first on, that are left when all ticks are over; None if all are.
   """
 
   sums: Together
@@ -61,15 +61,26 @@ class Reduction(NamedTuple):
     of_all = lambda tree: self.of_layers(collectives.varying(tree), slice(None))
     return collectives.zeros_like(jax.eval_shape(lambda tree: self.summed(of_all(tree)), g_layers))
 
-  def finish(self, g_layers: Tree, sums: list[jax.Array]) -> Tree:
-    """Returns all gradients, those that are to be summed in their sums' place.
+  def finish(self, g_layers: Tree, sums: list[jax.Array]) -> tuple[Tree, list[jax.Array]]:
+    """Returns all gradients, of layers that left their sums, and of those that are to be summed
+    what is left, [layers, ...].
 
     Args:
       g_layers: [layers of this stage, ...].
       sums: as `start` made them, with those of the layers that left.
-
-    Communication: that of `sums`.
     """
-    left = self.summed(self.of_layers(g_layers, slice(self.num_left)))
-    put = lambda leaf, new: buffers.put(leaf, (), new)
-    return self.sums.put(g_layers, left if self.num_left is None else map(put, sums, left))
+    left = self.of_layers(g_layers, slice(self.num_left))
+    return g_layers if self.num_left is None else self.sums.put(g_layers, sums), left
+
+
+def completed(sums: Together, g_layers: Tree, left: list[jax.Array]) -> Tree:
+  """Returns what `Reduction.finish` did, complete.
+
+  Args:
+    sums: of the reduction.
+    g_layers: as it returned them.
+    left: what it left, summed.
+  """
+  are_all = lambda leaf, new: len(leaf) == len(new)
+  put = lambda leaf, new: new if are_all(leaf, new) else buffers.put(leaf, (), new)
+  return sums.put(g_layers, map(put, sums.of(g_layers), left))

@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 def segments(table: Table) -> Iterator[Segment]:
   """Yields the longest such runs, in their order."""
   at = units(table)
-  kinds = np.stack([at[kind] for kind in ("forward", "backward", "comes", "leaves")], 1)
+  kinds = np.stack([at[kind] for kind in ("forward", "backward", "comes", "leaves", "last")], 1)
   edges = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1)) + 1
   for start, stop in itertools.pairwise([0, *edges.tolist(), table.num_ticks]):
     ticks = slice(start, stop)
@@ -58,8 +58,8 @@ def units(table: Table) -> Mapping[str, np.ndarray]:
   """Returns, for each kind of unit, in which ticks any stage runs it.
 
   arrival: an output is there at the tick's start; departure: one arrives at its end. comes: a
-  chunk's weights do; leaves: a chunk's gradients. full: all run a forward unit; free: those that do
-  not have a slot to write.
+  chunk's weights do; leaves: a chunk's gradients; last: the first chunk's too, as `ends.last`
+  says. full: all run a forward unit; free: those that do not have a slot to write.
   """
   return {
     "arrival": (table.arrival_slot_QZ >= 0).any(1),
@@ -73,6 +73,7 @@ def units(table: Table) -> Mapping[str, np.ndarray]:
     "full": (table.forward_micro_QZ >= 0).all(1),
     "free": (stash_slots(table) >= 0).all(1),
     "leaves": ends.leaving(table) >= 0,
+    "last": ends.last(table),
   }
 
 

@@ -88,6 +88,7 @@ class Backward(NamedTuple):
     is_reversed: whether the slot holds the layers last to first.
     leaving: number of the first layer of the chunk whose gradients leave beside it; None where none
       do.
+    is_last: whether those of its own chunk may leave too, beside the layer that runs last.
   """
 
   gy: Tree
@@ -98,6 +99,7 @@ class Backward(NamedTuple):
   slot: jax.Array
   is_reversed: jax.Array
   leaving: jax.Array | None
+  is_last: bool
 
 
 class Layers(NamedTuple):
@@ -263,23 +265,35 @@ class BackwardLayer:
 
 class Moves(NamedTuple):
   """Weights that come beside a forward unit, or gradients that leave beside a backward unit, those
-  of all layers of a chunk in one message.
+  of several layers in one message.
 
   Attributes:
     stage: of the units.
     forward, backward: the unit, None for the other.
+    num_layers: how many layers' gradients leave, from `Backward.leaving` on.
   """
 
   stage: Layers
   forward: Forward | None
   backward: Backward | None
+  num_layers: int
 
-  @property
-  def are_any(self) -> bool:
-    """Whether something comes or leaves."""
-    if self.forward:
-      return self.forward.coming is not None and isinstance(self.stage.weights, Arriving)
-    return self.backward.leaving is not None
+  @classmethod
+  def beside(cls, stage: Layers, forward: Forward | None, backward: Backward | None):
+    """Returns what comes or leaves beside a unit, a chunk's; None if nothing does."""
+    if forward:
+      comes = forward.coming is not None and isinstance(stage.weights, Arriving)
+      return cls(stage, forward, None, 0) if comes else None
+    return None if backward.leaving is None else cls(stage, None, backward, stage.num_layers)
+
+  def beside_last_layer(self) -> "Moves | None":
+    """Returns what leaves beside the layer of the stage that runs last: the gradients of the others
+    of its chunk. None if that layer is not in this unit, or alone there.
+    """
+    if not self.backward or not self.backward.is_last or self.num_layers == 1:
+      return None
+    backward = self.backward._replace(leaving=self.backward.first + 1)
+    return Moves(self.stage, None, backward, self.num_layers - 1)
 
   def begin(self, totals: Totals) -> tuple[Tree, Totals]:
     """Returns what the messages bring, and the totals, to which is to be added only now."""
@@ -293,7 +307,7 @@ class Moves(NamedTuple):
       ring = jax.lax.optimization_barrier(ring)
       return brought, totals._replace(rings=(ring, other), landed=())
     leaving, g_layers = both(
-      stage.reduction.of_chunk(totals.g_layers, self.backward.leaving, stage.num_layers),
+      stage.reduction.of_chunk(totals.g_layers, self.backward.leaving, self.num_layers),
       totals.g_layers,
     )
     return stage.reduction.summed(leaving), totals._replace(g_layers=g_layers)
@@ -305,6 +319,13 @@ class Moves(NamedTuple):
       return self.forward._replace(x=x, coming=None), None
     gy = collectives.after(brought, self.backward.gy)
     return None, self.backward._replace(gy=gy, leaving=None)
+
+  def end_before(self, x: Tree, brought: Tree, totals: Totals) -> tuple[Tree, Totals]:
+    """Returns `x` and the totals with what messages brought put away, which are there before either
+    is read: where no loop ends, XLA would have messages leave together, behind everything.
+    """
+    (x, g_layers), brought = both((x, totals.g_layers), brought)
+    return x, self.end(totals._replace(g_layers=g_layers), brought)
 
   def end(self, totals: Totals, brought: Tree) -> Totals:
     """Puts away what they brought."""

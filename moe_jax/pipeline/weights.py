@@ -14,6 +14,7 @@ Knows tables and trees; must not know which weights lie in shares, or along whic
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -179,13 +180,10 @@ class Arriving(_InShares):
       return stacks, ()
     return [buffers.put(s, (), leaf) for s, leaf in zip(stacks, of_first(), strict=True)], ()
 
-  def first_message(self, table: Table) -> Tree:
-    """Returns the first chunk's weights as `send` does, () without messages.
-
-    Communication: that of the shares, once for the first chunk's layers.
-    """
-    first = jnp.arange(_num_layers(self.layers, table), dtype=jnp.int32)
-    return self.send(collectives.varying(first)) if self.in_messages else ()
+  def first(self, table: Table) -> tuple[list, jax.Array]:
+    """Returns this device's shares of the first chunk's layers, and the numbers of those."""
+    numbers = jnp.arange(_num_layers(self.layers, table), dtype=jnp.int32)
+    return self._several(numbers), collectives.varying(numbers)
 
   def take(
     self, number: jax.Array, place: int, coming: Coming, ring: list
@@ -215,7 +213,7 @@ class Arriving(_InShares):
 
     Communication: that of the shares, as far as it is between copies.
     """
-    return self.shares.whole.send(self.shares.several(layers[0], len(layers))), layers
+    return self.shares.whole.send(self._several(layers)), layers
 
   def put_landed(self, landed: tuple[Tree, jax.Array], ring: list) -> list:
     """Returns the ring with what `send` returned.
@@ -223,9 +221,12 @@ class Arriving(_InShares):
     Communication: the rest of that of the shares.
     """
     arrived, layers = landed
-    like = jax.eval_shape(lambda: self.shares.several(layers[0], len(layers)))
+    like = jax.eval_shape(lambda: self._several(layers))
     whole = self.shares.whole.open(arrived, like)
     return [buffers.put(leaf, (layers[0],), new) for leaf, new in zip(ring, whole, strict=True)]
+
+  def _several(self, layers: jax.Array) -> list[jax.Array]:
+    return self.shares.several(layers[0], len(layers))
 
   def arrived(self, ring: list) -> Whole:
     """Returns the weights when all have come."""
@@ -318,36 +319,58 @@ def _num_layers(layers: Tree, table: Table) -> int:
   return jax.tree.leaves(layers)[0].shape[0] // table.num_chunks
 
 
-class Late(NamedTuple):
-  """Parameters outside the layers, of which some, that heads alone read, lie in shares.
+class Outside(NamedTuple):
+  """Parameters outside the layers, of which some lie in shares.
 
-  They come before the first head, beside the forward units that it waits for, and their gradients
-  leave behind the last one, beside its backward unit.
+  Those that heads alone read may be late: they come before the first head, beside the forward units
+  that it waits for, and their gradients leave behind the last one, beside its backward unit.
 
   Attributes:
     tree: whole, or this device's share.
-    whole: what makes shares whole.
-    summed: what sums gradients into shares; of the same leaves.
+    first: what makes whole those that are needed at once.
+    late: what makes whole those that are not.
+    summed: what sums gradients into shares, of those that are late.
+    beside: what `first` does, in one message with arrays of layers: (arrays of `first`, those) ->
+      what `first` makes, and what arrives as `Shares.whole` sends it.
   """
 
   tree: Tree
-  whole: Together
+  first: Together
+  late: Together
   summed: Together
+  beside: Callable[[list, list], tuple[list, Tree]]
 
   def before(self) -> Tree:
-    """Returns the tree as long as no head has run: zeros, which nothing reads, for what is late."""
-    made = jax.eval_shape(self.whole.run, self.whole.of(self.tree))
-    return self.whole.put(self.tree, collectives.zeros_like(made))
+    """Returns the tree as long as no head has run: zeros, which nothing reads, for what is late.
 
-  def come(self, after: Tree) -> tuple[Tree, Tree]:
+    Communication: that of `first`.
+    """
+    return self._before(self.first.run(self.first.of(self.tree)))
+
+  def before_beside(self, of_layers: list) -> tuple[Tree, Tree]:
+    """Returns the same, and what arrives of arrays of layers.
+
+    Communication: that of `beside`.
+    """
+    first, arrived = self.beside(self.first.of(self.tree), of_layers)
+    return self._before(first), arrived
+
+  def _before(self, first: list) -> Tree:
+    made = jax.eval_shape(self.late.run, self.late.of(self.tree))
+    return self.late.put(self.first.put(self.tree, first), collectives.zeros_like(made))
+
+  def come(self, before: Tree, after: Tree) -> tuple[Tree, Tree]:
     """Returns the whole tree, and `after`, what the ticks before left for those to come: messages
     leave only then.
 
-    Communication: that of `whole`.
+    Args:
+      before: the tree till now.
+
+    Communication: that of `late`.
     """
-    late = self.whole.of(self.tree)
+    late = self.late.of(self.tree)
     late, after = jax.lax.optimization_barrier((collectives.after(after, late), after))
-    whole = self.whole.put(self.tree, self.whole.run(late))
+    whole = self.late.put(before, self.late.run(late))
     return whole, collectives.after(whole, after)
 
   def leave(self, gradients: Tree, after: Tree) -> tuple[Tree, Tree]:

@@ -24,9 +24,9 @@ from moe_jax.moe.layer import Report
 from moe_jax.parallel import collectives, sharding
 from moe_jax.parallel.axes import ALL, STAGE, TOKENS
 from moe_jax.pipeline import executor
+from moe_jax.pipeline.reduction import completed
 from moe_jax.pipeline.schedules import SCHEDULES, forward_only
 from moe_jax.pipeline.table import Table, check
-from moe_jax.pipeline.together import Together
 from moe_jax.train import router_bias, streaming
 from moe_jax.train.state import State
 
@@ -91,10 +91,9 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   in the shares of ZeRO-1 (`sharding.zero_spec`). Until then they are summed whole on every device,
   of streamed weights too.
 
-  Communication: the region's gathers of weights outside the layers, and the pipeline's; then each
-  gradient that the pipeline has not summed, once: into its shares as `streaming.sum_into` does, and
-  all-reduces over the other axes on which the parameter is replicated. Then losses and norm in one
-  all-reduce over all axes.
+  Communication: the pipeline's; then each gradient that it has not summed, once: into its shares as
+  `streaming.remaining` does, and all-reduces over the other axes on which the parameter is
+  replicated. Then losses and norm in one all-reduce over all axes.
   """
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
@@ -103,7 +102,7 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
   schedule = table(settings)
   to_weights = streaming.to_weights(settings, mesh)
   summed = streaming.summed(settings, mesh)
-  are_summed, to_shared = streaming.are_summed(settings, mesh), streaming.to_shared(settings, mesh)
+  to_shared = streaming.to_shared(settings, mesh)
 
   def region(parameters: Parameters, inputs: Inputs):
     layers, shared = collectives.varying(parameters)
@@ -112,7 +111,7 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
       save=settings.pipeline.save, gradient_dtype=jnp.dtype(settings.pipeline.gradient_dtype),
       summed=summed,
     )  # fmt: skip
-    gradients = _reduce(mesh, Parameters(*result.gradients), specs, shapes, are_summed)
+    gradients = _reduce(settings, mesh, result, specs, shapes)
     squares = jax.tree.map(functools.partial(_squares, mesh), gradients, gradient_specs)
     losses, squares = _sum_losses(result, sum(jax.tree.leaves(squares)))
     return losses, gradients, jnp.sqrt(squares)
@@ -235,38 +234,23 @@ def _squares(mesh: Mesh, gradient: jax.Array, spec: P) -> jax.Array:
 
 
 def _reduce(
+  settings: config.Config,
   mesh: Mesh,
-  gradients: Parameters,
+  result: executor.Result,
   specs: Parameters,
   shapes: Parameters,
-  are_summed: Parameters,
 ) -> Parameters:
-  """Returns the gradients in float32, summed over the axes on which the parameters are replicated.
-
-  Args:
-    mesh: of the step.
-    gradients: this device's.
-    specs, shapes: of the parameters.
-    are_summed: which of them the pipeline summed into their shares; the others are, together.
+  """Returns the gradients in float32, summed over the axes on which the parameters are replicated,
+  those that the pipeline left together.
   """
-  shares = [
-    sharding.shares(spec, leaf.shape, mesh)
-    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True)
-  ]
-  of_others = [
-    each for each, done in zip(shares, jax.tree.leaves(are_summed), strict=True) if not done
-  ]
-  others = Together.at_once(
-    tuple(not done for done in jax.tree.leaves(are_summed)),
-    functools.partial(streaming.sum_into, of_others),
-  )
-  gradients = others.of_tree(gradients)
+  remaining = streaming.remaining(settings, mesh)
+  left, gradients = remaining.of_tree((result.left, Parameters(*result.gradients)))
+  layers = completed(streaming.summed(settings, mesh), gradients.layers, left)
 
-  def over_the_rest(gradient, spec, of):
-    axes = tuple(name for name in sharding.replicated_axes(spec) if name not in of.axes)
+  def over_the_rest(gradient, spec, shape):
+    taken = sharding.shares(spec, shape.shape, mesh).axes
+    axes = tuple(name for name in sharding.replicated_axes(spec) if name not in taken)
     gradient = jax.lax.psum(gradient, axes) if axes else gradient
     return gradient.astype(jnp.float32)
 
-  leaves, structure = jax.tree.flatten(gradients)
-  summed = map(over_the_rest, leaves, jax.tree.leaves(specs), shares)
-  return jax.tree.unflatten(structure, summed)
+  return jax.tree.map(over_the_rest, gradients._replace(layers=layers), specs, shapes)

@@ -11,6 +11,7 @@ parameters, the mesh and of a schedule whether weights may come late.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -26,7 +27,7 @@ from moe_jax.pipeline import ends, segments
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import Table
 from moe_jax.pipeline.together import Together
-from moe_jax.pipeline.weights import Arriving, Late, Shares, Streamed
+from moe_jax.pipeline.weights import Arriving, Outside, Shares, Streamed
 
 
 def specs(settings: config.Config, mesh: Mesh) -> Parameters:
@@ -89,23 +90,20 @@ def summed(settings: config.Config, mesh: Mesh) -> Together:
   return _summed(_of_layers(settings, mesh))
 
 
-def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Late]:
+def to_shared(settings: config.Config, mesh: Mesh) -> Callable[[nnx.State], nnx.State | Outside]:
   """Returns the function from a device's parameters outside the layers, laid out by `specs`, to
   what the pipeline takes.
 
-  Communication: of what lies in shares and is not late as `to_weights` says of layers; the
-  pipeline's is that of the rest.
+  Communication: none; the pipeline's is, of those that lie in shares, as `to_weights` says of
+  layers.
   """
-  late = _late(settings, mesh)
-  others = zip(_outside(settings, mesh), late, strict=True)
-  first = _gathered([None if is_late else shares for shares, is_late in others])
-  whole, summed = _gathered(late), _summed(late)
-
-  def convert(shared: nnx.State) -> nnx.State | Late:
-    shared = first.of_tree(shared)
-    return Late(shared, whole, summed) if whole.are_any else shared
-
-  return convert
+  late, outside = _late(settings, mesh), _outside(settings, mesh)
+  first = [None if is_late else shares for shares, is_late in zip(outside, late, strict=True)]
+  if not any(outside):
+    return lambda shared: shared
+  parts = (_gathered(first), _gathered(late), _summed(late))
+  beside = _gathered_beside(first, _of_layers(settings, mesh))
+  return lambda shared: Outside(shared, *parts, beside)
 
 
 def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
@@ -117,12 +115,29 @@ def are_summed(settings: config.Config, mesh: Mesh) -> Parameters:
   )
 
 
-def sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list[jax.Array]:
+def remaining(settings: config.Config, mesh: Mesh) -> Together:
+  """Returns what sums all gradients that are left when the pipeline is through: of (those of layers
+  that it did not sum itself, a list; all others, Parameters).
+
+  Each becomes this device's share, or stays whole where it has none.
+
+  Communication: none; that of it is as `summed` says.
+  """
+  shapes, specs = _shapes(settings.model), transformer.specs(settings.model)
+  of_layers = [shares for shares in _of_layers(settings, mesh) if shares]
+  of_all = [
+    sharding.shares(spec, leaf.shape, mesh)
+    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(shapes), strict=True)
+  ]
+  are_others = [not done for done in jax.tree.leaves(are_summed(settings, mesh))]
+  of_others = [shares for shares, is_other in zip(of_all, are_others, strict=True) if is_other]
+  takes = [*[True] * len(of_layers), *are_others]
+  return Together.at_once(takes, functools.partial(_sum_into, [*of_layers, *of_others]))
+
+
+def _sum_into(shares: Sequence[sharding.Shares], leaves: list[jax.Array]) -> list[jax.Array]:
   """Returns this device's shares of the sums, a leaf whole where it has no shares: between copies a
   share of it travels.
-
-  Communication: over `expert` a reduce-scatter, and over `data`
-  `messages.reduce_scatter_together`.
   """
   leaves = [
     collectives.reduce_scatter(leaf, EXPERT, of.dimension) if EXPERT in of.axes else leaf
@@ -160,9 +175,30 @@ def _gathered(shares: Sequence[sharding.Shares | None]) -> Together:
   return Together(tuple(map(bool, shares)), send, open_)
 
 
+def _gathered_beside(
+  first: Sequence[sharding.Shares | None], of_layers: Sequence[sharding.Shares | None]
+) -> Callable[[list, list], tuple[list, Any]]:
+  """Returns what `_gathered` of `first` does, and sends what it does of layers, between copies in
+  one message (`weights.Outside`).
+  """
+  one, both = _gathered(first), _gathered([*first, *of_layers])
+
+  def run(leaves: list, more: list) -> tuple[list, Any]:
+    sent, of_copies = both.send([*leaves, *more])
+    number = len(leaves)
+    width = sum(
+      leaf.size for leaf, of in zip(leaves, filter(None, first), strict=True) if DATA in of.axes
+    )
+    part = lambda columns: jax.tree.map(lambda all_nw: all_nw[:, columns], of_copies)
+    made = one.open((sent[:number], part(slice(width))), leaves)
+    return made, (sent[number:], part(slice(width, None)))
+
+  return run
+
+
 def _summed(shares: Sequence[sharding.Shares | None]) -> Together:
   present = [each for each in shares if each]
-  return Together.at_once(map(bool, shares), functools.partial(sum_into, present))
+  return Together.at_once(map(bool, shares), functools.partial(_sum_into, present))
 
 
 def _over_copies(shares: Sequence[sharding.Shares]) -> tuple[tuple[bool, ...], list[int]]:

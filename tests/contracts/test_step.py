@@ -34,9 +34,12 @@ def step_program(mesh, schedule="1f1b", chunks=1, save="inputs", ahead=0):
     "schedule": schedule, "chunks": chunks, "micro_batches": 4, "save": save,
     "prefetch_layers": ahead,
   }  # fmt: skip
-  settings = settings_of(mesh, pipeline=pipeline)
+  return program_of(settings_of(mesh, pipeline=pipeline))
+
+
+def program_of(settings):
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
-  rows = (4, 8, SEQUENCE)
+  rows = (settings.pipeline.micro_batches, 8, SEQUENCE)
   inputs = transformer.Inputs(*[struct(*rows, dtype=jnp.int32)] * 4, struct(*rows))
   on = parity.mesh_of(settings)
   function = step.loss_and_gradients(settings, on)
@@ -102,6 +105,39 @@ def test_weights_come_and_gradients_leave_a_layer_at_a_time(ahead):
       assert gathered[1, size // 2] == gathered[0, size // 2] == times
 
 
+def test_between_copies_a_chunk_comes_and_leaves_in_one_message():
+  """As in pod64_copies, with 2 chunks of 2 layers. The first chunk's weights come with the
+  embedding's, the second's beside it; its gradients leave beside the first's, of which the second
+  layer's leave beside the first one, and that one's with all that is left.
+  """
+  pipeline = {"schedule": "interleaved", "chunks": 2, "micro_batches": 1, "halves": True}
+  moe = {"expert_ranks_per_host": 2}
+  settings, on, found = program_of(settings_of((2, 1, 1, 2), pipeline=pipeline, moe=moe))
+  specs = transformer.specs(settings.model)
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
+
+  def shares(part):
+    """Returns the elements of its shares between copies, of each leaf; None where it has none."""
+    for leaf, spec in zip(jax.tree.leaves(shapes[part]), jax.tree.leaves(specs[part]), strict=True):
+      is_split = DATA in sharding.shares(spec, leaf.shape, on).axes
+      spec = sharding.zero_spec(spec, leaf.shape, on)
+      here = jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
+      yield math.prod(here) if is_split else 0
+
+  layers, shared = list(shares(0)), list(shares(1))
+  takes = streaming.summed(settings, on).takes
+  layer = sum(size for size, by in zip(layers, takes, strict=True) if by) // settings.model.layers
+  rest = sum(size for size, by in zip(layers, takes, strict=True) if not by) + sum(shared)
+  head = shapes.shared["head"]["kernel"].get_value().size // (on.shape[DATA] * on.shape[EXPERT])
+  embedding = shapes.shared["embedding"]["table"].get_value().size
+  embedding //= on.shape[DATA] * on.shape[EXPERT]
+  sent = [c.shape for c in found if c.kind == "all-to-all" and c.axes == (DATA,)]
+  elements = collections.Counter(shape[1] for shape in sent if len(shape) == 2)
+  assert elements == collections.Counter(
+    [embedding + 2 * layer, 2 * layer, head, 2 * layer, layer, layer + rest - head, head]
+  )
+
+
 def summed_in_loops(found, shapes):
   return [
     c
@@ -138,10 +174,7 @@ def test_each_gradient_is_summed_once_outside_the_loops(mesh):
   kernel, table = (
     shapes.shared[a][b].get_value() for a, b in (("head", "kernel"), ("embedding", "table"))
   )
-  is_by_layer = streaming.summed(settings, on).takes
-  is_by_layer += (False,) * (len(jax.tree.leaves(shapes)) - len(is_by_layer))
-  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), is_by_layer, strict=True)
-  for leaf, spec, by_layer in leaves:
+  for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True):
     here = jax.sharding.NamedSharding(on, spec).shard_shape(leaf.shape)
     remaining = sharding.replicated_axes(spec)
     dimension, axes = sharding.shares(spec, leaf.shape, on)
@@ -150,7 +183,7 @@ def test_each_gradient_is_summed_once_outside_the_loops(mesh):
       if axis == EXPERT:
         expected["reduce-scatter", (axis,), here] += 1
       else:
-        messages["sums", is_late, by_layer] += math.prod(here) // on.shape[axis]
+        messages["sums", is_late] += math.prod(here) // on.shape[axis]
       size = here[dimension] // on.shape[axis]
       here = (*here[:dimension], size, *here[dimension + 1 :])
     share = here

@@ -26,7 +26,7 @@ def run(functions: Functions, table, layers, shared, inputs, *, save="inputs", g
   share = lambda trees: _loss(functions, num_micro_batches, *trees, inputs)
   loss, gradients = jax.value_and_grad(share)((layers, shared))
   ticks = jnp.asarray(num_micro_batches + jax.lax.axis_size(STAGE) - 1, jnp.int32)
-  return Result(loss, zero, (), (), (), gradients, ticks)
+  return Result(loss, zero, (), (), (), gradients, [], ticks)
 
 
 def pipelined(mesh, functions: Functions, table):

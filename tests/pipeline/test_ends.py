@@ -35,6 +35,20 @@ def test_what_comes_is_there_in_time_and_what_leaves_is_done(schedule, stages, m
   assert (coming_Q.max() > 0) == (leaving_Q.max() > 0) == (table.num_chunks > 1)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_stage_alone_ends_with_the_first_chunk(stages, micro_batches, chunks):
+  table = SCHEDULES["interleaved"](stages, micro_batches, chunks)
+  ticks = np.flatnonzero(ends.last(table))
+  assert ticks.tolist() == ([table.num_ticks - 1] if stages == 1 and chunks > 1 else [])
+  for tick in ticks:
+    assert ends.leaving(table)[tick] == 1
+    assert np.flatnonzero((table.backward_chunk_QZ == 0).any(1))[-1] == tick
+    assert (table.forward_micro_QZ[tick] < 0).all()
+
+
 def test_without_backward_units_nothing_comes_or_leaves():
   table = forward_only(SCHEDULES["interleaved"](2, 4, 2))
   assert ends.coming(table).max() == ends.leaving(table).max() == -1
+  assert not ends.last(forward_only(SCHEDULES["interleaved"](1, 1, 2))).any()

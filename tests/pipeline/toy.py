@@ -208,6 +208,7 @@ def pipelined(mesh, table: Table, save: str = "inputs", has_outputs: bool = True
     reports=P(STAGE),
     outputs=P(None, (DATA, EXPERT), (STAGE, TENSOR)) if has_outputs else (),
     gradients=None if table.is_forward_only else (LAYER_SPECS, SHARED_SPECS),
+    left=[],
     ticks=P(),
   )
   return jax.shard_map(

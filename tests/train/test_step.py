@@ -14,11 +14,11 @@ from tests.train import parity
 # (expert, tensor, stage), or with data, then what differs from `parity.settings_of`.
 
 
-def as_pod64_copies(expert, data, **pipeline):
+def as_pod64_copies(expert, data, batch=16, **pipeline):
   """Weights of experts lie in shares too; halves, and one message a chunk."""
-  pipeline |= {"schedule": "interleaved", "micro_batches": 1, "halves": True}
+  pipeline = {"schedule": "interleaved", "micro_batches": 1, "halves": True} | pipeline
   moe = {"expert_ranks_per_host": expert}
-  return (expert, 1, 1, data), {"pipeline": pipeline, "moe": moe, "batch": 16}
+  return (expert, 1, 1, data), {"pipeline": pipeline, "moe": moe, "batch": batch}
 
 
 CASES = {
@@ -106,6 +106,7 @@ CASES = {
     },
   ),
   "4x1x1x2-interleaved-2-halves-residuals": as_pod64_copies(4, 2, chunks=2, save="residuals"),
+  "2x1x1x2-interleaved-2-halves-2": as_pod64_copies(2, 2, 16, chunks=2, micro_batches=2),
   "2x1x1x4-interleaved-4-halves-everything": as_pod64_copies(2, 4, chunks=4, save="everything"),
   "2x2x1x2-1f1b-streamed-2-halves-exchanges": (
     (2, 2, 1, 2), {"pipeline": {"prefetch_layers": 2, "save": "exchanges", "halves": True}},
