@@ -18,7 +18,8 @@ from moe_jax.parallel import collectives
 
 Tree = Any
 
-# Names the loop in a compiled program, whose text cannot say how often it turns.
+# Names in a compiled program, whose text cannot say how often it turns, the loop; and round it the
+# choice whether there is anything to do, of which the first branch holds the loop.
 SCOPE = "further_rounds"
 
 
@@ -72,7 +73,11 @@ def _sum_further(more, start, num_rounds):
     total = jax.tree.map(lambda t, m: t + m.astype(t.dtype), total, more(round_id))
     return round_id + 1, total
 
-  total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
-  with jax.named_scope(SCOPE):
+  def further():
+    total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
     _, total = jax.lax.while_loop(lambda state: state[0] < num_rounds, add, (jnp.int32(1), total))
-  return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, start)
+    return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, start)
+
+  # Mostly there are none: without a branch sums in float32 would be made, and copied, for nothing.
+  with jax.named_scope(SCOPE):
+    return jax.lax.cond(num_rounds <= 1, lambda: start, further)

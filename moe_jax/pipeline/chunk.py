@@ -109,12 +109,16 @@ class Chunk(NamedTuple):
       carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
     totals, x, gy, saved = carry
     own = moves and moves.beside_last_layer()
-    if own:
-      gy, totals = moves.end_before(gy, brought, totals)
+
+    def change(back: BackwardLayer, totals: Totals) -> Totals:
+      nonlocal brought
+      back.gradients, totals = moves.end_before(back.gradients, brought, totals)
       brought, totals = own.begin(totals)
-      gy = collectives.after(brought, gy)
+      back.gradients = collectives.after(brought, back.gradients)
+      return totals
+
     # Out of the loop the last layer has beside it what comes before and after, transfers too.
-    totals, y, gx, _ = layer(last, True, totals, x, gy, saved)
+    totals, y, gx, _ = layer(last, True, totals, x, gy, saved, change if own else None)
     if own:
       gx, totals = own.end_before(gx, brought, totals)
     elif moves:
@@ -133,12 +137,13 @@ class Chunk(NamedTuple):
       return None
     return Moves.beside(self.layers, forward, backward)
 
-  def _layer(self, forward, backward, l, is_last, totals: Totals, x, gy, saved):
+  def _layer(self, forward, backward, l, is_last, totals: Totals, x, gy, saved, change=None):
     """Returns totals, `y` and `gx` of one layer of each unit, the steps of the two tied; and what
     the backward unit's next layer saved, None behind the last.
 
     Args:
       saved: by the backward unit's layer.
+      change: one message for another, half-way: (the backward unit's layer, totals) -> totals.
     """
     # Of two layers no loop stands between, for XLA unrolls one turn: the first one's sums of
     # gradients may be missing yet.
@@ -156,6 +161,8 @@ class Chunk(NamedTuple):
       if back and number == reads and not is_last:
         earlier = self.layers.num_layers - 2 - l
         saved, totals = self.read(backward.slot, backward.is_reversed, earlier, totals)
+      if change and number == len(slots) // 2:
+        totals = change(back, totals)
       if number == quiet[0]:
         coming = [each.send(given) for each, given in zip(units, coming, strict=True)]
       if ahead:

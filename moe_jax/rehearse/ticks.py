@@ -46,14 +46,17 @@ class Taken(NamedTuple):
 
 def branches_taken(program: Program, table: Table) -> Taken:
   """Returns which branches run: those of loops over ticks from the table, the first one where
-  nothing is stolen, the last one elsewhere.
+  nothing is stolen or rows are left for further rounds of a dispatch, the last one elsewhere.
 
   The executor makes one loop of each of `segments.segments`; XLA makes straight code of a loop of
   one tick, in which nothing is conditional.
   """
   every = list(_all_branches(program.entry))
   idle = {branch.name: (0,) * turns for branch, turns in every if _asks_for_stolen(branch)}
-  found: dict[str, tuple[int, ...]] = dict(idle)
+  of_rounds = [(branch, turns) for branch, turns in every if _is_of_rounds(branch)]
+  further = {branch.name: (_taken_of_rounds(branch),) * turns for branch, turns in of_rounds}
+  decided = {**idle, **further}
+  found: dict[str, tuple[int, ...]] = dict(decided)
   unknown: collections.Counter[str] = collections.Counter()
   assumed: collections.Counter[str] = collections.Counter()
   loops = loops_over_ticks(program)
@@ -64,14 +67,15 @@ def branches_taken(program: Program, table: Table) -> Taken:
       kind = kind_of(branch)
       if piece is not None and kind is not None:
         found[branch.name] = tuple(piece[kind].astype(int).tolist())
-      elif branch.name not in idle:
+      elif branch.name not in decided:
         unknown[f"conditional {branch.name}, taken in every turn"] += 1
   for branch in _branches(program.entry, outside_loops=True):
-    if not _is_sampling(branch) and branch.name not in idle:
+    if not _is_sampling(branch) and branch.name not in decided:
       unknown[f"conditional {branch.name}, taken in every turn"] += 1
   samplings = sum(_is_sampling(branch) for branch, _ in every)
   for number, what in (
     (len(idle), "stealing: nothing is stolen"),
+    (len(further), "further rounds of a dispatch: as often as their loops turn"),
     (samplings, "sampling: every request draws within top-k and top-p"),
   ):
     if number:
@@ -148,6 +152,17 @@ def _all_branches(block: Block, turns: int = 1):
 def _asks_for_stolen(branch: Branch) -> bool:
   """Returns whether its first branch is what runs where nothing is stolen."""
   return stolen.BRANCH_SCOPE in branch.op_name.split("/")[-2:]
+
+
+def _is_of_rounds(branch: Branch) -> bool:
+  """Returns whether its first branch is the loop over a dispatch's further rounds."""
+  return any(rounds.SCOPE in part for part in branch.op_name.split("/")[-2:])
+
+
+def _taken_of_rounds(branch: Branch) -> int:
+  """Returns which of its branches runs: that of the loop, if it turns, else the last."""
+  turns = sum(unit.trips for unit in branch.branches[0].units if isinstance(unit, Loop))
+  return 0 if turns else len(branch.branches) - 1
 
 
 def _is_sampling(branch: Branch) -> bool:

@@ -21,7 +21,7 @@ from moe_jax.model import transformer
 from moe_jax.model.transformer import Inputs, Parameters
 from moe_jax.moe import router
 from moe_jax.moe.layer import Report
-from moe_jax.parallel import collectives, sharding
+from moe_jax.parallel import collectives, messages, sharding
 from moe_jax.parallel.axes import ALL, STAGE, TOKENS
 from moe_jax.pipeline import executor
 from moe_jax.pipeline.reduction import completed
@@ -222,7 +222,7 @@ def _sum_losses(result: executor.Result, *more: jax.Array) -> tuple:
   """Returns the Losses, and of scalars the sums over all devices, which travel with them."""
   mine = jnp.stack([result.loss, result.auxiliary_loss, *more])
   cross_entropy, auxiliary_loss, *sums = jax.lax.psum(mine, ALL)
-  auxiliary, report = jax.lax.psum((result.auxiliary, result.reports), TOKENS)
+  auxiliary, report = messages.sum_few((result.auxiliary, result.reports), TOKENS)
   total = cross_entropy + auxiliary_loss
   return Losses(cross_entropy, total, auxiliary, report, result.ticks), *sums
 
