@@ -100,6 +100,22 @@ def test_few_are_gathered_in_one_message_bit_by_bit(mesh, x):
   np.testing.assert_allclose(gradient, 36 * np.cos(x), rtol=1e-6)  # 1 + 2 + ... + 8
 
 
+def test_sums_of_few_numbers_are_exact_and_all_of_floats(x):
+  """Integers whose sums floats do not reach, negative ones too, over all eight devices."""
+  mesh = mesh_lib.make(config.Mesh(expert=4, tensor=2))
+  every = (EXPERT, TENSOR)
+  counts = jnp.asarray([[2**28 - 3 * n, -(2**27) + n, 4095, 4096, -1, n] for n in range(8)])
+  tree = {"counts": counts.astype(jnp.int32), "losses": jnp.asarray(x[:8])}
+  region = lambda function: jax.shard_map(function, mesh=mesh, in_specs=P(every), out_specs=P())
+  found = jax.jit(region(lambda tree: messages.sum_few(tree, every)))(tree)
+  np.testing.assert_array_equal(found["counts"][0], np.asarray(counts).sum(0))
+  assert found["counts"].dtype == jnp.int32
+  np.testing.assert_allclose(found["losses"][0], x[:8].sum(0), rtol=1e-6)
+  sums = str(jax.make_jaxpr(region(lambda tree: messages.sum_few(tree, every)))(tree)).split("\n")
+  sums = [line for line in sums if "psum" in line]
+  assert len(sums) == 3 and all("f32" in line.split("=")[0] for line in sums)
+
+
 @pytest.mark.parametrize("axis", ALL)
 def test_exchange_swaps_sender_and_row(axis, x):
   found = run(axis, lambda x: collectives.exchange(x, axis), x, P(axis))

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_jax.moe import rounds
+from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.rehearse import program, ticks
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Compute, Loop, Program
@@ -33,6 +34,21 @@ def test_executions_follow_the_branches_of_each_turn():
     Program(entry, {})
   )
   assert found == simulated.times
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+@pytest.mark.parametrize("scope", [rounds.SCOPE, f"transpose(jvp({rounds.SCOPE}))"])
+def test_further_rounds_run_where_their_loop_turns(turns, scope):
+  further, nothing = kernel("further"), kernel("nothing")
+  loop = Loop("rounds", turns, block("round", further))
+  choice = Branch("any", (block("some", loop), block("none", nothing)), f"jit(step)/{scope}/cond")
+  layers = Loop("layers", 3, block("layer", choice), "jit(step)/scan/while")
+  found = Program(block("main", layers), {})
+  table = SCHEDULES["1f1b"](1, 1, 1)
+  taken = ticks.branches_taken(found, table)
+  assert not taken.unknown and list(taken.assumed.values()) == [1]
+  run = ticks.executions(found.entry, taken.branch_of_turn)
+  assert run == ({further: 3 * turns} if turns else {nothing: 3})
 
 
 def test_what_stood_in_a_loop_of_one_tick_is_no_loop_over_ticks():
