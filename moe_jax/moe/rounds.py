@@ -18,8 +18,8 @@ from moe_jax.parallel import collectives
 
 Tree = Any
 
-# Names in a compiled program, whose text cannot say how often it turns, the loop; and round it the
-# choice whether there is anything to do, of which the first branch holds the loop.
+# Names in a compiled program, whose text cannot say how often it turns, the loop; and going back
+# the choice round it whether there is anything to do, of which the first branch holds the loop.
 SCOPE = "further_rounds"
 
 
@@ -59,7 +59,11 @@ def _backward(one_round, saved, gradient):
   nothing = jax.tree.map(
     lambda leaf: collectives.varying_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), given
   )
-  return gradient, _sum_further(more, nothing, plan.num_rounds), None
+  further = lambda: _sum_further(more, nothing, plan.num_rounds)
+  # Mostly there are none: without a branch sums in float32 would be made, and copied, for nothing.
+  with jax.named_scope(SCOPE):
+    of_given = jax.lax.cond(plan.num_rounds <= 1, lambda: nothing, further)
+  return gradient, of_given, None
 
 
 _add_further.defvjp(_forward, _backward)
@@ -73,11 +77,7 @@ def _sum_further(more, start, num_rounds):
     total = jax.tree.map(lambda t, m: t + m.astype(t.dtype), total, more(round_id))
     return round_id + 1, total
 
-  def further():
-    total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
-    _, total = jax.lax.while_loop(lambda state: state[0] < num_rounds, add, (jnp.int32(1), total))
-    return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, start)
-
-  # Mostly there are none: without a branch sums in float32 would be made, and copied, for nothing.
+  total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start)
   with jax.named_scope(SCOPE):
-    return jax.lax.cond(num_rounds <= 1, lambda: start, further)
+    _, total = jax.lax.while_loop(lambda state: state[0] < num_rounds, add, (jnp.int32(1), total))
+  return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, start)

@@ -170,7 +170,9 @@ class LayerArrays:
     return [self._arrived if number == 1 else self._parts_bytes(self._arrived, number)]
 
   def _rounds(self) -> list[Array]:
-    """Of a dispatch in rounds: rows, hidden units in blocks, and sums of weights' gradients."""
+    """Of a dispatch in rounds: rows, hidden units in blocks, sums of weights' gradients, and of gate
+    and up what the choice gives whether there are further rounds.
+    """
     hidden = saving.placed_hidden_bytes(self._settings, self._at)
     num_rows, num_hidden = _FURTHER_ROUND
     sums = self._weight_elements * FLOAT32_BYTES
@@ -179,6 +181,7 @@ class LayerArrays:
       *[Array(hidden, Moment.HIDDEN, Moment.DOWN)] * num_hidden,
       *[Array(self._sent, Moment.HIDDEN, Moment.ATTENTION)] * 3,
       *[Array(sums, Moment.HIDDEN, Moment.ATTENTION)] * _WEIGHTS,
+      Array(2 * self._weight_elements * self._at.dtype_bytes, Moment.HIDDEN, Moment.ATTENTION),
       *self._shadows(),
     ]
 

@@ -81,10 +81,12 @@ def stream(settings: Config) -> tuple[Step, ...]:
   return gather_layer(settings) if settings.pipeline.prefetch_layers else ()
 
 
-def gather_layer(settings: Config) -> tuple[Step, ...]:
-  """Returns the gathers of one layer's weights that lie in shares: between copies shares travel."""
+def gather_layer(settings: Config, number: int = 1) -> tuple[Step, ...]:
+  """Returns the gathers of one layer's weights that lie in shares, or of several together: between
+  copies shares travel.
+  """
   mesh, width = settings.mesh, DTYPE_BYTES[settings.model.dtype]
-  split, whole, turned = _by_layer(settings)
+  split, whole, turned = _by_layer(settings, number)
   if not whole:
     return ()
   return (
@@ -98,10 +100,12 @@ def gather_layer(settings: Config) -> tuple[Step, ...]:
   )  # fmt: skip
 
 
-def scatter_layer(settings: Config) -> tuple[Step, ...]:
-  """Returns the sum over ranks, into shares, of one layer's gradients of those weights."""
+def scatter_layer(settings: Config, number: int = 1) -> tuple[Step, ...]:
+  """Returns the sum over ranks, into shares, of one layer's gradients of those weights, or of
+  several together.
+  """
   width = DTYPE_BYTES[settings.pipeline.gradient_dtype]
-  split, whole, turned = _by_layer(settings)
+  split, whole, turned = _by_layer(settings, number)
   if not whole:
     return ()
   return (
@@ -115,10 +119,10 @@ def scatter_layer(settings: Config) -> tuple[Step, ...]:
   )
 
 
-def _by_layer(settings: Config) -> tuple[dict[str, int], int, int]:
-  """Returns the elements of one layer's weights that are gathered, or whose gradients are summed,
-  layer by layer: of those split along each axis, as `Leaf.whole_elements`, of all, and of those
-  that are turned round for it.
+def _by_layer(settings: Config, number: int) -> tuple[dict[str, int], int, int]:
+  """Returns the elements of so many layers' weights that are gathered, or whose gradients are
+  summed, beside ticks: of those split along each axis, as `Leaf.whole_elements`, of all, and of
+  those that are turned round for it.
   """
   mesh, split, whole, turned = settings.mesh, collections.Counter(), 0, 0
   for leaf in leaves(settings.model):
@@ -126,7 +130,7 @@ def _by_layer(settings: Config) -> tuple[dict[str, int], int, int]:
       split.update(leaf.whole_elements(mesh))
       whole += leaf.elements(mesh)
       turned += leaf.is_turned(mesh) * leaf.elements(mesh)
-  of_layer = lambda elements: elements * mesh.stage // settings.model.layers
+  of_layer = lambda elements: elements * mesh.stage // settings.model.layers * number
   by_axis = {axis: of_layer(elements) for axis, elements in split.items()}
   return by_axis, of_layer(whole), of_layer(turned)
 

@@ -62,6 +62,7 @@ class Tick(NamedTuple):
   returns: bool
   comes: bool  # weights of a chunk
   leaves: bool  # gradients of a chunk
+  last: bool  # and of the first one, but for its first layer's
 
 
 def ticks(table: Table) -> list[Tick]:
@@ -86,6 +87,7 @@ def ticks(table: Table) -> list[Tick]:
     at["backward"] & has_others,
     at["comes"],
     at["leaves"],
+    at["last"],
   )
   return [Tick(*row) for row in np.stack(columns, 1).tolist()]
 
@@ -150,9 +152,31 @@ def shares(settings: Config) -> tuple[float, float, bool]:
   """
   of_ticks = tick_counts(settings.pipeline, settings.mesh.stage)
   share = lambda some: 1 / settings.pipeline.chunks if some else 1.0
-  comes, leaves = (any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves"))
+  comes, leaves, last = (
+    any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves", "last")
+  )
   is_head_late = _has_room_beside_heads(settings.pipeline, settings.mesh.stage)
-  return share(comes and not settings.pipeline.prefetch_layers), share(leaves), is_head_late
+  summed = share(leaves)
+  if last and travels_by_chunk(settings):
+    summed = 1 / settings.model.layers
+  return share(comes and not settings.pipeline.prefetch_layers), summed, is_head_late
+
+
+def moves_a_chunk(settings: Config, runs: Tick) -> bool:
+  """Says whether beside a tick's only unit a chunk's weights come, or its gradients leave, in one
+  message.
+  """
+  is_alone, is_streamed = runs.forward != runs.backward, settings.pipeline.prefetch_layers > 0
+  moves = (runs.comes and not is_streamed) or runs.leaves
+  return is_alone and moves and travels_by_chunk(settings)
+
+
+def travels_by_chunk(settings: Config) -> bool:
+  """Says whether weights and gradients travel so between copies: layers send nothing between hosts
+  themselves.
+  """
+  mesh, is_inside = settings.mesh, settings.moe.expert_ranks_per_host == settings.mesh.expert
+  return mesh.data > 1 and (mesh.expert == 1 or is_inside)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -168,6 +192,8 @@ def tick_blocks(settings: Config, runs: Tick, tied: bool) -> tuple[Block, ...]:
   if tied and runs.forward and runs.backward:
     for layer in range(num_layers):
       blocks.append(tied_layers(settings, num_layers - 1 - layer, layer))
+  elif moves_a_chunk(settings, runs):
+    blocks.append(layers_of_chunk(settings, runs, num_layers, tied))
   else:
     if runs.backward:
       blocks += [
@@ -229,6 +255,26 @@ def one_layer(
     first = next((i for i, step in enumerate(steps) if "expert" in step.axes), 0)
     steps = (*steps[: first + 1], *beside(settings), *steps[first + 1 :])
   return _chains((kind, layer, steps), *other, late=phases.LATE if tied else frozenset())
+
+
+def layers_of_chunk(settings: Config, runs: Tick, num_layers: int, tied: bool = True) -> Block:
+  """Returns the layers of a unit alone, and beside them the message that brings the next chunk's
+  weights or takes the last one's gradients; in the last tick, another with those of this chunk.
+
+  Args:
+    settings: the deployment.
+    runs: what the tick does.
+    num_layers: of a chunk.
+    tied: as of `one_layer`.
+  """
+  kind = "forward" if runs.forward else "backward"
+  streams = [(kind, 0, steps * num_layers) for _, _, steps in _streams(settings, kind, 0)]
+  if runs.forward:
+    message = ("prefetch", 0, phases.gather_layer(settings, num_layers))
+  else:
+    own = phases.scatter_layer(settings, num_layers - 1) if runs.last and num_layers > 1 else ()
+    message = ("leave", 0, (*phases.scatter_layer(settings, num_layers), *own))
+  return _chains(*streams, message, late=phases.LATE if tied else frozenset())
 
 
 def tied_layers(settings: Config, back_layer: int = 0, layer: int = 0) -> Block:

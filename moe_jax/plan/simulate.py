@@ -92,8 +92,7 @@ def step_seconds(settings: Config, machine: Machine, tied: bool = True) -> float
   num_layers = units.layers_per_unit(settings)
   step_s = cost.ends(*program.shares(settings))
   for runs, times in program.tick_counts(settings.pipeline, settings.mesh.stage):
-    layers_s = num_layers * cost.layer(runs)
-    step_s += times * (cost.before(runs) + layers_s + cost.behind(runs))
+    step_s += times * (cost.before(runs) + cost.layers(runs, num_layers) + cost.behind(runs))
   return step_s
 
 
@@ -118,7 +117,16 @@ class _Costs:
     key = ("behind", runs.embed_gradient, runs.sends, runs.returns)
     return self._known(key, lambda: [program.behind_layers(self.settings, runs)])
 
-  def layer(self, runs: program.Tick) -> float:
+  def layers(self, runs: program.Tick, number: int) -> float:
+    """Of so many layers of each unit of a tick."""
+    if not program.moves_a_chunk(self.settings, runs):
+      return number * self._layer(runs)
+    key = ("chunk", runs.forward, runs.last, number)
+    return self._known(
+      key, lambda: [program.layers_of_chunk(self.settings, runs, number, self.tied)]
+    )
+
+  def _layer(self, runs: program.Tick) -> float:
     """Of one layer of each unit of a tick."""
     key = ("layer", runs.forward, runs.backward, runs.comes, runs.leaves)
 

@@ -27,8 +27,9 @@ _SEQUENCES = ("data", "expert")  # of these those that split its sequences
 _STAGE = ("stage",)
 # Times that a tick's begin reads or writes an activation; as its kernels, of pod64 and pod64_10b.
 _MOVED = 16
-# Numbers of a layer's report beside its assignments by expert: seven counts and two losses.
-REPORTED = 9
+# Numbers of a layer's report: counts, beside its assignments by expert, each in two floats, and
+# losses.
+COUNTS, LOSSES = 7, 2
 # What nothing in its unit waits for: counts are the load-balancing loss's.
 _COUNTED = "count over"
 _REPORT = "sum the report"
@@ -158,7 +159,7 @@ def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
       summed[axes] = summed.get(axes, 0) + leaf.state_elements(mesh)
   state = sum(leaf.state_elements(mesh) for leaf in held)
   gradients = sum(leaf.elements(mesh) for leaf in held)
-  report = settings.model.layers // mesh.stage * (settings.model.experts + REPORTED)
+  report = settings.model.layers // mesh.stage * (2 * (settings.model.experts + COUNTS) + LOSSES)
   return (
     *(
       [Step("turn gradients", "other", part=BACKWARD, num_bytes=2 * turned * dtype, kernels=2)]

@@ -75,9 +75,9 @@ def test_a_small_plan_worked_by_hand():
   # and head 2,048 each and a norm of 8: 2 x 288 + 4,104 = 4,680 elements, of which half is sent:
   # gathered at the begin, gradients scattered at the end, 4 bytes each: 2 x 9,360 ns.
   ends_s = 2 * 9_360e-9
-  # Report: 2 layers x (2 + 9) x 4 bytes, losses and norm 12 bytes, target weights 4 bytes; an
-  # all-reduce of two devices sends as much as it has.
-  sums_s = (88 + 12 + 4) * 1e-9
+  # Report: 2 layers x (2 x (2 + 7) + 2) x 4 bytes, losses and norm 12 bytes, target weights 4
+  # bytes; an all-reduce of two devices sends as much as it has.
+  sums_s = (160 + 12 + 4) * 1e-9
   links_s = exchange_s + counts_s + ends_s + sums_s
   assert run.seconds_by_link["inside"] == pytest.approx(links_s)
   assert run.bytes_by_link["inside"] == pytest.approx(links_s * 1e9)

@@ -64,7 +64,9 @@ def test_the_report_has_the_documented_keys(done):
 
 
 def on_pod(pytestconfig, tmp_path, config, *more):
-  """Returns the report of a config's train step, or of another one, on the reference's pod."""
+  """Returns the report of a config's train step, or of another one, on the reference's pod; by
+  XLA's own guess, unless it is told otherwise.
+  """
   path = tmp_path / "report.json"
   words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}", *more]
   finished = rehearse(pytestconfig.rootpath, *words, config=config)
@@ -91,11 +93,14 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
 
 @pytest.mark.slow
 def test_copies_hide_what_they_send(pytestconfig, tmp_path):
-  """The reference's model and batch with experts inside hosts: what the plan asks of its chip."""
-  found = on_pod(pytestconfig, tmp_path, "pod64_copies")
-  assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.92
-  assert found["planned"]["prediction"]["tokens_per_ms_per_gpu"] >= 100
-  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 250
+  """The reference's model and batch with experts inside hosts, no token dropped: what the plan asks
+  of its chip, and of H100.
+  """
+  found = on_pod(pytestconfig, tmp_path, "pod64_copies", "--noonce")
+  for chip in (found, found["planned"]):
+    assert chip["exposure"]["hidden_of_hideable"] >= 0.92
+    assert chip["prediction"]["tokens_per_ms_per_gpu"] >= 100
+  assert found["prediction"]["tokens_per_ms_per_gpu"] >= 270
   assert found["prediction"]["bubble_fraction"] == 0
   assert found["memory_bytes"]["total"] <= 4.312e9
   # No token leaves its host: between hosts weights travel, gradients and some numbers.
