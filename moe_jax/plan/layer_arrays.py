@@ -170,8 +170,8 @@ class LayerArrays:
     return [self._arrived if number == 1 else self._parts_bytes(self._arrived, number)]
 
   def _rounds(self) -> list[Array]:
-    """Of a dispatch in rounds: rows, hidden units in blocks, sums of weights' gradients, and of gate
-    and up what the choice gives whether there are further rounds.
+    """Of a dispatch in rounds: rows, hidden units in blocks, sums of weights' gradients, and what
+    of gate and up comes out of the choice whether there are further rounds.
     """
     hidden = saving.placed_hidden_bytes(self._settings, self._at)
     num_rows, num_hidden = _FURTHER_ROUND
