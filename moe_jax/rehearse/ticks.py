@@ -156,7 +156,7 @@ def _asks_for_stolen(branch: Branch) -> bool:
 
 def _is_of_rounds(branch: Branch) -> bool:
   """Returns whether its first branch is the loop over a dispatch's further rounds."""
-  return rounds.SCOPE in branch.op_name.split("/")[-2:]
+  return any(rounds.SCOPE in part for part in branch.op_name.split("/")[-2:])
 
 
 def _taken_of_rounds(branch: Branch) -> int:

@@ -37,7 +37,8 @@ def test_executions_follow_the_branches_of_each_turn():
 
 
 @pytest.mark.parametrize("turns", [0, 2])
-def test_further_rounds_run_where_their_loop_turns(turns):
+@pytest.mark.parametrize("scope", [rounds.SCOPE, f"transpose(jvp({rounds.SCOPE}))"])
+def test_further_rounds_run_where_their_loop_turns(turns, scope):
   further, nothing = kernel("further"), kernel("nothing")
   loop = Loop("rounds", turns, block("round", further))
   choice = Branch(
