@@ -93,8 +93,8 @@ def reduce_scatter_few(x, inside: str, between: str):
 def sum_few(tree, axes: str | tuple[str, ...]):
   """Returns the sums over `axes` of numbers so few that only latency counts, float32 or int32.
 
-  Integers travel as two floats each, for XLA to send all of them in one message; their sums are
-  exact all the same, over up to 4,096 devices.
+  Integers travel as two floats each, for XLA to send all of them in one message. Over up to 4,096
+  devices their sums are exact all the same, if they are counts, and int32 holds the sum.
 
   Communication: all-reduce over `axes`, of the floats' and twice the integers' elements.
   """

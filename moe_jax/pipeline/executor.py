@@ -125,7 +125,7 @@ class _Executor:
     self.layers = Layers(
       SAVE[save](steps, of_layer),
       weights,
-      (),
+      (),  # known when it is known what its messages bring besides
       statistics,
       num_layers=layers_per_chunk,
       # With one micro-batch and one stage there is nothing to add to, and no idle cell.
@@ -198,12 +198,12 @@ class _Executor:
     weights, landed = self.layers.weights, ()
     if isinstance(weights, Arriving) and self.chunk.sends_nothing(is_backward=False):
       weights = dataclasses.replace(weights, in_messages=True)
-      shares, numbers = weights.first(self.table)
+      numbers = weights.first(self.table)
       if self.outside:
-        shared, arrived = self.outside.before_beside(shares)
+        shared, arrived = self.outside.before_beside(weights.several(numbers))
+        landed = (arrived, numbers)
       else:
-        arrived = weights.shares.whole.send(shares)
-      landed = (arrived, numbers)
+        landed = weights.send(numbers)
     elif self.outside:
       shared = self.outside.before()
     self._have(weights=weights, shared=shared)

@@ -180,10 +180,10 @@ class Arriving(_InShares):
       return stacks, ()
     return [buffers.put(s, (), leaf) for s, leaf in zip(stacks, of_first(), strict=True)], ()
 
-  def first(self, table: Table) -> tuple[list, jax.Array]:
-    """Returns this device's shares of the first chunk's layers, and the numbers of those."""
+  def first(self, table: Table) -> jax.Array:
+    """Returns the numbers of the first chunk's layers."""
     numbers = jnp.arange(_num_layers(self.layers, table), dtype=jnp.int32)
-    return self._several(numbers), collectives.varying(numbers)
+    return collectives.varying(numbers)
 
   def take(
     self, number: jax.Array, place: int, coming: Coming, ring: list
@@ -213,7 +213,7 @@ class Arriving(_InShares):
 
     Communication: that of the shares, as far as it is between copies.
     """
-    return self.shares.whole.send(self._several(layers)), layers
+    return self.shares.whole.send(self.several(layers)), layers
 
   def put_landed(self, landed: tuple[Tree, jax.Array], ring: list) -> list:
     """Returns the ring with what `send` returned.
@@ -221,11 +221,12 @@ class Arriving(_InShares):
     Communication: the rest of that of the shares.
     """
     arrived, layers = landed
-    like = jax.eval_shape(lambda: self._several(layers))
+    like = jax.eval_shape(lambda: self.several(layers))
     whole = self.shares.whole.open(arrived, like)
     return [buffers.put(leaf, (layers[0],), new) for leaf, new in zip(ring, whole, strict=True)]
 
-  def _several(self, layers: jax.Array) -> list[jax.Array]:
+  def several(self, layers: jax.Array) -> list[jax.Array]:
+    """Returns this device's shares of layers that follow each other."""
     return self.shares.several(layers[0], len(layers))
 
   def arrived(self, ring: list) -> Whole:

@@ -175,13 +175,15 @@ class _Builder:
     return made
 
   def leave(self, virtual: int, backward: _Unit) -> _Unit | None:
-    """Appends the sums over ranks of a chunk's gradients, if they leave beside ticks, behind the
-    last of its backward units.
+    """Appends the sums over ranks of a chunk's gradients, or of a part of the first one's, if they
+    leave beside ticks, behind the last of its backward units.
     """
     chain = [(s, -1) for s in phases.scatter_layer(self.settings)]
-    if virtual < self.mesh.stage or not chain:
-      return None
     num_layers = units.layers_per_unit(self.settings)
+    if virtual < self.mesh.stage:
+      num_layers = num_layers - 1 if program.all_leave_but_one(self.settings) else 0
+    if not chain or not num_layers:
+      return None
     made = self.unit("leave", backward.stages, chain * num_layers, virtual=virtual)
     self.after(backward, made, DATA)
     return made

@@ -152,14 +152,18 @@ def shares(settings: Config) -> tuple[float, float, bool]:
   """
   of_ticks = tick_counts(settings.pipeline, settings.mesh.stage)
   share = lambda some: 1 / settings.pipeline.chunks if some else 1.0
-  comes, leaves, last = (
-    any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves", "last")
-  )
+  comes, leaves = (any(getattr(runs, way) for runs, _ in of_ticks) for way in ("comes", "leaves"))
   is_head_late = _has_room_beside_heads(settings.pipeline, settings.mesh.stage)
   summed = share(leaves)
-  if last and travels_by_chunk(settings):
+  if all_leave_but_one(settings):
     summed = 1 / settings.model.layers
   return share(comes and not settings.pipeline.prefetch_layers), summed, is_head_late
+
+
+def all_leave_but_one(settings: Config) -> bool:
+  """Says whether the gradients of all layers but the first leave beside ticks."""
+  of_ticks = tick_counts(settings.pipeline, settings.mesh.stage)
+  return travels_by_chunk(settings) and any(runs.last for runs, _ in of_ticks)
 
 
 def moves_a_chunk(settings: Config, runs: Tick) -> bool:

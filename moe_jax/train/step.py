@@ -93,7 +93,8 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
 
   Communication: the pipeline's; then each gradient that it has not summed, once: into its shares as
   `streaming.remaining` does, and all-reduces over the other axes on which the parameter is
-  replicated. Then losses and norm in one all-reduce over all axes.
+  replicated. Then losses and norm in one all-reduce over all axes, and what layers report in one
+  over those of tokens.
   """
   specs = transformer.specs(settings.model)
   shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), settings.model))
