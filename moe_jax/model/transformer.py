@@ -277,7 +277,7 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
 
   return Functions(
     embed_inputs, layer, auxiliary, head, add_gradient,
-    halves=Halves(_split, _join) if settings.pipeline.halves else None,
+    halves=Halves(_split, _join, _merged) if settings.pipeline.halves else None,
     inside=axes_inside_host(settings),
   )  # fmt: skip
 
@@ -290,12 +290,14 @@ def _split(tree):
 
 
 def _join(one, other):
-  (y, statistics, report), (more_y, more_statistics, more_report) = one, other
-  return (
-    jnp.concatenate([y, more_y]),
-    joined(statistics, more_statistics),
-    jax.tree.map(jnp.add, report, more_report),
-  )
+  """Returns the sequences of both halves."""
+  return jnp.concatenate([one, other])
+
+
+def _merged(one, other):
+  """Returns the statistics and the report of both halves."""
+  (statistics, report), (more_statistics, more_report) = one, other
+  return joined(statistics, more_statistics), jax.tree.map(jnp.add, report, more_report)
 
 
 def _merge_shared(model: config.Model) -> Callable[[nnx.State], Shared]:

@@ -189,7 +189,7 @@ class Chunk(NamedTuple):
         x, stash, back.gradients, back.of_parameters[:num_due] = tied
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
-      elif back:
+      elif back and (there or due[number] > num_done or not back.is_of_parts):
         num_due = due[number]
         tied = (back.gradients, back.of_parameters[:num_due])
         (back.gradients, back.of_parameters[:num_due]), there = both(tied, there)
@@ -203,8 +203,11 @@ class Chunk(NamedTuple):
     if ahead:
       totals, x = ahead.finish(totals)
     if back is None and not is_last:
-      # Beside the layer's last exchange, or XLA would put all layers' beside that of the last.
-      x, stash = both(x, totals.stash)
+      # Beside the layer's last exchange, of halves the second one's, or XLA would put all layers'
+      # beside that of the last.
+      (*others, behind), tree = jax.tree.flatten(x)
+      behind, stash = both(behind, totals.stash)
+      x = jax.tree.unflatten(tree, [*others, behind])
       totals = totals._replace(stash=stash)
     return totals, x, gy, saved
 

@@ -90,11 +90,11 @@ def run(
       are done are summed while the pipeline drains; others are this device's own.
 
   Communication: over `stage`, in each tick one collective-permute of an activation forwards and one
-  of a cotangent backwards, of two stages both in one; per micro-batch an all-reduce of the head's
-  cotangent, and one of an activation for the head where `Table.head_needs_broadcast`. And what the
-  functions do; the gathers of streamed layers, of each layer of a forward or backward unit, and of
-  the rings' once; those of layers that arrive, and what `summed` does, once of each layer; what
-  late parameters send.
+  of a cotangent backwards, of two stages both in one, and of halves one for each; per micro-batch
+  an all-reduce of the head's cotangent, and one of an activation for the head where
+  `Table.head_needs_broadcast`. And what the functions do; the gathers of streamed layers, of each
+  layer of a forward or backward unit, and of the rings' once; those of layers that arrive, and what
+  `summed` does, once of each layer; what late parameters send.
   """
   if table.is_forward_only:
     return evaluate(functions, table, layers, shared, inputs)
@@ -107,7 +107,8 @@ class _Executor:
   """The pieces of a tick; holds what every tick shares."""
 
   def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, summed=None):
-    self.functions, self.table = functions, table
+    given, self.table = functions, table
+    self.functions = functions = paired.of_pairs(given) if given.halves else given
     self.outside = shared if isinstance(shared, Outside) else None
     self.inputs = inputs
     self.gradient_dtype = gradient_dtype
@@ -116,11 +117,10 @@ class _Executor:
     before = self.outside.before if self.outside else lambda: shared
     of_layer = example(functions, weights, before, inputs)
     _, statistics, self.report = jax.eval_shape(functions.layer, *of_layer)
-    layer, inside = functions.layer, functions.inside
-    if functions.halves:
-      steps = paired.steps(layer, of_layer, functions.halves, inside)
+    if given.halves:
+      steps = paired.steps(given, of_layer)
     else:
-      steps = cut(layer, of_layer, inside=inside)
+      steps = cut(functions.layer, of_layer, inside=functions.inside)
     layers_per_chunk = jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks
     self.layers = Layers(
       SAVE[save](steps, of_layer),

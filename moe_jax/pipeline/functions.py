@@ -20,11 +20,13 @@ class Halves(NamedTuple):
 
   Attributes:
     split: of x or inputs -> those of either half.
-    join: (y, statistics, report) of either half -> those of the micro-batch.
+    join: of either half's y -> that of the micro-batch.
+    merge: (statistics, report) of either half -> those of the micro-batch.
   """
 
   split: Callable[[Tree], tuple[Tree, Tree]]
-  join: Callable[[tuple, tuple], tuple]
+  join: Callable[[Tree, Tree], Tree]
+  merge: Callable[[tuple, tuple], tuple]
 
 
 class Functions(NamedTuple):

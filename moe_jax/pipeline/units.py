@@ -130,8 +130,10 @@ class ForwardLayer:
   def __init__(self, stage: Layers, unit: Forward, l: jax.Array, x: Tree, ring: Tree):
     self.stage, self.unit, self.l = stage, unit, l
     # With x, or XLA cuts the weights of all layers of both units out of the stack at once, and the
-    # first product waits for all of them.
-    self.carry, number = both(x, unit.first + l)
+    # first product waits for all of them. Of halves with the one that is ahead.
+    (ahead, *others), tree = jax.tree.flatten(x)
+    ahead, number = both(ahead, unit.first + l)
+    self.carry = jax.tree.unflatten(tree, [ahead, *others])
     self.weights, self.ring, self.coming = stage.weights.take(number, l, unit.coming, ring)
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
@@ -191,14 +193,14 @@ class BackwardLayer:
   ):  # fmt: skip
     self.stage, self.unit, self.place = stage, unit, place
     self.number = unit.first + (stage.num_layers - 1 - place)
-    gy, number = both(gy, self.number)  # as of a forward layer
+    (*others, ahead), self.gy_tree = jax.tree.flatten(gy)
+    ahead, number = both(ahead, self.number)  # as of a forward layer; the second half is ahead
     self.weights, self.ring, shares = stage.weights.take(number, place, unit.coming, ring)
     self.coming = (shares, leaving)
     self.restored = stage.steps.restore(self.weights, stage.shared, unit.inputs, saved)
-    self.gy_tree = jax.tree.structure(gy)
     of_layer = buffers.at(unit.g_statistics, stage.num_layers - 1 - place)
     g_statistics = buffers.unpacked(of_layer, stage.statistics)
-    self.gradients = [*jax.tree.leaves(gy), *jax.tree.leaves(g_statistics)]
+    self.gradients = [*others, ahead, *jax.tree.leaves(g_statistics)]
     self.of_parameters: list[dict[int, jax.Array]] = []
 
   def run(self) -> None:
@@ -243,6 +245,11 @@ class BackwardLayer:
   def is_done(self) -> bool:
     """Whether all steps ran."""
     return len(self.of_parameters) == len(self.stage.steps.backward)
+
+  @property
+  def is_of_parts(self) -> bool:
+    """Whether cotangents are of several parts, as of halves, which need not wait for each other."""
+    return self.gy_tree.num_leaves > 1
 
   def finish(self, totals: Totals) -> tuple[Totals, Tree]:
     sums, tree = jax.tree.flatten((totals.g_layers, totals.g_shared))

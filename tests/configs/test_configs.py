@@ -106,6 +106,16 @@ def test_pod64_10b_differs_in_three_widths_only():
   assert wide == dataclasses.replace(pod, model=dataclasses.replace(pod.model, **widths))
 
 
+def test_halves_are_the_same_model_and_batch_without_stages():
+  wide, halved = build("pod64_10b"), build("pod64_10b_halves")
+  assert (halved.model, halved.train, halved.moe) == (wide.model, wide.train, wide.moe)
+  assert halved.mesh == config_lib.Mesh(expert=16, tensor=4, stage=1)  # an expert on each host
+  assert halved.pipeline.halves
+  assert halved.train.batch // halved.mesh.sequence_shares == 8
+  serve, ranks = halved.serve, halved.mesh.sequence_shares
+  assert ranks * serve.prefill_rows * serve.prefill_micro_batches == ranks * serve.slots == 128
+
+
 @pytest.mark.parametrize(
   ("mesh", "layers"),
   [

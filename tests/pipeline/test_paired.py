@@ -1,6 +1,7 @@
 """A layer as two halves side by side: the same function, and exchanges beside products."""
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.axes import ALL, EXPERT
 from moe_jax.pipeline import paired, steps
-from moe_jax.pipeline.functions import Halves
+from moe_jax.pipeline.functions import Functions, Halves
 
 ROWS, WIDTH, HIDDEN = 32, 8, 4096
 INSIDE = ()
@@ -31,12 +32,12 @@ def split(tree):
   )
 
 
-def join(one, other):
-  add = lambda a, b: jax.tree.map(jnp.add, a, b)
-  return jnp.concatenate([one[0], other[0]]), one[1] + other[1], add(one[2], other[2])
+def merge(one, other):
+  return one[0] + other[0], jax.tree.map(jnp.add, one[1], other[1])
 
 
-HALVES = Halves(split, join)
+HALVES = Halves(split, lambda one, other: jnp.concatenate([one, other]), merge)
+FUNCTIONS = Functions(None, layer, None, None, None, halves=HALVES, inside=INSIDE)
 
 
 def run(function):
@@ -57,14 +58,16 @@ def run(function):
 
 
 def in_steps(*arguments):
-  weights, shared, carry, inputs = arguments
-  for step in paired.steps(layer, arguments, HALVES, INSIDE):
+  weights, shared, x, inputs = arguments
+  carry = split(x)
+  for step in paired.steps(FUNCTIONS, (weights, shared, carry, inputs)):
     carry = step.run(weights, shared, carry, inputs)
   return carry
 
 
 def in_halves(weights, shared, x, inputs):
-  return join(*(layer(weights, shared, *half) for half in split((x, inputs))))
+  (y, *found), (more_y, *more_found) = (layer(weights, shared, *h) for h in split((x, inputs)))
+  return (y, more_y), *merge(found, more_found)
 
 
 def test_the_steps_are_the_layer_of_either_half():
@@ -74,7 +77,7 @@ def test_the_steps_are_the_layer_of_either_half():
 
 def test_gradients_pass_through_the_steps():
   def gradient(function):
-    loss = lambda given: sum(map(jnp.sum, function(*given[:3], given[3])[:2]))
+    loss = lambda given: sum(map(jnp.sum, jax.tree.leaves(function(*given)[:2])))
     return lambda *arguments: jax.grad(loss)(arguments)
 
   found, expected = run(gradient(in_steps)), run(gradient(in_halves))
@@ -89,7 +92,7 @@ def pairs():
   def look(weights, shared, x, inputs):
     half = split((x, inputs))[0]
     found.append(steps.cut(layer, (weights, shared, *half), inside=INSIDE))
-    found.append(paired.steps(layer, (weights, shared, x, inputs), HALVES, INSIDE))
+    found.append(paired.steps(FUNCTIONS, (weights, shared, split(x), inputs)))
     return x
 
   run(look)
@@ -109,3 +112,27 @@ def test_while_one_half_exchanges_the_other_multiplies(pairs):
   each = max(s.between_bytes for s in single)
   assert [s.between_bytes for s in exchanges] == [each, each]  # never both on the link at once
   assert all(s.flops for s in exchanges)
+
+
+def test_the_first_half_is_through_before_the_second_sends_last():
+  """So the next layer begins with it, beside that."""
+  found = []
+
+  def look(*arguments):
+    jaxpr = jax.make_jaxpr(in_steps)(*arguments).jaxpr
+    found.extend(num_exchanges_before(jaxpr, y) for y in jaxpr.outvars[:2])
+    return arguments[2]
+
+  run(look)
+  assert found[:2] == [1, 2]
+
+
+def num_exchanges_before(jaxpr, result):
+  """Returns on how many exchanges a result waits."""
+  wanted, number = {result}, 0
+  for eqn in reversed(jaxpr.eqns):
+    if wanted.isdisjoint(eqn.outvars):
+      continue
+    wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    number += steps.is_collective(eqn)
+  return number
