@@ -34,6 +34,7 @@ from moe_jax.pipeline.units import (
   Totals,
   both,
   place_of,
+  with_part,
 )
 
 Tree = Any
@@ -190,6 +191,7 @@ class Chunk(NamedTuple):
         ahead.carry = (x, *others) if ahead.is_done else x
         totals = totals._replace(stash=stash)
       elif back and (there or due[number] > num_done or not back.is_of_parts):
+        # Where nothing is due, parts need not wait for each other.
         num_due = due[number]
         tied = (back.gradients, back.of_parameters[:num_due])
         (back.gradients, back.of_parameters[:num_due]), there = both(tied, there)
@@ -205,9 +207,7 @@ class Chunk(NamedTuple):
     if back is None and not is_last:
       # Beside the layer's last exchange, of halves the second one's, or XLA would put all layers'
       # beside that of the last.
-      (*others, behind), tree = jax.tree.flatten(x)
-      behind, stash = both(behind, totals.stash)
-      x = jax.tree.unflatten(tree, [*others, behind])
+      x, stash = with_part(x, -1, totals.stash)
       totals = totals._replace(stash=stash)
     return totals, x, gy, saved
 

@@ -131,9 +131,7 @@ class ForwardLayer:
     self.stage, self.unit, self.l = stage, unit, l
     # With x, or XLA cuts the weights of all layers of both units out of the stack at once, and the
     # first product waits for all of them. Of halves with the one that is ahead.
-    (ahead, *others), tree = jax.tree.flatten(x)
-    ahead, number = both(ahead, unit.first + l)
-    self.carry = jax.tree.unflatten(tree, [ahead, *others])
+    self.carry, number = with_part(x, 0, unit.first + l)
     self.weights, self.ring, self.coming = stage.weights.take(number, l, unit.coming, ring)
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
@@ -193,14 +191,14 @@ class BackwardLayer:
   ):  # fmt: skip
     self.stage, self.unit, self.place = stage, unit, place
     self.number = unit.first + (stage.num_layers - 1 - place)
-    (*others, ahead), self.gy_tree = jax.tree.flatten(gy)
-    ahead, number = both(ahead, self.number)  # as of a forward layer; the second half is ahead
+    gy, number = with_part(gy, -1, self.number)  # as of a forward layer; the second half is ahead
     self.weights, self.ring, shares = stage.weights.take(number, place, unit.coming, ring)
     self.coming = (shares, leaving)
     self.restored = stage.steps.restore(self.weights, stage.shared, unit.inputs, saved)
+    self.gy_tree = jax.tree.structure(gy)
     of_layer = buffers.at(unit.g_statistics, stage.num_layers - 1 - place)
     g_statistics = buffers.unpacked(of_layer, stage.statistics)
-    self.gradients = [*others, ahead, *jax.tree.leaves(g_statistics)]
+    self.gradients = [*jax.tree.leaves(gy), *jax.tree.leaves(g_statistics)]
     self.of_parameters: list[dict[int, jax.Array]] = []
 
   def run(self) -> None:
@@ -346,6 +344,15 @@ class Moves(NamedTuple):
 def both(one: Tree, other: Tree) -> tuple[Tree, Tree]:
   """Returns both; nothing that reads either runs before both are there."""
   return jax.lax.optimization_barrier((one, other))
+
+
+def with_part(tree: Tree, part: int, other: Tree) -> tuple[Tree, Tree]:
+  """Returns both; nothing that reads `other`, or leaf `part` of the tree, runs before both are
+  there. Other leaves, as of the other half, wait for neither.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  leaves[part], other = both(leaves[part], other)
+  return jax.tree.unflatten(structure, leaves), other
 
 
 def place_of(l: jax.Array, is_reversed: jax.Array, num_layers: int) -> jax.Array:
