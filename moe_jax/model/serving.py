@@ -21,9 +21,9 @@ from moe_jax import config
 from moe_jax.model import attention, cached_attention, kv_cache, transformer
 from moe_jax.model.kv_cache import Cache
 from moe_jax.model.layers import rms_norm
-from moe_jax.model.transformer import Layer, Shared
+from moe_jax.model.transformer import Layer, Shared, experts_in_stack
 from moe_jax.moe import few_tokens, layer, router
-from moe_jax.moe.experts import Stacked, Weights
+from moe_jax.moe.experts import Stacked
 from moe_jax.parallel import collectives
 from moe_jax.parallel.axes import EXPERT, STAGE, TENSOR
 
@@ -130,7 +130,7 @@ def functions(settings: config.Config) -> Model:
     size = x_bsD.shape[1]
     place_s = jax.lax.axis_index(TENSOR) * size + jnp.arange(size, dtype=jnp.int32)
     is_real_bs = (place_s[None, :] < chunk.lengths_b[:, None]) & runs
-    weights, experts = weights_of(layers, index, _ROUTER), _experts(layers, index)
+    weights, experts = weights_of(layers, index, _ROUTER), experts_in_stack(layers, index)
     return _add_experts(weights, settings, experts, x_bsD, is_real_bs)
 
   def layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
@@ -139,7 +139,10 @@ def functions(settings: config.Config) -> Model:
     return y_bsD, cache, report
 
   def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
-    weights, experts = weights_of(layers, index, _ATTENTION + _ROUTER), _experts(layers, index)
+    weights, experts = (
+      weights_of(layers, index, _ATTENTION + _ROUTER),
+      experts_in_stack(layers, index),
+    )
     attend = lambda h_1cD: _attend_tokens(weights, model, index, h_1cD, tokens, cache, runs)
     x_1cD, cache = _add_attention(weights, model, x_1cD, attend)
     is_real_1c = _my_share(tokens.is_active_b & runs)
@@ -208,12 +211,6 @@ def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: C
   o_bnH = cached_attention.one_token(q_b1nH[:, 0], k_bWgJH, v_bWgJH, positions_b + 1)
   y_bD = jnp.einsum("bnh,nhd->bd", o_bnH, weights.attention.out[...])
   return collectives.reduce_scatter(_padded(y_bD), TENSOR, 1), cache
-
-
-def _experts(layers, index) -> Stacked:
-  """Returns the experts of a layer where they lie in the stage's: they are most of its weights."""
-  experts = layers["experts"]
-  return Stacked(Weights(experts["gate_up"][...], experts["down"][...]), index)
 
 
 def _add_experts(weights: Layer, settings: config.Config, experts: Stacked, x_bsD, is_real_bs):

@@ -16,6 +16,8 @@ from moe_jax import config
 from moe_jax.model import cross_entropy
 from moe_jax.model.attention import Attention, attend
 from moe_jax.model.layers import rms_norm
+from moe_jax.moe.dispatch import READ_STACK
+from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.moe.layer import Experts, Report, Router, auxiliary_loss, moe
 from moe_jax.moe.router import Statistics, joined
 from moe_jax.parallel import collectives
@@ -165,9 +167,17 @@ def _place(shared: Shared, tokens_bS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def run_layer(
-  weights: Layer, model: config.Model, moe_config: config.Moe, x_bsD: jax.Array, inputs: Inputs
+  weights: Layer,
+  model: config.Model,
+  moe_config: config.Moe,
+  x_bsD: jax.Array,
+  inputs: Inputs,
+  stacked: Stacked | None = None,
 ) -> tuple[jax.Array, Statistics, Report]:
   """Returns `y_bsD`, what the auxiliary losses ask of the layer, and the layer's report.
+
+  Args:
+    stacked: where the experts' weights lie in a stack, as `moe.layer.serve` takes it.
 
   Communication: attention's over `tensor`; the MoE layer's over `expert` and `tensor`.
   """
@@ -178,7 +188,7 @@ def run_layer(
   h_bsD = rms_norm(weights.expert_norm.scale[...], x_bsD, model.norm_epsilon)
   y_tD, statistics, report = moe(
     weights.router, weights.experts, moe_config, model.experts_per_token,
-    h_bsD.reshape(-1, h_bsD.shape[-1]), model.normalize_choices,
+    h_bsD.reshape(-1, h_bsD.shape[-1]), model.normalize_choices, stacked,
   )  # fmt: skip
   return x_bsD + y_tD.reshape(x_bsD.shape), statistics, report
 
@@ -269,7 +279,12 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
     return nnx.state(into)
 
   def layer(weights, shared, x_bsD, inputs):
-    return run_layer(nnx.merge(definition, weights), model, settings.moe, x_bsD, inputs)
+    inputs, stacked = inputs if isinstance(inputs, _WithStack) else (inputs, None)
+    weights = nnx.merge(definition, weights)
+    return run_layer(weights, model, settings.moe, x_bsD, inputs, stacked)
+
+  # Halves would be split with the inputs.
+  reads_stack = settings.moe.dispatch in READ_STACK and not settings.pipeline.halves
 
   def auxiliary(statistics):
     loss, losses = auxiliary_loss(settings.moe, statistics)
@@ -279,7 +294,25 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
     embed_inputs, layer, auxiliary, head, add_gradient,
     halves=Halves(_split, _join, _merged) if settings.pipeline.halves else None,
     inside=axes_inside_host(settings),
+    with_stack=_with_stack if reads_stack else None,
   )  # fmt: skip
+
+
+class _WithStack(NamedTuple):
+  """Inputs of a micro-batch, and the experts of a layer where they lie in the stage's."""
+
+  inputs: Inputs
+  experts: Stacked
+
+
+def _with_stack(inputs, layers, number):
+  return _WithStack(inputs, experts_in_stack(layers, number))
+
+
+def experts_in_stack(layers: nnx.State, number: jax.Array | int) -> Stacked:
+  """Returns the experts of a layer where they lie in the stage's: they are most of its weights."""
+  experts = layers["experts"]
+  return Stacked(Weights(experts["gate_up"][...], experts["down"][...]), number)
 
 
 def _split(tree):

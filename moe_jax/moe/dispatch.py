@@ -38,6 +38,10 @@ class Dispatch(NamedTuple):
   back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
 
 
+# Those whose experts are read where they lie in a stack, if it is given beside a layer's weights.
+READ_STACK = ("dropless", "ragged", "two_level")
+
+
 def _of(module) -> Dispatch:
   return Dispatch(*(getattr(module, name) for name in Dispatch._fields))
 

@@ -93,8 +93,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
 
 def compute(weights: Weights | Stacked, plan: Plan, arrived: Arrived) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`."""
-  del plan
-  return grouped.grouped_swiglu(weights, arrived.rows_RD, arrived.groups)
+  return grouped.grouped_swiglu(weights, arrived.rows_RD, arrived.groups, plan.stacked)
 
 
 def back(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import grouped_kernels
+from moe_jax.moe import grouped_kernels, order
 from moe_jax.moe.experts import Stacked, Weights, joined
 from moe_jax.parallel.collectives import varying_like
 from moe_jax.pipeline.buffers import put
@@ -73,75 +73,94 @@ def groups(sizes_Se: jax.Array, num_source_rows: int) -> Groups:
   last_e = jnp.cumsum(blocks_e, dtype=jnp.int32)
   first_e = last_e - blocks_e
 
-  # From a received row to its place.
+  # From a received row to its number among all rows by expert, empty ones last, and to its place.
   end_Se = jnp.cumsum(sizes_Se, 1, dtype=jnp.int32)
   ahead_Se = jnp.cumsum(sizes_Se, 0, dtype=jnp.int32) - sizes_Se  # of earlier sources
-  start_Se = first_e[None, :] * J + ahead_Se - (end_Se - sizes_Se)
+  before_e = jnp.cumsum(sizes_e, dtype=jnp.int32) - sizes_e
+  start_Se = before_e[None, :] + ahead_Se - (end_Se - sizes_Se)
   row_B = jnp.arange(num_source_rows, dtype=jnp.int32)
   expert_SB = (row_B[None, :, None] >= end_Se[:, None, :]).sum(-1, dtype=jnp.int32)
-  start_SB = jnp.take_along_axis(start_Se, jnp.minimum(expert_SB, num_experts - 1), 1)
-  place_SB = jnp.where(expert_SB < num_experts, start_SB + row_B[None, :], N * J)
+  is_row_SB = expert_SB < num_experts
+  expert_SB = jnp.minimum(expert_SB, num_experts - 1)
+  filled_S = end_Se[:, -1]
+  filled = filled_S.sum(dtype=jnp.int32)
+  # An empty row has all rows before it, and the empty ones of its source and of earlier ones.
+  start_S = filled - jnp.cumsum(filled_S, dtype=jnp.int32)
+  source_S = jnp.arange(num_sources, dtype=jnp.int32) * num_source_rows
+  number_SB = row_B[None, :] + jnp.where(
+    is_row_SB, jnp.take_along_axis(start_Se, expert_SB, 1), (start_S + source_S)[:, None]
+  )
+  place_SB = jnp.where(is_row_SB, number_SB + (first_e * J - before_e)[expert_SB], N * J)
   place_R = place_SB.reshape(-1)
 
-  # And back: sorted by place, an expert's rows follow each other without the gaps between blocks.
-  _, order_R = jax.lax.sort((place_R, jnp.arange(num_rows, dtype=jnp.int32)), num_keys=1)
+  # And back: in that order an expert's rows follow each other without the gaps between blocks.
+  order_R = order.inverse(number_SB.reshape(-1))
   block_N = jnp.arange(N, dtype=jnp.int32)
   expert_N = (block_N[:, None] >= last_e[None, :]).sum(-1, dtype=jnp.int32)
   expert_N = jnp.minimum(expert_N, num_experts - 1)
-  within_NJ = (block_N - first_e[expert_N])[:, None] * J + jnp.arange(J, dtype=jnp.int32)[None, :]
-  ordered_NJ = (jnp.cumsum(sizes_e, dtype=jnp.int32) - sizes_e)[expert_N][:, None] + within_NJ
+  j_J = jnp.arange(J, dtype=jnp.int32)[None, :]
+  within_NJ = (block_N - first_e[expert_N])[:, None] * J + j_J
   at = lambda number: order_R[jnp.minimum(number, num_rows - 1)]
-  is_row_NJ = within_NJ < sizes_e[expert_N][:, None]
-  # Empty rows stand last in that order, and there are no more of them than empty places.
-  empty_NJ = sizes_e.sum() - 1 + jnp.cumsum(~is_row_NJ, dtype=jnp.int32).reshape(is_row_NJ.shape)
+  size_N, before_N = sizes_e[expert_N][:, None], before_e[expert_N][:, None]
+  is_row_NJ = within_NJ < size_N
+  # Empty rows come last, and there are no more of them than empty places; of those there are up to
+  # this one as many as places without the rows among them.
+  places_NJ = block_N[:, None] * J + j_J + 1 - before_N - jnp.minimum(within_NJ + 1, size_N)
+  empty_NJ = filled - 1 + places_NJ
   none_NJ = num_rows + jnp.where(empty_NJ < num_rows, at(empty_NJ), num_rows)
-  row_NJ = jnp.where(is_row_NJ, at(ordered_NJ), none_NJ)
+  row_NJ = jnp.where(is_row_NJ, at(before_N + within_NJ), none_NJ)
   return Groups(row_NJ, place_R, first_e, blocks_e)
 
 
-def grouped_swiglu(weights: Weights | Stacked, rows_RD: jax.Array, groups: Groups) -> jax.Array:
+def grouped_swiglu(
+  weights: Weights | Stacked, rows_RD: jax.Array, groups: Groups, stacked: Stacked | None = None
+) -> jax.Array:
   """Returns this tensor rank's partial sums `rows_RD`, each row by its own expert; empty ones zero.
 
   Args:
     weights: of this device's experts; those in a stack are not differentiated.
     rows_RD: as they arrived.
     groups: whose they are.
+    stacked: where the same weights lie in their stack: the loop over experts cuts each out of it,
+      where cutting out the layer first would copy all twice. Not differentiated.
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
   weights = varying_like(weights, rows_RD)
   if isinstance(weights, Stacked):
-    return _values(weights, rows_RD, groups)
-  return _grouped_swiglu(weights, rows_RD, groups)
+    return _values(weights, rows_RD, groups, None)
+  return _grouped_swiglu(weights, rows_RD, groups, stacked)
 
 
-def _values(weights, rows_RD, groups):
+def _values(weights, rows_RD, groups, stacked):
   values = lambda *given: _kernels_forward(*given)[0]
-  return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
+  return jax.lax.platform_dependent(
+    weights, rows_RD, groups, stacked, cuda=values, default=_blocks_values
+  )
 
 
 _grouped_swiglu = jax.custom_vjp(_values)
 
 
-def forward(weights: Weights, rows_RD: jax.Array, groups: Groups):
+def forward(weights: Weights, rows_RD: jax.Array, groups: Groups, stacked: Stacked | None = None):
   """Returns (`rows_RD`, gate_up_NJ2f): the sums, and of the blocks what `backward` takes.
 
   Args:
     groups: of these experts; there may be more, which have no rows.
   """
-  return jax.lax.platform_dependent(
-    weights, rows_RD, _of(weights, groups), cuda=_kernels_forward, default=_blocks_forward
-  )
+  given = (weights, rows_RD, _of(weights, groups), stacked)
+  return jax.lax.platform_dependent(*given, cuda=_kernels_forward, default=_blocks_forward)
 
 
-def backward(weights: Weights, rows_RD, groups: Groups, gate_up_NJ2f, gradient_RD):
+def backward(
+  weights: Weights, rows_RD, groups: Groups, gate_up_NJ2f, gradient_RD,
+  stacked: Stacked | None = None,
+):  # fmt: skip
   """Returns the gradients of weights, float32, and of rows; arguments as of `forward` and as it
   returned them.
   """
-  return jax.lax.platform_dependent(
-    weights, rows_RD, _of(weights, groups), gate_up_NJ2f, gradient_RD,
-    cuda=_kernels_backward, default=_blocks_backward,
-  )  # fmt: skip
+  given = (weights, rows_RD, _of(weights, groups), gate_up_NJ2f, gradient_RD, stacked)
+  return jax.lax.platform_dependent(*given, cuda=_kernels_backward, default=_blocks_backward)
 
 
 def _of(weights: Weights, groups: Groups) -> Groups:
@@ -150,26 +169,31 @@ def _of(weights: Weights, groups: Groups) -> Groups:
   return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
 
 
-def _forward(weights, rows_RD, groups):
-  y_RD, gate_up_NJ2f = forward(weights, rows_RD, groups)
-  return y_RD, (weights, rows_RD, groups, residual(gate_up_NJ2f))
+def _forward(weights, rows_RD, groups, stacked):
+  y_RD, gate_up_NJ2f = forward(weights, rows_RD, groups, stacked)
+  return y_RD, (weights, rows_RD, groups, residual(gate_up_NJ2f), stacked)
 
 
 def _backward(saved, gradient_RD):
-  dweights, dx_RD = backward(*saved, gradient_RD)
-  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0]), dx_RD, None
+  *given, stacked = saved
+  dweights, dx_RD = backward(*given, gradient_RD, stacked)
+  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0]), dx_RD, None, None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)
 
 
-def _kernels_forward(weights, rows_RD, groups, interpret=False):
+def _kernels_forward(weights, rows_RD, groups, stacked=None, interpret=False):
+  del stacked
   return grouped_kernels.forward(
     weights, rows_RD, groups.row_NJ, *_blocks(groups), interpret=interpret
   )
 
 
-def _kernels_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, interpret=False):
+def _kernels_backward(
+  weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, stacked=None, interpret=False
+):
+  del stacked
   return grouped_kernels.backward(
     weights, rows_RD, groups.row_NJ, *_blocks(groups), gate_up_NJ2f, gradient_RD,
     interpret=interpret,
@@ -186,17 +210,17 @@ def _blocks(groups):
   return jnp.minimum(expert_N, last_e.size - 1), jnp.stack([groups.first_e[0], last_e[-1]])
 
 
-def _blocks_values(weights, rows_RD, groups):
+def _blocks_values(weights, rows_RD, groups, stacked):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ joined(one.gate_up_eD2f))
     return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
 
-  y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
+  y_NJD, _ = _loop(stacked or weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
 
 
-def _blocks_forward(weights, rows_RD, groups):
+def _blocks_forward(weights, rows_RD, groups, stacked=None):
   def step(blocks, buffers, one: Weights):
     gate_up_NJg, y_NJD = buffers
     gate_up_Jg = blocks.read(y_NJD) @ joined(one.gate_up_eD2f)
@@ -206,11 +230,12 @@ def _blocks_forward(weights, rows_RD, groups):
 
   blocks, num_hidden = groups.row_NJ.shape, weights.down_efD.shape[1]
   zeros_NJg = varying_like(jnp.zeros((*blocks, 2 * num_hidden), rows_RD.dtype), rows_RD)
-  (gate_up_NJg, y_NJD), _ = _loop(weights, groups, step, (zeros_NJg, _placed(rows_RD, groups)))
+  buffers = (zeros_NJg, _placed(rows_RD, groups))
+  (gate_up_NJg, y_NJD), _ = _loop(stacked or weights, groups, step, buffers)
   return _received(y_NJD, groups), gate_up_NJg.reshape(*blocks, 2, num_hidden)
 
 
-def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
+def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, stacked=None):
   def nothing(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
@@ -227,7 +252,8 @@ def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
       of_gate_up, _outer(hidden_Jf, dy_JD)
     )
 
-  dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
+  buffers = _placed(gradient_RD, groups)
+  dx_NJD, dweights = _loop(stacked or weights, groups, step, buffers, nothing)
   return dweights, _received(dx_NJD, groups)
 
 
@@ -257,7 +283,6 @@ def _loop(weights: Weights | Stacked, groups: Groups, step, buffers, nothing=lam
     return jax.lax.fori_loop(0, number // many, turn, state)
 
   if isinstance(weights, Stacked):
-    # An expert is cut out of the stack alone: cutting out the layer first would copy all twice.
     of_expert = lambda e: jax.tree.map(lambda w: w[weights.layer, e], weights.stack)
     in_stack = lambda buffers, given: expert(buffers, (of_expert(given[0]), *given[1:]))
     each_e = jnp.arange(weights.num_experts, dtype=jnp.int32)

@@ -75,8 +75,12 @@ def moe(
   num_choices: int,
   x_tD: jax.Array,
   normalize_choices: bool = True,
+  stacked: Stacked | None = None,
 ) -> tuple[jax.Array, router.Statistics, Report]:
   """Returns `y_tD`, what `auxiliary_loss` asks of the layer, and the report.
+
+  Args:
+    stacked: where the same experts' weights lie in a stack, as `serve` takes it.
 
   Communication: the dispatch's, both ways.
   """
@@ -89,7 +93,7 @@ def moe(
     )
     ranking_tE = router.ranking(logits_tE, num_choices, limit, bias_E)
   weights = Weights(experts.gate_up[...], experts.down[...])
-  y_tD, plan = serve(weights, moe_config, routing, ranking_tE, x_tD)
+  y_tD, plan = serve(weights, moe_config, routing, ranking_tE, x_tD, stacked)
   # Statistics come last: no token waits for them.
   with jax.named_scope("dispatch"):
     assigned_E = router.assignments_per_expert(routing.experts_TK, logits_tE.shape[1])
@@ -126,6 +130,7 @@ def serve(
   routing: router.Routing,
   ranking_tE: jax.Array,
   x_tD: jax.Array,
+  stacked: Stacked | None = None,
 ) -> tuple[jax.Array, Plan]:
   """Returns `y_tD`, what the experts make of tokens that are routed already, and the plan.
 
@@ -133,6 +138,8 @@ def serve(
     weights: of this device's experts; only dispatch entries that serve take those in a stack.
     routing: differentiated by its weights.
     ranking_tE: by which experts that were not chosen are ranked; not differentiated.
+    stacked: where the same weights lie in a stack, not differentiated; of dispatch entries of
+      `READ_STACK`.
 
   Communication: the dispatch's, both ways, in each round.
   """
@@ -153,6 +160,7 @@ def serve(
     # Where a layer is cut into steps, barriers type all that passes them as different on all
     # devices; what comes later must not count on more.
     plan = jax.tree.map(residual, collectives.varying_like(plan, x_tD))
+    plan = plan._replace(stacked=stacked)
   one_round = functools.partial(_one_round, entry, setting)
   given = (x_tD, routing.weights_TK, weights)
   return rounds.run(one_round, given, plan, entry.most_rounds(setting)), plan

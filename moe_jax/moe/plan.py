@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.exchange import Exchange
+from moe_jax.moe.experts import Stacked
 
 
 class Setting(NamedTuple):
@@ -85,19 +86,22 @@ class Tally(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """The way of each of this device's T x K assignments, integers all.
+  """The way of each of this device's T x K assignments, integers all but for where weights lie.
 
   Attributes:
     expert_TK: the expert that serves the assignment; E, the number of experts, where none does.
     tally: of this device.
     num_rounds: how often rows are exchanged, the same on every device of `expert` and `tensor`.
     places: where the rows lie; read by the dispatch that made the plan and by nobody else.
+    stacked: where the experts' weights lie in their stack, floats; None where nothing reads them
+      there.
   """
 
   expert_TK: jax.Array
   tally: Tally
   num_rounds: jax.Array
   places: Any
+  stacked: Stacked | None = None
 
   @property
   def counts(self) -> Counts:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import rows
+from moe_jax.moe import order, rows
 from moe_jax.moe.router import assignments_per_expert
 
 
@@ -43,10 +43,7 @@ def make(key_TK: jax.Array, num_keys: int, num_queues: int) -> Queues:
     key_TK: from 0 to num_keys - 1, as many keys a queue, those of the first queue first; num_keys
       waits in none. int32.
   """
-  number_A = jnp.arange(key_TK.size, dtype=jnp.int32)
-  _, order_A = jax.lax.sort((key_TK.reshape(-1), number_A), num_keys=1)
-  # Sorting by the assignment number undoes the first sort; a scatter would run row by row on CPU.
-  _, place_A = jax.lax.sort((order_A, number_A), num_keys=1)
+  order_A, place_A = order.by_key(key_TK.reshape(-1))
   sizes_Qe = assignments_per_expert(key_TK, num_keys).reshape(num_queues, -1)
   length_Q = sizes_Qe.sum(1, dtype=jnp.int32)
   first_Q = jnp.cumsum(length_Q, dtype=jnp.int32) - length_Q

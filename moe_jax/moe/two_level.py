@@ -143,8 +143,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
 
 def compute(weights: Weights, plan: Plan, arrived: _Arrived) -> _Computed:
   """Returns this tensor rank's partial sums, and what it takes to bring them home."""
-  del plan
-  rows_RD = grouped.grouped_swiglu(weights, arrived.rows_RD, arrived.groups)
+  rows_RD = grouped.grouped_swiglu(weights, arrived.rows_RD, arrived.groups, plan.stacked)
   return _Computed(rows_RD, arrived.passed_on)
 
 

@@ -113,6 +113,15 @@ def zero_spec(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Par
   return PartitionSpec(*entries)
 
 
+def with_axes_of_one(partition: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+  """Returns `partition` of an array with dimensions, with the mesh axes of one device named too:
+  nothing lies elsewhere for it, and a sum over them, which XLA:CPU copies, is none.
+  """
+  alone = tuple(name for name in replicated_axes(partition) if mesh.shape[name] == 1)
+  first, *others = partition or (None,)
+  return PartitionSpec(_entry((*_names(first), *alone)), *others)
+
+
 def _names(entry) -> tuple[str, ...]:
   if entry is None:
     return ()

@@ -33,6 +33,7 @@ def evaluate(
 
   def layer(layers, index, shared, x, inputs, loss, statistics, runs):
     inputs, micro = inputs
+    inputs = functions.inputs_of(inputs, layers, index)
     y, new, report = functions.layer(buffers.at(layers, index), shared, x, inputs)
     return y, buffers.put_packed(statistics, (micro, index), new, runs), report
 

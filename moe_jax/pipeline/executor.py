@@ -107,6 +107,8 @@ class _Executor:
   """The pieces of a tick; holds what every tick shares."""
 
   def __init__(self, functions, table, weights, shared, inputs, save, gradient_dtype, summed=None):
+    if not isinstance(weights, Whole):
+      functions = functions._replace(with_stack=None)  # there is none, or not yet
     given, self.table = functions, table
     self.functions = functions = paired.of_pairs(given) if given.halves else given
     self.outside = shared if isinstance(shared, Outside) else None
@@ -123,6 +125,7 @@ class _Executor:
       steps = cut(functions.layer, of_layer, inside=functions.inside)
     layers_per_chunk = jax.tree.leaves(weights.layers)[0].shape[0] // table.num_chunks
     self.layers = Layers(
+      functions,
       SAVE[save](steps, of_layer),
       weights,
       (),  # known when it is known what its messages bring besides

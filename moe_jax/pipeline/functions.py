@@ -50,6 +50,8 @@ class Functions(NamedTuple):
       device has of the embedding's; `gx` counts on stage 0 alone. It may write where the sums lie.
     halves: how a layer works a micro-batch as two halves; None where it works it as a whole.
     inside: mesh axes along which all devices share a host.
+    with_stack: (inputs, weights of all layers of the stage, a layer's number) -> what the layer
+      takes for inputs, where it reads weights in their stack too; None where it does not.
   """
 
   embed: Callable[[Tree, Tree], Tree]
@@ -59,6 +61,17 @@ class Functions(NamedTuple):
   add_embed_gradient: Callable[[Tree, Tree, Tree, Tree], Tree]
   halves: Halves | None = None
   inside: tuple[str, ...] = (TENSOR,)
+  with_stack: Callable[[Tree, Tree, jax.Array], Tree] | None = None
+
+  def inputs_of(self, inputs: Tree, layers: Tree, number: jax.Array | int) -> Tree:
+    """Returns what a layer takes for inputs.
+
+    Args:
+      inputs: of the micro-batch.
+      layers: weights of all layers of the stage.
+      number: of the layer.
+    """
+    return inputs if self.with_stack is None else self.with_stack(inputs, layers, number)
 
 
 class Result(NamedTuple):
@@ -99,6 +112,7 @@ def example(functions: Functions, weights: Any, shared: Callable[[], Tree], inpu
   """
   embed = lambda: functions.embed(shared(), buffers.at(inputs, 0))
   x = jax.eval_shape(lambda: collectives.varying(embed()))
-  of_layer = lambda: (weights.layer(0), shared(), collectives.varying(buffers.at(inputs, 0)))
+  first = lambda: functions.inputs_of(buffers.at(inputs, 0), weights.layers, 0)
+  of_layer = lambda: (weights.layer(0), shared(), collectives.varying(first()))
   weights, shared, inputs = jax.eval_shape(of_layer)
   return weights, shared, x, inputs

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.parallel import collectives
 from moe_jax.pipeline import buffers
+from moe_jax.pipeline.functions import Functions
 from moe_jax.pipeline.reduction import Reduction
 from moe_jax.pipeline.saving import SavedLayer
 from moe_jax.pipeline.weights import Arriving, Coming, Streamed, Whole
@@ -106,6 +107,7 @@ class Layers(NamedTuple):
   """What all layers of this stage share.
 
   Attributes:
+    functions: of the model.
     steps: of a layer, with what they save.
     weights: of all of them.
     shared: parameters outside the layers.
@@ -115,6 +117,7 @@ class Layers(NamedTuple):
     reduction: what sums gradients over ranks.
   """
 
+  functions: Functions
   steps: SavedLayer
   weights: Whole | Streamed
   shared: Tree
@@ -133,13 +136,14 @@ class ForwardLayer:
     # first product waits for all of them. Of halves with the one that is ahead.
     self.carry, number = with_part(x, 0, unit.first + l)
     self.weights, self.ring, self.coming = stage.weights.take(number, l, unit.coming, ring)
+    self.inputs = stage.functions.inputs_of(unit.inputs, stage.weights.layers, number)
     self.kept: list[list[jax.Array]] = []
     self.num_written = 0
 
   def run(self) -> None:
     """Runs the next step."""
     step = self.stage.steps.forward[len(self.kept)]
-    self.carry, kept = step(self.weights, self.stage.shared, self.carry, self.unit.inputs)
+    self.carry, kept = step(self.weights, self.stage.shared, self.carry, self.inputs)
     self.kept.append(kept)
 
   @property
@@ -194,7 +198,8 @@ class BackwardLayer:
     gy, number = with_part(gy, -1, self.number)  # as of a forward layer; the second half is ahead
     self.weights, self.ring, shares = stage.weights.take(number, place, unit.coming, ring)
     self.coming = (shares, leaving)
-    self.restored = stage.steps.restore(self.weights, stage.shared, unit.inputs, saved)
+    self.inputs = stage.functions.inputs_of(unit.inputs, stage.weights.layers, number)
+    self.restored = stage.steps.restore(self.weights, stage.shared, self.inputs, saved)
     self.gy_tree = jax.tree.structure(gy)
     of_layer = buffers.at(unit.g_statistics, stage.num_layers - 1 - place)
     g_statistics = buffers.unpacked(of_layer, stage.statistics)
@@ -205,7 +210,7 @@ class BackwardLayer:
     """Runs the next step."""
     step = self.stage.steps.backward[-1 - len(self.of_parameters)]
     of_parameters, self.gradients = step(
-      self.weights, self.stage.shared, self.unit.inputs, self.restored, self.gradients
+      self.weights, self.stage.shared, self.inputs, self.restored, self.gradients
     )
     self.of_parameters.append(of_parameters)
 

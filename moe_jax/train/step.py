@@ -118,8 +118,9 @@ def loss_and_gradients(settings: config.Config, mesh: Mesh) -> Callable:
     return losses, gradients, jnp.sqrt(squares)
 
   in_specs = (streaming.specs(settings, mesh), inputs_spec())
+  out_gradients = jax.tree.map(lambda s: sharding.with_axes_of_one(s, mesh), gradient_specs)
   return jax.shard_map(
-    region, mesh=mesh, in_specs=in_specs, out_specs=(_losses_spec(), gradient_specs, P())
+    region, mesh=mesh, in_specs=in_specs, out_specs=(_losses_spec(), out_gradients, P())
   )
 
 
@@ -250,7 +251,8 @@ def _reduce(
 
   def over_the_rest(gradient, spec, shape):
     taken = sharding.shares(spec, shape.shape, mesh).axes
-    axes = tuple(name for name in sharding.replicated_axes(spec) if name not in taken)
+    alike = sharding.replicated_axes(spec)
+    axes = tuple(name for name in alike if name not in taken and mesh.shape[name] > 1)
     gradient = jax.lax.psum(gradient, axes) if axes else gradient
     return gradient.astype(jnp.float32)
 

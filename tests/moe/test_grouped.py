@@ -110,6 +110,24 @@ def test_weights_in_a_stack_are_those_of_their_layer(width, num_hidden, kernels)
   check(jax.jit(run)(stacked), jax.jit(run)(weights))
 
 
+@pytest.mark.parametrize("name", ["many blocks at once, and some", "an empty source"])
+def test_gradients_are_of_weights_that_are_read_in_their_stack(name):
+  """The weights beside it are NaN: the loop over experts reads the stack alone."""
+  sizes_Se, num_source_rows, weights, rows_RD, cotangent_RD, _ = case(name)
+  groups = grouped.groups(sizes_Se, num_source_rows)
+  nans = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), weights)
+  stack = jax.tree.map(lambda w, nan: jnp.stack([nan, nan, w]), weights, nans)
+
+  def run(weights, rows_RD, stacked):
+    call = lambda *given: grouped.grouped_swiglu(*given, groups, stacked)
+    y_RD, vjp = jax.vjp(call, weights, rows_RD)
+    return y_RD, *vjp(cotangent_RD)
+
+  found = jax.jit(run)(nans, rows_RD, Stacked(stack, jnp.int32(2)))
+  expected = jax.jit(run)(weights, rows_RD, None)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_bfloat16_gradients_of_weights_are_summed_in_float32():
   """Blocks are summed before they are rounded: the error is that of one rounding."""
   sizes_Se, num_source_rows, weights, rows_RD, cotangent_RD, _ = case("one expert, many blocks")

@@ -43,6 +43,23 @@ def test_the_order_is_by_falling_weight_and_equal_ones_stay_in_order(way, expert
   np.testing.assert_array_equal(found_GCg, expected_GCg)
 
 
+@pytest.mark.parametrize("way", [order._sorted_by_key, order._compared_by_key])
+@hypothesis.given(EXPERTS)
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_the_order_by_key_is_numpys_stable_one(way, key_A):
+  order_A, place_A = way(jnp.asarray(key_A))
+  expected_A = np.argsort(key_A, kind="stable")
+  np.testing.assert_array_equal(order_A, expected_A)
+  np.testing.assert_array_equal(np.asarray(place_A)[expected_A], np.arange(key_A.size))
+
+
+@pytest.mark.parametrize("way", [order._sorted_inverse, order._scattered])
+@pytest.mark.parametrize("size", [1, 17, 40])
+def test_the_inverse_says_who_has_each_place(way, size):
+  place_A = np.random.default_rng(0).permutation(size).astype(np.int32)
+  np.testing.assert_array_equal(way(jnp.asarray(place_A)), np.argsort(place_A))
+
+
 @pytest.mark.parametrize("size, compared", [(order._MOST_COMPARED, True), (10_000, False)])
 def test_only_few_are_compared_each_with_each(size, compared):
   ways = order._on_platform(size, "compared", "by sorting")

@@ -95,6 +95,20 @@ def test_shares_are_of_copies_too(spec, shape, shares, expected):
   jax.sharding.NamedSharding(mesh, expected).shard_shape(shape)
 
 
+@pytest.mark.parametrize(
+  ("spec", "expected"),
+  [
+    (P(), P((DATA, TENSOR))),
+    (P(None, TENSOR), P(DATA, TENSOR)),
+    (P(STAGE, None), P((STAGE, DATA, TENSOR), None)),
+    (P(TENSOR, EXPERT), P((TENSOR, DATA), EXPERT)),
+  ],
+)
+def test_axes_of_one_device_may_be_named(spec, expected):
+  mesh = mesh_lib.make(config.Mesh(expert=2, stage=4))
+  assert sharding.with_axes_of_one(spec, mesh) == expected
+
+
 def test_parameters_lie_as_the_design_says():
   specs = transformer.specs(config.Model())
   layers, shared = specs.layers, specs.shared

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
 import types
 
 import pytest
@@ -16,16 +14,10 @@ from moe_jax.rehearse import lowering, memory, text
 from moe_jax.train import step as step_lib
 from tests import runs
 from tests.plan import executed
+from tests.rehearse.command import rehearse
 
 if not importlib.util.find_spec("jax_plugins"):
   pytest.skip("the rehearse extra is not installed", allow_module_level=True)
-
-
-def rehearse(root, *words, config="tiny"):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.rehearse", f"--config=configs/{config}.py", *words],
-    cwd=root, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
 
 
 # More work than tiny has, so that what formulas leave out is small beside it.
@@ -36,10 +28,10 @@ BIGGER = [
 
 
 @pytest.fixture(scope="module")
-def done(pytestconfig, tmp_path_factory):
+def done(tmp_path_factory):
   path = tmp_path_factory.mktemp("report") / "report.json"
   files = [f"--json={path}", f"--picture={path.with_name('tick.html')}"]
-  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *files, *BIGGER)
+  finished = rehearse("--pod=h100:2x4", *files, *BIGGER)
   assert finished.returncode == 0, finished.stderr
   trace = json.loads(path.with_name("tick.trace.json").read_text())
   return finished, json.loads(path.read_text()), path.with_name("tick.html").read_text(), trace
@@ -63,20 +55,20 @@ def test_the_report_has_the_documented_keys(done):
     assert set(row) == {"claim", "asked", "found", "holds", "how"}
 
 
-def on_pod(pytestconfig, tmp_path, config, *more):
+def on_pod(tmp_path, config, *more):
   """Returns the report of a config's train step, or of another one, on the reference's pod; by
   XLA's own guess, unless it is told otherwise.
   """
   path = tmp_path / "report.json"
   words = ["--pod=h100:16x4", "--symmetric_memory", "--once", f"--json={path}", *more]
-  finished = rehearse(pytestconfig.rootpath, *words, config=config)
+  finished = rehearse(*words, config=config)
   assert finished.returncode == 0, finished.stderr
   return json.loads(path.read_text())
 
 
 @pytest.mark.slow
-def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
-  found = on_pod(pytestconfig, tmp_path, "pod64")
+def test_the_reference_deployment_on_h100(tmp_path):
+  found = on_pod(tmp_path, "pod64")
   assert found["exposure"]["beside_kernels_fraction"] >= 0.95
   assert found["planned"]["exposure"]["hidden_of_hideable"] >= 0.64
   assert found["prediction"]["bubble_fraction"] <= 0.016
@@ -92,11 +84,11 @@ def test_the_reference_deployment_on_h100(pytestconfig, tmp_path):
 
 
 @pytest.mark.slow
-def test_copies_hide_what_they_send(pytestconfig, tmp_path):
+def test_copies_hide_what_they_send(tmp_path):
   """The reference's model and batch with experts inside hosts, no token dropped: what the plan asks
   of its chip, and of H100.
   """
-  found = on_pod(pytestconfig, tmp_path, "pod64_copies", "--noonce")
+  found = on_pod(tmp_path, "pod64_copies", "--noonce")
   for chip in (found, found["planned"]):
     assert chip["exposure"]["hidden_of_hideable"] >= 0.92
     assert chip["prediction"]["tokens_per_ms_per_gpu"] >= 100
@@ -111,8 +103,8 @@ def test_copies_hide_what_they_send(pytestconfig, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_a_copy_on_each_gpu_serves_without_waiting(pytestconfig, tmp_path, step):
-  found = on_pod(pytestconfig, tmp_path, "pod64_serve", f"--step={step}")
+def test_a_copy_on_each_gpu_serves_without_waiting(tmp_path, step):
+  found = on_pod(tmp_path, "pod64_serve", f"--step={step}")
   # Nothing but the counts of experts' loads is sent, beside the last products.
   assert [(r["kind"], r["axis"], r["count"]) for r in found["collectives"]] == [
     ("all-reduce", "data", 1)
@@ -126,11 +118,11 @@ def test_a_copy_on_each_gpu_serves_without_waiting(pytestconfig, tmp_path, step)
 
 
 @pytest.mark.slow
-def test_registered_memory_is_read_off_the_program(done, pytestconfig, tmp_path):
+def test_registered_memory_is_read_off_the_program(done, tmp_path):
   """The same collectives; those inside hosts that gather and sum may take less, and no others."""
   path = tmp_path / "report.json"
   words = ["--pod=h100:2x4", "--symmetric_memory", "--once", f"--json={path}", *BIGGER]
-  finished = rehearse(pytestconfig.rootpath, *words)
+  finished = rehearse(*words)
   assert finished.returncode == 0, finished.stderr
   assert "memory registered inside hosts" in finished.stdout
   _, plain, _, _ = done
@@ -163,10 +155,10 @@ def test_nothing_is_left_unread(done):
 
 
 @pytest.mark.slow
-def test_stealing_is_read_as_if_nothing_were_stolen(pytestconfig, tmp_path):
+def test_stealing_is_read_as_if_nothing_were_stolen(tmp_path):
   path = tmp_path / "report.json"
   words = ["--pod=h100:2x4", "--once", f"--json={path}", "--config.moe.dispatch=stealing"]
-  finished = rehearse(pytestconfig.rootpath, *words)
+  finished = rehearse(*words)
   assert finished.returncode == 0, finished.stderr
   found = json.loads(path.read_text())
   assert finished.stderr.count("compiled in") == 1 and set(found["schedule_s"]) == {"by_guess"}
@@ -235,7 +227,7 @@ def test_the_picture_and_the_trace_show_the_same_tick(done):
 
 
 @pytest.mark.slow
-def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
+def test_a_program_that_is_too_large_says_so_in_one_line():
   # A decode step has the fewest kernels to compile; its weights alone are too large.
   wide = [
     "--step=decode",
@@ -243,7 +235,7 @@ def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
     "--config.model.d_model=16384",
     "--config.model.expert_hidden=131072",
   ]
-  finished = rehearse(pytestconfig.rootpath, "--pod=h100:2x4", *wide)
+  finished = rehearse("--pod=h100:2x4", *wide)
   assert finished.returncode == 1
   assert "DOES NOT FIT" in finished.stdout
   last = finished.stderr.splitlines()[-1]
@@ -263,7 +255,7 @@ def test_a_program_that_is_too_large_says_so_in_one_line(pytestconfig):
     (["--pod=h100:2x4", "--once", "--profile=x"], "so that --profile has none; leave one out"),
   ],
 )
-def test_mistakes_end_in_one_line(pytestconfig, words, message):
-  finished = rehearse(pytestconfig.rootpath, *words)
+def test_mistakes_end_in_one_line(words, message):
+  finished = rehearse(*words)
   assert finished.returncode == 2 and finished.stdout == ""
   assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +9,7 @@ from moe_jax import config as config_lib
 from moe_jax.model import flash
 from moe_jax.plan import cost
 from moe_jax.rehearse import memory, text, workload
+from tests.rehearse.command import rehearse
 
 if not importlib.util.find_spec("jax_plugins"):
   pytest.skip("the rehearse extra is not installed", allow_module_level=True)
@@ -27,13 +26,10 @@ PROMPTS, SEQUENCES, GPUS = 2 * 2 * 4, 8 * 2 * 2, 8
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode"])
-def done(request, pytestconfig, tmp_path_factory):
+def done(request, tmp_path_factory):
   path = tmp_path_factory.mktemp(request.param) / "report.json"
   words = [f"--step={request.param}", "--pod=h100:2x4", "--once", f"--json={path}", *SIZES]
-  finished = subprocess.run(
-    [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", *words],
-    cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  finished = rehearse(*words)
   assert finished.returncode == 0, finished.stderr
   return request.param, finished.stdout, json.loads(path.read_text())
 
@@ -134,12 +130,8 @@ def test_what_does_not_fit_in_training_is_answered_by_what_keeps_less(save, said
   assert said in memory.advice(found, settings)
 
 
-def test_an_unknown_step_ends_in_one_line(pytestconfig):
-  finished = subprocess.run(
-    [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", "--pod=h100:2x4",
-     "--step=serve"],
-    cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=100,
-  )  # fmt: skip
+def test_an_unknown_step_ends_in_one_line():
+  finished = rehearse("--pod=h100:2x4", "--step=serve", timeout_s=100)
   assert finished.returncode == 2 and finished.stdout == ""
   (line,) = finished.stderr.splitlines()
   assert line == "error: --step=serve is not one of train, prefill, decode"

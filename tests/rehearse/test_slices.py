@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -12,19 +10,13 @@ from moe_jax.plan.hardware import TPUS
 from moe_jax.rehearse import memory, pod, slices, text
 from moe_jax.train import step as step_lib
 from tests.plan import executed
+from tests.rehearse.command import rehearse
 
 needs_compiler = pytest.mark.skipif(
   not importlib.util.find_spec("libtpu"),
   reason="libtpu is not installed: pip install --no-deps 'libtpu==0.0.42.*' for jax 0.10.2",
 )
 SMALLEST = {"v5p": "2x2x1", "v5e": "2x2", "v6e": "2x2"}
-
-
-def rehearse(root, *words):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.rehearse", "--config=configs/tiny.py", *words],
-    cwd=root, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
 
 
 @pytest.mark.parametrize("chip", TPUS.values(), ids=TPUS)
@@ -81,7 +73,7 @@ def test_a_shape_that_no_slice_has_is_refused_in_one_line():
 
 
 @pytest.fixture(scope="module")
-def done(pytestconfig, tmp_path_factory):
+def done(tmp_path_factory):
   path = tmp_path_factory.mktemp("slice") / "report.json"
   # More work than tiny has, so that what formulas leave out is small beside it.
   bigger = [
@@ -90,7 +82,7 @@ def done(pytestconfig, tmp_path_factory):
   ]  # fmt: skip
   found = []
   for name in ("tpu:v5p:2x2x2", "h100:2x4"):
-    finished = rehearse(pytestconfig.rootpath, f"--pod={name}", f"--json={path}", *bigger)
+    finished = rehearse(f"--pod={name}", f"--json={path}", *bigger)
     assert finished.returncode == 0, finished.stderr
     found.append((finished.stdout, json.loads(path.read_text())))
   return found
@@ -158,7 +150,7 @@ def test_operations_are_those_of_the_formulas(done):
     ),
   ],
 )
-def test_mistakes_end_in_one_line(pytestconfig, words, message):
-  finished = rehearse(pytestconfig.rootpath, *words)
+def test_mistakes_end_in_one_line(words, message):
+  finished = rehearse(*words)
   assert finished.returncode == 2 and finished.stdout == ""
   assert message in finished.stderr.splitlines()[-1] and "Traceback" not in finished.stderr
