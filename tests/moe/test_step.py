@@ -16,6 +16,11 @@ CASES = {
   ),
   "dropless-4x2x1-exchanges": ((4, 2, 1), "dropless", {"save": "exchanges"}),
   "dropless-8x1x1-inputs": ((8, 1, 1), "dropless", {}),
+  # No rank shares weights with another: the loop over experts reads them in the stage's stack.
+  "dropless-1x2x2-interleaved-inputs": (
+    (1, 2, 2), "dropless", {"schedule": "interleaved", "chunks": 2},
+  ),
+  "dropless-1x1x1-residuals": ((1, 1, 1), "dropless", {"save": "residuals"}),
   "dense-2x2x2-gpipe-residuals": ((2, 2, 2), "dense", {"schedule": "gpipe", "save": "residuals"}),
 }  # fmt: skip
 
