@@ -16,7 +16,7 @@ from moe_jax import config
 from moe_jax.model import cross_entropy
 from moe_jax.model.attention import Attention, attend
 from moe_jax.model.layers import rms_norm
-from moe_jax.moe.dispatch import READ_STACK
+from moe_jax.moe.dispatch import READ_IN_STACK
 from moe_jax.moe.experts import Stacked, Weights
 from moe_jax.moe.layer import Experts, Report, Router, auxiliary_loss, moe
 from moe_jax.moe.router import Statistics, joined
@@ -283,8 +283,8 @@ def _functions(settings: config.Config, head: Callable) -> Functions:
     weights = nnx.merge(definition, weights)
     return run_layer(weights, model, settings.moe, x_bsD, inputs, stacked)
 
-  # Halves would be split with the inputs.
-  reads_stack = settings.moe.dispatch in READ_STACK and not settings.pipeline.halves
+  # With two halves the stack would be split as inputs are.
+  reads_stack = settings.moe.dispatch in READ_IN_STACK and not settings.pipeline.halves
 
   def auxiliary(statistics):
     loss, losses = auxiliary_loss(settings.moe, statistics)

@@ -38,8 +38,8 @@ class Dispatch(NamedTuple):
   back: Callable[[Setting, Any, jax.Array, Plan, jax.Array | int], jax.Array]
 
 
-# Those whose experts are read where they lie in a stack, if it is given beside a layer's weights.
-READ_STACK = ("dropless", "ragged", "two_level")
+# Entries that read experts where they lie in the stack of layers, if it is given beside a layer's.
+READ_IN_STACK = ("dropless", "ragged", "two_level")
 
 
 def _of(module) -> Dispatch:

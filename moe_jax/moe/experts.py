@@ -24,6 +24,15 @@ class Weights(NamedTuple):
   gate_up_eD2f: jax.Array
   down_efD: jax.Array
 
+  @property
+  def num_experts(self) -> int:
+    return self.down_efD.shape[-3]
+
+  @property
+  def num_hidden(self) -> int:
+    """f."""
+    return self.down_efD.shape[-2]
+
 
 class Stacked(NamedTuple):
   """Weights of one layer where they lie: kernels read them there, what else there is cuts them out.
@@ -38,7 +47,12 @@ class Stacked(NamedTuple):
 
   @property
   def num_experts(self) -> int:
-    return self.stack.down_efD.shape[1]
+    return self.stack.num_experts
+
+  @property
+  def num_hidden(self) -> int:
+    """f."""
+    return self.stack.num_hidden
 
   def cut(self) -> Weights:
     """Returns the layer's weights."""

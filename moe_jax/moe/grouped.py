@@ -121,79 +121,75 @@ def grouped_swiglu(
     weights: of this device's experts; those in a stack are not differentiated.
     rows_RD: as they arrived.
     groups: whose they are.
-    stacked: where the same weights lie in their stack: the loop over experts cuts each out of it,
-      where cutting out the layer first would copy all twice. Not differentiated.
+    stacked: where the same weights lie in their stack, not differentiated: they are read there,
+      where cutting out the layer first would copy all once more.
 
   Source: GLU Variants Improve Transformer (arXiv:2002.05202), equation 6.
   """
   weights = varying_like(weights, rows_RD)
   if isinstance(weights, Stacked):
-    return _values(weights, rows_RD, groups, None)
+    return _values(weights, rows_RD, groups)
   return _grouped_swiglu(weights, rows_RD, groups, stacked)
 
 
-def _values(weights, rows_RD, groups, stacked):
+def _values(weights, rows_RD, groups):
   values = lambda *given: _kernels_forward(*given)[0]
-  return jax.lax.platform_dependent(
-    weights, rows_RD, groups, stacked, cuda=values, default=_blocks_values
-  )
+  return jax.lax.platform_dependent(weights, rows_RD, groups, cuda=values, default=_blocks_values)
 
 
-_grouped_swiglu = jax.custom_vjp(_values)
+@jax.custom_vjp
+def _grouped_swiglu(weights, rows_RD, groups, stacked):
+  return _values(stacked or weights, rows_RD, groups)
 
 
-def forward(weights: Weights, rows_RD: jax.Array, groups: Groups, stacked: Stacked | None = None):
+def forward(weights: Weights | Stacked, rows_RD: jax.Array, groups: Groups):
   """Returns (`rows_RD`, gate_up_NJ2f): the sums, and of the blocks what `backward` takes.
 
   Args:
     groups: of these experts; there may be more, which have no rows.
   """
-  given = (weights, rows_RD, _of(weights, groups), stacked)
-  return jax.lax.platform_dependent(*given, cuda=_kernels_forward, default=_blocks_forward)
+  return jax.lax.platform_dependent(
+    weights, rows_RD, _of(weights, groups), cuda=_kernels_forward, default=_blocks_forward
+  )
 
 
-def backward(
-  weights: Weights, rows_RD, groups: Groups, gate_up_NJ2f, gradient_RD,
-  stacked: Stacked | None = None,
-):  # fmt: skip
+def backward(weights: Weights | Stacked, rows_RD, groups: Groups, gate_up_NJ2f, gradient_RD):
   """Returns the gradients of weights, float32, and of rows; arguments as of `forward` and as it
   returned them.
   """
-  given = (weights, rows_RD, _of(weights, groups), gate_up_NJ2f, gradient_RD, stacked)
-  return jax.lax.platform_dependent(*given, cuda=_kernels_backward, default=_blocks_backward)
+  return jax.lax.platform_dependent(
+    weights, rows_RD, _of(weights, groups), gate_up_NJ2f, gradient_RD,
+    cuda=_kernels_backward, default=_blocks_backward,
+  )  # fmt: skip
 
 
-def _of(weights: Weights, groups: Groups) -> Groups:
+def _of(weights: Weights | Stacked, groups: Groups) -> Groups:
   """Returns the groups without the experts that follow those whose weights there are."""
-  e = len(weights.down_efD)
+  e = weights.num_experts
   return groups._replace(first_e=groups.first_e[:e], blocks_e=groups.blocks_e[:e])
 
 
 def _forward(weights, rows_RD, groups, stacked):
-  y_RD, gate_up_NJ2f = forward(weights, rows_RD, groups, stacked)
+  y_RD, gate_up_NJ2f = forward(stacked or weights, rows_RD, groups)
   return y_RD, (weights, rows_RD, groups, residual(gate_up_NJ2f), stacked)
 
 
 def _backward(saved, gradient_RD):
-  *given, stacked = saved
-  dweights, dx_RD = backward(*given, gradient_RD, stacked)
-  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, saved[0]), dx_RD, None, None
+  weights, rows_RD, groups, gate_up_NJ2f, stacked = saved
+  dweights, dx_RD = backward(stacked or weights, rows_RD, groups, gate_up_NJ2f, gradient_RD)
+  return jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), dx_RD, None, None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)
 
 
-def _kernels_forward(weights, rows_RD, groups, stacked=None, interpret=False):
-  del stacked
+def _kernels_forward(weights, rows_RD, groups, interpret=False):
   return grouped_kernels.forward(
     weights, rows_RD, groups.row_NJ, *_blocks(groups), interpret=interpret
   )
 
 
-def _kernels_backward(
-  weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, stacked=None, interpret=False
-):
-  del stacked
+def _kernels_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, interpret=False):
   return grouped_kernels.backward(
     weights, rows_RD, groups.row_NJ, *_blocks(groups), gate_up_NJ2f, gradient_RD,
     interpret=interpret,
@@ -210,17 +206,17 @@ def _blocks(groups):
   return jnp.minimum(expert_N, last_e.size - 1), jnp.stack([groups.first_e[0], last_e[-1]])
 
 
-def _blocks_values(weights, rows_RD, groups, stacked):
+def _blocks_values(weights, rows_RD, groups):
   def step(blocks, y_NJD, one: Weights):
     # Rows make way for what the expert makes of them: one buffer for both.
     gate_Jf, up_Jf = _halves(blocks.read(y_NJD) @ joined(one.gate_up_eD2f))
     return blocks.put(y_NJD, (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD), ()
 
-  y_NJD, _ = _loop(stacked or weights, groups, step, _placed(rows_RD, groups))
+  y_NJD, _ = _loop(weights, groups, step, _placed(rows_RD, groups))
   return _received(y_NJD, groups)
 
 
-def _blocks_forward(weights, rows_RD, groups, stacked=None):
+def _blocks_forward(weights, rows_RD, groups):
   def step(blocks, buffers, one: Weights):
     gate_up_NJg, y_NJD = buffers
     gate_up_Jg = blocks.read(y_NJD) @ joined(one.gate_up_eD2f)
@@ -228,14 +224,14 @@ def _blocks_forward(weights, rows_RD, groups, stacked=None):
     y_JD = (jax.nn.silu(gate_Jf) * up_Jf) @ one.down_efD
     return (blocks.put(gate_up_NJg, gate_up_Jg), blocks.put(y_NJD, y_JD)), ()
 
-  blocks, num_hidden = groups.row_NJ.shape, weights.down_efD.shape[1]
+  blocks, num_hidden = groups.row_NJ.shape, weights.num_hidden
   zeros_NJg = varying_like(jnp.zeros((*blocks, 2 * num_hidden), rows_RD.dtype), rows_RD)
   buffers = (zeros_NJg, _placed(rows_RD, groups))
-  (gate_up_NJg, y_NJD), _ = _loop(stacked or weights, groups, step, buffers)
+  (gate_up_NJg, y_NJD), _ = _loop(weights, groups, step, buffers)
   return _received(y_NJD, groups), gate_up_NJg.reshape(*blocks, 2, num_hidden)
 
 
-def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, stacked=None):
+def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD):
   def nothing(one: Weights):
     return jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.float32), w), one)
 
@@ -252,8 +248,7 @@ def _blocks_backward(weights, rows_RD, groups, gate_up_NJ2f, gradient_RD, stacke
       of_gate_up, _outer(hidden_Jf, dy_JD)
     )
 
-  buffers = _placed(gradient_RD, groups)
-  dx_NJD, dweights = _loop(stacked or weights, groups, step, buffers, nothing)
+  dx_NJD, dweights = _loop(weights, groups, step, _placed(gradient_RD, groups), nothing)
   return dweights, _received(dx_NJD, groups)
 
 

@@ -139,7 +139,7 @@ def serve(
     routing: differentiated by its weights.
     ranking_tE: by which experts that were not chosen are ranked; not differentiated.
     stacked: where the same weights lie in a stack, not differentiated; of dispatch entries of
-      `READ_STACK`.
+      `READ_IN_STACK`.
 
   Communication: the dispatch's, both ways, in each round.
   """

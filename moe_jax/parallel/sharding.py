@@ -114,8 +114,8 @@ def zero_spec(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Par
 
 
 def with_axes_of_one(partition: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-  """Returns `partition` of an array with dimensions, with the mesh axes of one device named too:
-  nothing lies elsewhere for it, and a sum over them, which XLA:CPU copies, is none.
+  """Returns `partition`, of an array that has dimensions, with the mesh axes of one device named
+  too. The array lies as before, and needs no sum over them, for which XLA:CPU would copy it.
   """
   alone = tuple(name for name in replicated_axes(partition) if mesh.shape[name] == 1)
   first, *others = partition or (None,)
