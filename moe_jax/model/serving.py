@@ -139,10 +139,8 @@ def functions(settings: config.Config) -> Model:
     return y_bsD, cache, report
 
   def layer_of_tokens(layers, index, x_1cD, tokens: Tokens, cache: Cache, runs):
-    weights, experts = (
-      weights_of(layers, index, _ATTENTION + _ROUTER),
-      experts_in_stack(layers, index),
-    )
+    weights = weights_of(layers, index, _ATTENTION + _ROUTER)
+    experts = experts_in_stack(layers, index)
     attend = lambda h_1cD: _attend_tokens(weights, model, index, h_1cD, tokens, cache, runs)
     x_1cD, cache = _add_attention(weights, model, x_1cD, attend)
     is_real_1c = _my_share(tokens.is_active_b & runs)

@@ -56,16 +56,9 @@ def forward(weights: Weights | Stacked, x_RD, row_NJ, expert_N, used_2, *, inter
 
 
 def backward(
-  weights: Weights | Stacked,
-  x_RD,
-  row_NJ,
-  expert_N,
-  used_2,
-  gate_up_NJ2f,
-  dy_RD,
-  *,
+  weights: Weights | Stacked, x_RD, row_NJ, expert_N, used_2, gate_up_NJ2f, dy_RD, *,
   interpret=False,
-):
+):  # fmt: skip
   """Returns the gradients of the weights, float32, and of the rows, `dx_RD`.
 
   Args:

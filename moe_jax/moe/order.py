@@ -31,7 +31,7 @@ def inverse(place_A: jax.Array) -> jax.Array:
   Args:
     place_A: of each, all from 0 to A - 1 once, int32.
   """
-  return jax.lax.platform_dependent(place_A, cuda=_scattered, default=_sorted_inverse)
+  return _at_places(place_A, _numbers(place_A))
 
 
 def ranks(expert_A: jax.Array, weight_A: jax.Array, assigned_E: jax.Array) -> jax.Array:
@@ -82,15 +82,19 @@ def _compared_by_key(key_A):
   return inverse(place_A), place_A
 
 
-def _sorted_inverse(place_A):
+def _at_places(place_A, x_A):
+  """Returns what `x_A` holds of each assignment at the assignment's place."""
+  return jax.lax.platform_dependent(place_A, x_A, cuda=_scattered, default=_sorted)
+
+
+def _sorted(place_A, x_A):
   # A scatter would run row by row on CPU.
-  return jax.lax.sort((place_A, _numbers(place_A)), num_keys=1)[1]
+  return jax.lax.sort((place_A, x_A), num_keys=1)[1]
 
 
-def _scattered(place_A):
-  nothing_A = jnp.zeros_like(place_A)
-  at_places = nothing_A.at[place_A]
-  return at_places.set(_numbers(place_A), mode="promise_in_bounds", unique_indices=True)
+def _scattered(place_A, x_A):
+  nothing_A = jnp.zeros_like(x_A)
+  return nothing_A.at[place_A].set(x_A, mode="promise_in_bounds", unique_indices=True)
 
 
 def _numbers(x_A):
@@ -102,8 +106,7 @@ def _sorted_ranks(expert_A, weight_A, assigned_E):
   sorted_expert_A, _, order_A = jax.lax.sort((expert_A, -weight_A, number_A), num_keys=2)
   first_E = jnp.cumsum(assigned_E, dtype=jnp.int32) - assigned_E
   rank_A = number_A - first_E[jnp.minimum(sorted_expert_A, first_E.size - 1)]
-  # Sorting by the entry's number undoes the first sort; a scatter would run row by row on CPU.
-  return jax.lax.sort((order_A, rank_A), num_keys=1)[1]
+  return _at_places(order_A, rank_A)
 
 
 def _compared_ranks(expert_A, weight_A, assigned_E):
@@ -121,8 +124,7 @@ def _sorted_fillers(expert_A, rank_A, rows_E, *, num_rows, group_size):
   num_assignments = expert_A.size
   # An assignment without a row has expert E, so whatever its rank it comes last.
   key_A = jnp.where(expert_A < rows_E.size, expert_A * num_rows + rank_A, rows_E.size * num_rows)
-  number_A = _numbers(key_A)
-  _, order_A = jax.lax.sort((key_A, number_A), num_keys=1)
+  _, order_A = jax.lax.sort((key_A, _numbers(key_A)), num_keys=1)
   first_E = jnp.cumsum(rows_E, dtype=jnp.int32) - rows_E
   rank_C = jnp.arange(num_rows, dtype=jnp.int32)
   place_EC = jnp.minimum(first_E[:, None] + rank_C[None, :], num_assignments - 1)
