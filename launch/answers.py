@@ -18,10 +18,11 @@ from moe_jax.serve.service import Service, Stopped
 from moe_jax.serve.stop_text import StopText
 from moe_jax.serve.text import TextStream
 
+# Arguments and not exceptions: one that is raised keeps every frame that it came through.
 _BROKEN_OFF = {
-  requests_lib.DEADLINE: Wrong("the deadline passed", "deadline_s", 504, "deadline"),
-  requests_lib.CANCELLED: Wrong("the server is shutting down", None, 503, "stopped"),
-  requests_lib.FAILED: Wrong("the engine failed; the server's log says why", None, 500, "failed"),
+  requests_lib.DEADLINE: ("the deadline passed", "deadline_s", 504, "deadline"),
+  requests_lib.CANCELLED: ("the server is shutting down", None, 503, "stopped"),
+  requests_lib.FAILED: ("the engine failed; the server's log says why", None, 500, "failed"),
 }
 
 
@@ -77,10 +78,7 @@ class Answers:
     Raises:
       Wrong: one could never be served, or the service takes none now.
     """
-    count, most = len(self.asked.requests), self._service.queue
-    if count > most:
-      raise Wrong(f"{count} prompts in one request; send at most {most}", "prompt")
-    listeners = [functools.partial(self._hear, i) for i in range(count)]
+    listeners = [functools.partial(self._hear, i) for i in range(len(self.asked.requests))]
     try:
       self._ids = self._service.submit_all(self.asked.requests, listeners)
     except (ValueError, Overloaded, Stopped) as error:
@@ -105,7 +103,7 @@ class Answers:
       if index not in left:
         continue  # its text ended at a stop string, and this token was under way
       if event.ended in _BROKEN_OFF:
-        raise _BROKEN_OFF[event.ended]
+        raise Wrong(*_BROKEN_OFF[event.ended])
       text, finish = self._texts[index].add(event)
       if finish:
         left.remove(index)

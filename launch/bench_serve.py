@@ -50,14 +50,24 @@ def main(settings: config_lib.Config) -> None:
     if not loads:
       raise ValueError("--loads= is empty, and --plot draws over loads; choose one, such as 0.6")
     load_curve.check(pathlib.Path(_PLOT.value))
+  for name in (_JSON.value, _PLOT.value):
+    if name:
+      _check_writable(pathlib.Path(name))
   found = load_figures.measure(settings, mix, loads, _QUEUE.value)
   print(load_figures.to_text(found))
   if _JSON.value:
-    path = pathlib.Path(_JSON.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
   if _PLOT.value:
     load_curve.draw(found, pathlib.Path(_PLOT.value))
+
+
+def _check_writable(path: pathlib.Path) -> None:
+  """Makes a file's folder; OSError if the file could not be written after the measurement."""
+  is_new = not path.exists()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.open("a").close()
+  if is_new:
+    path.unlink()
 
 
 def _range(words: list[str], flag: str) -> tuple[int, int]:

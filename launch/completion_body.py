@@ -17,7 +17,6 @@ from moe_jax.serve.packing import Wish
 from moe_jax.serve.requests import Request
 
 MOST_STOPS = 4  # as OpenAI
-_LOWEST_TEMPERATURE = 1e-5  # below, logits over it leave float32
 
 _NEUTRAL = {
   "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0,
@@ -62,9 +61,14 @@ class Asked(NamedTuple):
 
 
 def parse(
-  body: bytes, tokenizer: Tokenizer, end_tokens: Sequence[int], model: str, deadline_s: float
+  body: bytes,
+  tokenizer: Tokenizer,
+  end_tokens: Sequence[int],
+  model: str,
+  deadline_s: float,
+  most_prompts: int,
 ) -> Asked:
-  """Returns what a body asks for; lengths and ids are left to the engine to check.
+  """Returns what a body asks for; lengths, ids and too low a temperature are the engine's to check.
 
   Args:
     body: JSON in UTF-8.
@@ -72,6 +76,7 @@ def parse(
     end_tokens: stop tokens beside those of the body.
     model: name of the one that is served.
     deadline_s: where the body names none.
+    most_prompts: that are taken at once.
 
   Raises:
     Wrong: says which field, what it has, and what it may have.
@@ -79,15 +84,16 @@ def parse(
   fields = _object(body)
   _check_names(fields)
   _check_model(fields, model)
-  options = _stream_options(fields)
+  stream = _boolean(fields, "stream")
+  include_usage = _include_usage(fields, stream)
   new_tokens = _number(fields, "max_tokens", 16, int, 1)
-  stop_tokens = [*end_tokens, *_stop_tokens(fields)]
+  stop_tokens = list(dict.fromkeys([*end_tokens, *_stop_tokens(fields)]))
   deadline_s = _number(fields, "deadline_s", deadline_s, float, 0)
   requests = [
     Request(prompt, new_tokens, _wish(fields), stop_tokens, deadline_s)
-    for prompt in _prompts(fields, tokenizer)
+    for prompt in _prompts(fields, tokenizer, most_prompts)
   ]
-  return Asked(requests, _stops(fields), _boolean(fields, "stream"), options)
+  return Asked(requests, _stops(fields), stream, include_usage)
 
 
 def _object(body: bytes) -> dict:
@@ -132,32 +138,26 @@ def _check_model(fields: dict, served: str) -> None:
 
 def _wish(fields: dict) -> Wish:
   """Returns how a prompt's tokens are chosen; without a seed by another one at each call."""
-  temperature = _number(fields, "temperature", 1.0, float, 0, 2)
-  if 0 < temperature < _LOWEST_TEMPERATURE:
-    raise Wrong(
-      f"temperature={temperature} is too low to divide by; send 0 for the most likely token, or"
-      f" from {_LOWEST_TEMPERATURE} to 2",
-      "temperature",
-    )
   return Wish(
-    temperature,
+    _number(fields, "temperature", 1.0, float, 0, 2),
     _number(fields, "top_k", 0, int, 0, 2**31 - 1),
     _number(fields, "top_p", 1.0, float, 0, 1),
     _number(fields, "seed", secrets.randbits(32), int, 0, 2**32 - 1),
   )
 
 
-def _prompts(fields: dict, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompts(fields: dict, tokenizer: Tokenizer, most: int) -> list[list[int]]:
   """Returns the token ids of each prompt: a text, texts, ids, or lists of ids."""
   prompt = fields.get("prompt")
   if isinstance(prompt, str):
     return [_encode(prompt, tokenizer)]
   if isinstance(prompt, list) and prompt:
-    if all(isinstance(each, str) for each in prompt):
-      return [_encode(each, tokenizer) for each in prompt]
-    if all(isinstance(each, list) for each in prompt):
-      return [_tokens(each, "prompt") for each in prompt]
-    return [_tokens(prompt, "prompt")]
+    are_texts = all(isinstance(each, str) for each in prompt)
+    if not are_texts and not all(isinstance(each, list) for each in prompt):
+      return [_tokens(prompt, "prompt")]
+    if len(prompt) > most:
+      raise Wrong(f"{len(prompt)} prompts in one request; send at most {most}", "prompt")
+    return [_encode(each, tokenizer) if are_texts else _tokens(each, "prompt") for each in prompt]
   raise Wrong(
     f"prompt={_shown(prompt)} is no prompt; send a text, a list of texts, a list of token ids or a"
     " list of those",
@@ -205,13 +205,18 @@ def _stops(fields: dict) -> list[str]:
   return stops
 
 
-def _stream_options(fields: dict) -> bool:
+def _include_usage(fields: dict, stream: bool) -> bool:
   options = fields.get("stream_options")
   if options is None:
     return False
   if not isinstance(options, dict) or set(options) - {"include_usage"}:
     raise Wrong(
       f'stream_options={_shown(options)} is not {{"include_usage": true or false}}; send that',
+      "stream_options",
+    )
+  if not stream:
+    raise Wrong(
+      f'stream_options={_shown(options)} is only for streams; send "stream": true, or leave it out',
       "stream_options",
     )
   return _boolean(options, "include_usage")
@@ -240,7 +245,10 @@ def _number(fields: dict, name: str, default, kind: type, least, most=math.inf):
 
 def _shown(value) -> str:
   """Returns the beginning of a value as JSON, fit for one line."""
-  text = json.dumps(value)
+  try:
+    text = json.dumps(value)
+  except RecursionError:
+    return "a value nested too deeply"
   return text if len(text) <= 40 else f"{text[:37]}..."
 
 

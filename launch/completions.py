@@ -74,6 +74,7 @@ async def _completions(served: Served, request: Request) -> Response:
       served.end_tokens,
       served.model,
       served.deadline_s,
+      served.service.queue,
     )
     answers = Answers(served, asked)
     answers.submit()

@@ -8,7 +8,6 @@ way to go, --from says. The run's folder is like one that launch.train has left 
 """
 
 import pathlib
-import shutil
 
 from absl import flags, logging
 
@@ -30,8 +29,13 @@ _DTYPE = flags.DEFINE_enum(
 _MESH = flags.DEFINE_string(
   "mesh", "1x1x1", "devices, expert x tensor x stage, or x data, that hold the model meanwhile"
 )
+_LARGEST_DEFAULT = 2048
 _SEQUENCE = flags.DEFINE_integer(
-  "sequence", 2048, "train.sequence of an imported run, its window of tokens", lower_bound=1
+  "sequence",
+  None,
+  "train.sequence of an imported run, its window of tokens; by default the model's"
+  f" max_position_embeddings, but at most {_LARGEST_DEFAULT}",
+  lower_bound=1,
 )
 _TOKENIZER = flags.DEFINE_enum(
   "tokenizer",
@@ -77,7 +81,7 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
     model=model,
     mesh=mesh_sizes,
     moe=config.Moe(dispatch="dropless"),  # as it was trained
-    train=config.Train(batch=mesh_sizes.sequence_shares, sequence=_SEQUENCE.value),
+    train=config.Train(batch=mesh_sizes.sequence_shares, sequence=_sequence(source)),
     data=config.Data(tokenizer=_TOKENIZER.value),
   )
   if _TOKENIZER.value == "imported" and not (source / FILE).is_file():
@@ -92,12 +96,6 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
   zero = np.int32(0)
   begin = lambda parameters: state.State(zero, parameters, optimizer.init(parameters), zero, zero)
   whole = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(parameters)
-  partial = workdir.with_name(f"{workdir.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  tokenizer.save(partial)
-  write_summary(partial / huggingface.CONFIG, config.as_dict(settings))
-  write_summary(partial / huggingface.GENERATION, {"eos_token_id": list(end_tokens)})
   train = settings.train
   meta = {
     "config": config.as_dict(settings),
@@ -108,13 +106,33 @@ def _import(source: pathlib.Path, workdir: pathlib.Path, mesh_sizes: config.Mesh
     },
     "train_seconds": 0.0,
   }  # fmt: skip
-  checkpoints = checkpoint.Checkpoints(partial / "checkpoints", keep=1, report=print)
-  try:
-    checkpoints.save(0, state.by_name(whole), meta)
-  finally:
-    checkpoints.close()
-  partial.rename(workdir)
+  with huggingface.new_folder(workdir) as partial:
+    tokenizer.save(partial)
+    write_summary(partial / huggingface.CONFIG, config.as_dict(settings))
+    write_summary(partial / huggingface.GENERATION, {"eos_token_id": list(end_tokens)})
+    checkpoints = checkpoint.Checkpoints(partial / "checkpoints", keep=1, report=print)
+    try:
+      checkpoints.save(0, state.by_name(whole), meta)
+    finally:
+      checkpoints.close()
   print(f"imported {_size(whole.parameters)} from {source} to {workdir}, checkpoint 0")
+
+
+def _sequence(source: pathlib.Path) -> int:
+  """Returns the window of an imported run; ValueError if its model was trained for less."""
+  from moe_jax.interop import config_json, huggingface
+
+  fields = huggingface.read_fields(source)
+  most = config_json.num_positions_of(fields, _LARGEST_DEFAULT)
+  if _SEQUENCE.value is None:
+    return min(most, _LARGEST_DEFAULT)
+  if _SEQUENCE.value > most:
+    raise ValueError(
+      f"--sequence={_SEQUENCE.value} is past what the model was trained for,"
+      f" max_position_embeddings={most} of {source / huggingface.CONFIG} ({_LARGEST_DEFAULT} where"
+      f" it has none); choose at most {most}"
+    )
+  return _SEQUENCE.value
 
 
 def _export(workdir: pathlib.Path, target: pathlib.Path, mesh_sizes: config.Mesh) -> None:

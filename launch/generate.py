@@ -73,8 +73,8 @@ def main() -> None:
   parameters = generate.programs.parameters(model.parameters)
   wish = Wish(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
   text = TextStream(model.tokenizer, prompt)
-  _show(_PROMPT.value)
   steps = generate.stream(parameters, [prompt], new_tokens=new_tokens, wishes=wish)
+  _show(_PROMPT.value)
   tokens = (token for step in steps for _, token in step)
   for token in itertools.takewhile(lambda token: token not in model.end_tokens, tokens):
     _show(text.add(token))

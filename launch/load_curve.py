@@ -3,6 +3,7 @@
 Must not know how it was measured.
 """
 
+import math
 import pathlib
 
 from matplotlib.figure import Figure
@@ -37,7 +38,8 @@ def draw(found: dict, path: pathlib.Path) -> None:
   panels = figure.subplots(1, 3)
   for panel, (name, label) in zip(panels[:2], _PANELS, strict=True):
     for share in rows[0][name]:
-      panel.plot(offered, [row[name][share] * 1e3 for row in rows], marker="o", label=share)
+      times = [math.nan if row[name][share] is None else row[name][share] * 1e3 for row in rows]
+      panel.plot(offered, times, marker="o", label=share)
     panel.set_ylabel(label)
     panel.set_yscale("log")
     panel.legend()

@@ -74,7 +74,7 @@ def to_text(found: dict) -> str:
   at_once = {"load": None, "offered_per_s": None, **found["capacity"]}
   for row in [at_once, *found["loads"]]:
     times = [
-      f"{seconds * 1e3:.1f}"
+      "-" if seconds is None else f"{seconds * 1e3:.1f}"
       for name in ("time_to_first_token_s", "time_per_token_s")
       for seconds in row[name].values()
     ]

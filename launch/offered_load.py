@@ -3,6 +3,7 @@
 Knows the engine; must not know flags or files.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -75,5 +76,10 @@ def play(engine: Engine, given: Sequence[Request], arrivals_s: Sequence[float]) 
     "padding_tokens": after.padding_tokens - before.padding_tokens,
     "tokens_per_ms": (prompt_tokens + new_tokens) / seconds / 1e3,
     "new_tokens_per_ms": new_tokens / seconds / 1e3,
-    **latency.summary(timings),
+    **{name: _or_none(found) for name, found in latency.summary(timings).items()},
   }
+
+
+def _or_none(percentiles: dict[str, float]) -> dict[str, float | None]:
+  """Returns percentiles with None in place of NaN, which JSON does not have."""
+  return {share: None if math.isnan(value) else value for share, value in percentiles.items()}

@@ -18,6 +18,7 @@ import pathlib
 import signal
 import socket
 import sys
+import threading
 
 from absl import flags, logging
 
@@ -70,7 +71,7 @@ def main() -> int:
   logging.set_verbosity(logging.FATAL)
   _check_installed()
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
-  settings = _settings(workdir)
+  settings, deadline_s = _settings(workdir), _deadline_s()
   listening = _bind()  # a port that is taken is known before the model is loaded
   # Here and not above: a mistyped flag is answered before jax is imported.
   from moe_jax.serve.engine import Engine
@@ -79,7 +80,8 @@ def main() -> int:
   model = trained.load(workdir, settings)
   programs = Programs(settings, model.mesh)
   engine = Engine(settings, programs, programs.parameters(model.parameters), queue=_QUEUE.value)
-  return _answer(listening, engine, model, _NAME.value or workdir.resolve().name)
+  name = _NAME.value or workdir.resolve().name
+  return _answer(listening, engine, model, name, deadline_s)
 
 
 def _check_installed() -> None:
@@ -113,6 +115,15 @@ def _settings(workdir: pathlib.Path) -> config.Config:
   return dataclasses.replace(settings, serve=dataclasses.replace(serve, max_tokens=tokens))
 
 
+def _deadline_s() -> float:
+  """Returns the deadline of requests that name none."""
+  if not math.isfinite(_DEADLINE_S.value):
+    raise ValueError(
+      f"--deadline_s={_DEADLINE_S.value} is no number of seconds; choose such as 60, or 0 for never"
+    )
+  return _DEADLINE_S.value or math.inf
+
+
 def _bind() -> socket.socket:
   """Returns a socket that has its port and does not listen yet."""
   try:
@@ -134,7 +145,9 @@ def _bind() -> socket.socket:
   return found
 
 
-def _answer(listening: socket.socket, engine, model: trained.Trained, name: str) -> int:
+def _answer(
+  listening: socket.socket, engine, model: trained.Trained, name: str, deadline_s: float
+) -> int:
   """Answers until a signal comes or the engine fails; returns the exit code."""
   import asyncio
 
@@ -144,11 +157,12 @@ def _answer(listening: socket.socket, engine, model: trained.Trained, name: str)
   from moe_jax.serve.service import Service
 
   host, port = listening.getsockname()[:2]
-  deadline_s = _DEADLINE_S.value or math.inf
+  is_terminated = threading.Event()
 
   class Server(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
       await super().startup(sockets)
+      self.should_exit |= is_terminated.is_set()
       shown = f"[{host}]" if ":" in host else host
       print(f"serving {name} at http://{shown}:{port}", flush=True)
 
@@ -168,7 +182,7 @@ def _answer(listening: socket.socket, engine, model: trained.Trained, name: str)
       raise service.failure
 
   # uvicorn hears signals while it serves, and passes them on when it has ended.
-  signal.signal(signal.SIGTERM, lambda *_: None)
+  signal.signal(signal.SIGTERM, lambda *_: is_terminated.set())
   asyncio.run(answer())
   return 0
 

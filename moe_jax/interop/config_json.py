@@ -83,6 +83,24 @@ def end_tokens_of(fields: Mapping, vocab: int) -> tuple[int, ...]:
   return tuple(found)
 
 
+def num_positions_of(fields: Mapping, default: int) -> int:
+  """Returns how many positions a model was trained for; the default where the fields do not say.
+
+  Args:
+    fields: of config.json.
+
+  Raises:
+    ValueError: what they say is no number of positions.
+  """
+  found = fields.get("max_position_embeddings", default)
+  if type(found) is not int or found < 1:
+    raise ValueError(
+      f"config.json: max_position_embeddings={found!r} is not a whole number above 0; correct it,"
+      " or leave it out"
+    )
+  return found
+
+
 def fields_of(
   model: config.Model, dtype: str, num_positions: int, end_tokens: Sequence[int] = ()
 ) -> dict:
@@ -159,7 +177,7 @@ def _without_aliases(fields: Mapping, architecture: Architecture) -> dict:
   for name, value in fields.items():
     alias = _ALIASES.get(name)
     canonical = alias if alias in architecture.fields and name not in architecture.fields else name
-    if known.get(canonical, value) != value:
+    if canonical in known and known[canonical] != value:
       raise ValueError(
         f"config.json has {canonical}={known[canonical]!r} and {name}={value!r}; leave out one"
       )

@@ -5,10 +5,11 @@ parts of one tensor at a time, whatever the model's size; every tensor of the fo
 and every parameter must be there. Knows parameters, names and files; must not know training.
 """
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -134,20 +135,18 @@ def save(
     parameters: on any mesh of this process.
     model: of the parameters.
     order: the layer at each place along L, [L].
-    tokenizer: goes to tokenizer.json.
+    tokenizer: goes to tokenizer.json and tokenizer_config.json.
     num_positions: what config.json says the model was trained for.
     end_tokens: what config.json says ends a text.
     dtype: of the tensors, float32 or bfloat16.
     largest_file_bytes: of one safetensors file, but for a tensor that is larger.
 
   Raises:
-    ValueError: the folder exists, no architecture of Hugging Face's computes the model, or the
-      parameters lie on other processes' devices too.
+    ValueError: the folder exists or is being written, no architecture of Hugging Face's computes
+      the model, or the parameters lie on other processes' devices too.
     OSError: a file cannot be written.
   """
   folder = Path(folder)
-  if folder.exists():
-    raise ValueError(f"{folder} exists already; name a new folder")
   fields = config_json.fields_of(model, dtype, num_positions, end_tokens)
   leaves = _leaves(parameters)
   remote = [path for path, leaf in leaves.items() if not leaf.is_fully_addressable]
@@ -158,17 +157,40 @@ def save(
     name: Tensor(shape, _COMPUTE[dtype])
     for name, shape in sorted(_expected(weights, leaves).items())
   }
+  with new_folder(folder) as partial:
+    text = json.dumps(fields, indent=2) + "\n"
+    (partial / CONFIG).write_text(text, encoding="utf-8")
+    tokenizer.export(partial)
+    writer = Writer(partial, tensors, largest_file_bytes)
+    for weight in weights:
+      _take(writer.arrays, weight, leaves[weight.path], order, DTYPES[_COMPUTE[dtype]])
+    writer.close()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+  """Yields an empty folder beside `folder`; it becomes that one, or on any error is removed.
+
+  Raises:
+    ValueError: `folder` exists, or the one beside it, which may be another process's.
+    OSError: it cannot be made or renamed.
+  """
   partial = folder.with_name(f"{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  text = json.dumps(fields, indent=2) + "\n"
-  (partial / CONFIG).write_text(text, encoding="utf-8")
-  tokenizer.export(partial)
-  writer = Writer(partial, tensors, largest_file_bytes)
-  for weight in weights:
-    _take(writer.arrays, weight, leaves[weight.path], order, DTYPES[_COMPUTE[dtype]])
-  writer.close()
-  partial.rename(folder)
+  try:
+    partial.mkdir(parents=True)
+  except FileExistsError as error:
+    raise ValueError(
+      f"{partial} exists already: another process writes {folder}, or was killed meanwhile; wait"
+      " for it, or remove that folder"
+    ) from error
+  try:
+    if folder.exists():
+      raise ValueError(f"{folder} exists already; name a new folder")
+    yield partial
+    partial.rename(folder)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
 
 
 def _fill(reader: Reader, weight: Weight, struct, order: np.ndarray) -> jax.Array:

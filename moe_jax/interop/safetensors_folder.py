@@ -7,9 +7,10 @@ host memory holds what the caller holds. Knows files, names and shapes; must not
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -119,8 +120,8 @@ class Writer:
   def _add_file(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
     header = _header(tensors)
     with path.open("xb") as file:
+      _allocate(file, len(header) + sum(map(_num_bytes, tensors.values())))
       file.write(header)
-      file.truncate(len(header) + sum(map(_num_bytes, tensors.values())))
     whole = np.memmap(path, np.uint8, "r+")
     self._maps.append(whole)
     begin = len(header)
@@ -164,6 +165,18 @@ def _open(path: Path):
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
+
+
+def _allocate(file: BinaryIO, num_bytes: int) -> None:
+  """Gives an empty file its size, and room on disk where the platform can.
+
+  A write through a map of the file that finds no room ends the process by SIGBUS; this raises
+  OSError.
+  """
+  if hasattr(os, "posix_fallocate"):
+    os.posix_fallocate(file.fileno(), 0, num_bytes)
+  else:
+    file.truncate(num_bytes)
 
 
 def _split(tensors: Mapping[str, Tensor], largest_file_bytes: int) -> list[list[str]]:

@@ -18,17 +18,18 @@ from typing import Protocol, Self
 import numpy as np
 import tokenizers
 
-FILE = "tokenizer.json"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(Protocol):
   """What every entry of TOKENIZERS is.
 
-  `pieces[i]` are the bytes that id i stands for; they need not be UTF-8 alone. `identity` is equal
-  exactly if two tokenizers encode alike.
+  `pieces[i]` are the bytes that id i stands for; they need not be UTF-8 alone. `omitted` are ids
+  that decoding leaves out. `identity` is equal exactly if two tokenizers encode alike.
   """
 
   pieces: Sequence[bytes]
+  omitted: frozenset[int]
   identity: str
 
   @property
@@ -53,13 +54,14 @@ class Tokenizer(Protocol):
     """Returns the text of `ids`; what is not UTF-8, and ids past the vocabulary, become U+FFFD."""
 
   def export(self, folder: str | os.PathLike) -> None:
-    """Writes to `folder` the tokenizer.json that gives transformers the same ids."""
+    """Writes to `folder` the files that give transformers the same ids."""
 
 
 class Bytes:
   """The 256 bytes of UTF-8, each its own id. Nothing to learn, so nothing to save."""
 
   pieces = tuple(bytes([byte]) for byte in range(256))
+  omitted = frozenset()
   identity = "bytes"
   vocab = 256
 
@@ -83,7 +85,7 @@ class Bytes:
     return _decode(self.pieces, ids)
 
   def export(self, folder: str | os.PathLike) -> None:
-    _save(_byte_level(tokenizers.models.BPE(dict(_BYTE_BY_LETTER), merges=[])), folder)
+    _export(_byte_level(tokenizers.models.BPE(dict(_BYTE_BY_LETTER), merges=[])), folder)
 
 
 class Bpe:
@@ -91,6 +93,8 @@ class Bpe:
 
   Source: Sennrich et al. 2016 (arXiv:1508.07909), section 3.2; over bytes as in GPT-2.
   """
+
+  omitted = frozenset()
 
   def __init__(self, encoder: tokenizers.Tokenizer):
     self._encoder = encoder
@@ -138,7 +142,7 @@ class Bpe:
     return _decode(self.pieces, ids)
 
   def export(self, folder: str | os.PathLike) -> None:
-    self.save(folder)
+    _export(self._encoder, folder)
 
 
 class Imported:
@@ -154,6 +158,7 @@ class Imported:
     encoder.no_padding()
     self._encoder = encoder
     self.pieces = _pieces(encoder)
+    self.omitted = _omitted(encoder)
     self.identity = "imported-" + hashlib.sha256(encoder.to_str().encode()).hexdigest()
 
   @property
@@ -194,7 +199,7 @@ class Imported:
     )
 
   def export(self, folder: str | os.PathLike) -> None:
-    self.save(folder)
+    _export(self._encoder, folder)
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": Bytes, "bpe": Bpe, "imported": Imported}
@@ -239,6 +244,14 @@ def _save(encoder: tokenizers.Tokenizer, folder: str | os.PathLike) -> None:
   partial.replace(path)
 
 
+def _export(encoder: tokenizers.Tokenizer, folder: str | os.PathLike) -> None:
+  _save(encoder, folder)
+  # The class that takes the file as it is: without a name transformers takes its architecture's,
+  # and Qwen2Tokenizer puts its own pre-tokenizer in place of the file's.
+  fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
+  Path(folder, CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def _pieces(encoder: tokenizers.Tokenizer) -> tuple[bytes, ...]:
   """Returns the bytes of each id; of a special token its name's, of a gap between ids none.
 
@@ -254,6 +267,13 @@ def _pieces(encoder: tokenizers.Tokenizer) -> tuple[bytes, ...]:
     else:
       pieces[token_id] = _bytes_of_letters(token) if is_byte_level else _bytes_of_piece(token)
   return tuple(pieces)
+
+
+def _omitted(encoder: tokenizers.Tokenizer) -> frozenset[int]:
+  """Returns the ids of special tokens, and of gaps between ids."""
+  added, ids = encoder.get_added_tokens_decoder(), encoder.get_vocab().values()
+  special = {token_id for token_id, token in added.items() if token.special}
+  return frozenset(set(range(max(ids, default=-1) + 1)).difference(ids) | special)
 
 
 def _bytes_of_piece(token: str) -> bytes:

@@ -249,7 +249,7 @@ class Engine:
   def _made(self, one: Running, tokens: Sequence[int]) -> Event:
     """Returns the event of new tokens, up to a stop token; the last ends the request."""
     request, now = one.request, self._clock()
-    stop = next((i for i, token in enumerate(tokens) if token in request.stop_tokens), None)
+    stop = next((i for i, token in enumerate(tokens) if token in one.stop_tokens), None)
     tokens = tuple(tokens if stop is None else tokens[: stop + 1])
     before = self._timings[one.request_id]
     timing = before._replace(

@@ -15,6 +15,8 @@ from moe_jax.serve import pages as pages_lib
 from moe_jax.serve import prefill
 from moe_jax.serve.sampling import Wishes
 
+_LOWEST_TEMPERATURE = 1e-5  # below, logits over it leave float32
+
 
 class Wish(NamedTuple):
   """How a request wants its tokens; see `sampling.Wishes`. The default is greedy."""
@@ -33,6 +35,11 @@ class Wish(NamedTuple):
     if not 0 <= self.temperature < math.inf:
       raise ValueError(
         f"temperature={self.temperature} is not a number from 0 up; choose such as 0.8"
+      )
+    if 0 < self.temperature < _LOWEST_TEMPERATURE:
+      raise ValueError(
+        f"temperature={self.temperature} is too low to divide by; choose 0 for the most likely"
+        f" token, or {_LOWEST_TEMPERATURE} or more"
       )
     if not 0 <= self.top_k < 2**31:
       raise ValueError(f"top_k={self.top_k} is no number of tokens; choose 1 or more, 0 for all")

@@ -32,6 +32,7 @@ class Running:
     slot: [micro-batch, place] of `decode.Slots`.
     rank: of `expert`.
     pages: of the sequence, from its first on.
+    stop_tokens: of the request, to look tokens up in.
     num_prefilled: tokens of the prompt that are in the cache.
   """
 
@@ -41,6 +42,7 @@ class Running:
   slot: tuple[int, int]
   rank: int
   pages: np.ndarray
+  stop_tokens: frozenset[int]
   num_prefilled: int = 0
 
   @property
@@ -94,6 +96,7 @@ class Scheduler:
       slot=(micro, free[micro].pop()),
       rank=rank,
       pages=self.pages.take(rank, needed),
+      stop_tokens=frozenset(request.stop_tokens),
     )
     return True
 

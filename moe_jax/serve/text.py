@@ -10,7 +10,7 @@ from moe_jax.interop.tokenizer import Tokenizer
 
 _UNKNOWN = "\ufffd"
 _LONGEST_BEGINNING = 3  # bytes of a character in UTF-8 that is not whole yet
-_MOST_BEFORE = 16  # tokens of a prompt that are looked at
+_MOST_BEFORE = 16  # tokens before others that are looked at
 
 
 class TextStream:
@@ -39,20 +39,25 @@ class TextStream:
 
   def add(self, token: int) -> str:
     """Returns the text that a token completes; empty where it ends within a character."""
+    if token in self._tokenizer.omitted:  # even from within a character, which goes on behind it
+      return ""
     self._ids.append(token)
     pieces = self._tokenizer.pieces
     # As what is no id is decoded: a byte that UTF-8 never uses.
     self._bytes.decode(pieces[token] if 0 <= token < len(pieces) else b"\xff")
     beginning, _ = self._bytes.getstate()
-    if beginning and len(self._ids) - self._num_whole <= _LONGEST_BEGINNING:
+    num_last = len(self._ids) - self._num_whole
+    if beginning and num_last <= _LONGEST_BEGINNING:
       return ""
     text = self._tokenizer.decode(self._ids)
     new = self._return(text, len(text) - len(beginning))
     if not beginning:
-      if new and not new.endswith(_UNKNOWN):  # else what comes may depend on what was before
-        del self._ids[: self._num_whole]
-        self._num_returned = len(self._tokenizer.decode(self._ids))
-      self._num_whole = len(self._ids)
+      self._forget(new)
+    elif num_last > _MOST_BEFORE:
+      # No character ends in them, so that as single bytes the last ones alone are unknown too.
+      del self._ids[:-_MOST_BEFORE]
+      self._num_whole = 0
+      self._num_returned -= len(text) - len(self._tokenizer.decode(self._ids))
     return new
 
   def end(self) -> str:
@@ -61,9 +66,27 @@ class TextStream:
     return self._return(text, len(text))
 
   def _return(self, text: str, end: int) -> str:
+    end = max(end, self._num_returned)  # several bytes of a beginning may be one character
     new = text[self._num_returned : end]
-    self._num_returned = max(end, self._num_returned)
+    self._num_returned = end
     return new
+
+  def _forget(self, new: str) -> None:
+    """Keeps of the ids, which end with a character, those on which later text depends.
+
+    Args:
+      new: text that was not returned before them.
+    """
+    last = self._ids[self._num_whole :]
+    alone = self._tokenizer.decode(last)
+    if new == _UNKNOWN * len(last) != alone:
+      # Single bytes that are unknown only because of those before them in their row, as the next
+      # ones will be: those stay.
+      del self._ids[self._num_whole :]
+      self._num_returned -= len(new)
+    elif new:
+      self._ids, self._num_returned = last, len(alone)
+    self._num_whole = len(self._ids)
 
 
 def _end_of(prompt: Sequence[int], tokenizer: Tokenizer) -> Sequence[int]:

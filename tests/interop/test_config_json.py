@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -88,6 +89,17 @@ def test_what_ends_a_text_is_a_token(named):
     config_json.end_tokens_of({"eos_token_id": named}, 32000)
 
 
+@pytest.mark.parametrize(("fields", "num"), [({"max_position_embeddings": 512}, 512), ({}, 64)])
+def test_how_many_positions_a_model_was_trained_for(fields, num):
+  assert config_json.num_positions_of(fields, default=64) == num
+
+
+@pytest.mark.parametrize("found", [0, -1, "512", 512.0, True, None, math.nan])
+def test_what_is_no_number_of_positions_is_refused(found):
+  with pytest.raises(ValueError, match=r"max_position_embeddings=.* is not a whole number above 0"):
+    config_json.num_positions_of({"max_position_embeddings": found}, default=64)
+
+
 def test_fields_reach_the_model():
   model = config_json.model_of({**OLMOE_1B_7B, "clip_qkv": 8, "norm_topk_prob": True}, "float32")
   assert (model.qk_norm, model.clip_qkv, model.normalize_choices) == ("projection", 8.0, True)
@@ -168,6 +180,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     ({**MIXTRAL_8X7B, "num_attention_heads": 0}, r"model\.heads=0 is not positive"),
     ({**MIXTRAL_8X7B, "num_experts_per_tok": None}, r"model\.experts_per_token=None is of type"),
     ({**MIXTRAL_8X7B, "num_key_value_heads": 7}, r"model\.heads=32 is not divisible by"),
+    ({**MIXTRAL_8X7B, "rms_norm_eps": math.nan}, r"norm_epsilon=nan is not a finite number"),
+    ({**MIXTRAL_8X7B, "rms_norm_eps": math.inf}, r"norm_epsilon=inf is not a finite number"),
+    ({**MIXTRAL_8X7B, "rope_theta": math.nan}, r"rope_theta=nan is not a finite number"),
+    ({**OLMOE_1B_7B, "clip_qkv": math.nan}, r"clip_qkv=nan is not a finite number"),
+    ({**MIXTRAL_8X7B, "attention_dropout": math.nan}, r"attention_dropout=nan is not supported"),
   ],
 )  # fmt: skip
 def test_what_we_do_not_compute_is_refused(fields, message):

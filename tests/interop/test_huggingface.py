@@ -1,8 +1,10 @@
 """Folders of safetensors: what they hold there and back, host memory meanwhile, and bad ones."""
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 import tracemalloc
 import types
 import weakref
@@ -354,12 +356,7 @@ def test_weights_in_a_dtype_that_we_do_not_compute_in_need_a_choice(ours):
 
 
 def test_an_export_is_whole_or_not_there(ours, tmp_path):
-  refused(
-    lambda: huggingface.save(
-      ours.folder, ours.parameters, SMALL, np.arange(2), tokenizer.Bytes(), num_positions=64
-    ),
-    "exists already; name a new folder",
-  )
+  refused(save_of(ours, ours.folder), "ours exists already; name a new folder")
   nobodys = dataclasses.replace(SMALL, normalize_choices=False)
   target = tmp_path / "new"
   refused(
@@ -368,7 +365,43 @@ def test_an_export_is_whole_or_not_there(ours, tmp_path):
     ),
     "no architecture of Hugging Face's computes this model",
   )
-  assert not target.exists()
+  assert [path.name for path in tmp_path.iterdir()] == ["ours"]
   assert {path.name for path in ours.folder.iterdir()} == {
-    "config.json", "model.safetensors", "tokenizer.json",
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
   }  # fmt: skip
+
+
+def save_of(ours, folder):
+  return lambda: huggingface.save(
+    folder, ours.parameters, SMALL, np.arange(2), tokenizer.Bytes(), num_positions=64
+  )
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this platform cannot make room")
+def test_an_export_to_a_full_disk_leaves_nothing(ours, tmp_path, monkeypatch):
+  """Room is made before a map is written to: there a full disk is a signal and no error."""
+
+  def full(file, offset, num_bytes):
+    assert (offset, num_bytes) == (0, (ours.folder / "model.safetensors").stat().st_size)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "posix_fallocate", full)
+  with pytest.raises(OSError, match="No space left") as caught:
+    save_of(ours, tmp_path / "new")()
+  assert caught.value.errno == errno.ENOSPC
+  assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_an_export_without_a_way_to_make_room(ours, tmp_path, monkeypatch):
+  monkeypatch.delattr(os, "posix_fallocate", raising=False)
+  save_of(ours, tmp_path / "new")()
+  same_tensors(tmp_path / "new", ours.folder)
+
+
+def test_an_export_leaves_another_process_its_files(ours, tmp_path):
+  theirs = tmp_path / "new.partial"
+  theirs.mkdir()
+  (theirs / "config.json").write_text("theirs")
+  refused(save_of(ours, tmp_path / "new"), r"new\.partial exists already: another process writes")
+  assert (theirs / "config.json").read_text() == "theirs"
+  assert not (tmp_path / "new").exists()

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from launch import load_curve, load_figures, offered_load
+from moe_jax.serve import requests as requests_lib
+from moe_jax.serve.requests import Event, Request, Timing
 from tests import runs
 
 SMALL = [
@@ -72,6 +75,36 @@ def test_the_picture_draws_every_load(finished, tmp_path):
   assert (tmp_path / "curve.svg").stat().st_size > 1000
 
 
+def test_what_no_request_tells_is_null(tmp_path):
+  class OneToken:
+    """An engine whose requests end with their first token."""
+
+    waiting = 0
+    load = staticmethod(lambda: SimpleNamespace(prompt_tokens=0, new_tokens=0, padding_tokens=0))
+
+    def submit(self, request, arrived_s):
+      self.waiting += 1
+
+    def is_idle(self):
+      return not self.waiting
+
+    def step(self):
+      self.waiting -= 1
+      return [Event(0, (1,), requests_lib.LENGTH, Timing(0.0, 1.0, 1.0, 1))]
+
+  row = offered_load.play(OneToken(), [Request([1], 1)] * 2, [0.0] * 2)
+  found = {
+    "capacity": {"requests_per_s": 1.0, **row},
+    "loads": [{"load": 0.5, "offered_per_s": 0.5, **row}],
+  }
+  assert json.loads(json.dumps(found, allow_nan=False)) == found
+  assert row["time_to_first_token_s"] == {"p50": 1.0, "p90": 1.0, "p99": 1.0}
+  assert row["time_per_token_s"] == {"p50": None, "p90": None, "p99": None}
+  _, at_once, half, _ = load_figures.to_text(found).splitlines()
+  assert at_once.split()[-4:-1] == half.split()[-4:-1] == ["-"] * 3
+  load_curve.draw(found, tmp_path / "curve.svg")
+
+
 def test_arrivals_are_a_poisson_process():
   times = np.array(offered_load.arrivals(4000, 50.0, seed=1))
   gaps = np.diff(times, prepend=0.0)
@@ -102,6 +135,8 @@ def test_lengths_are_mixed_on_a_logarithmic_scale():
     ([*MIX, "--plot=x.foo"], "picture 'x.foo' ends in none of .eps, "),
     ([*MIX, "--plot=x"], "picture 'x' ends in none of"),
     ([*MIX, "--plot=x.png", "--loads="], "--loads= is empty, and --plot draws over loads"),
+    ([*MIX, "--json=configs"], "configs: Is a directory"),
+    ([*MIX, "--json=/proc/x.json"], "/proc/x.json: No such file or directory"),
     (["--load=1"], "did you mean --loads?"),
   ],
 )

@@ -70,7 +70,7 @@ def test_there_and_back_gives_the_same_weights(theirs, imported):
   assert found.returncode == 0, found.stderr
   assert "checkpoint 0" in found.stdout and found.stderr == ""
   assert {path.name for path in back.iterdir()} == {
-    "config.json", "model.safetensors", "tokenizer.json",
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
   }  # fmt: skip
   expected, got = tensors(theirs), tensors(back)
   assert set(got) == set(expected)
@@ -90,6 +90,13 @@ def test_the_run_describes_itself(imported):
     "dropless", "imported", 16,
   )  # fmt: skip
   assert not list(imported.parent.glob("*.partial"))
+
+
+def test_the_window_is_what_the_model_was_trained_for(theirs, tmp_path):
+  found = convert(f"--from={theirs}", f"--to={tmp_path / 'run'}")
+  assert found.returncode == 0, found.stderr
+  saved = config.from_mapping(json.loads((tmp_path / "run" / "config.json").read_text()))
+  assert saved.train.sequence == 16
 
 
 def generate(workdir):
@@ -156,6 +163,11 @@ def test_training_goes_on_from_what_was_imported(imported, tmp_path, standard_dt
       ["--from={theirs}", "--to={new}", "--dtype=float16"],
       "--dtype=float16 is not one of float32, bfloat16",
     ),
+    (
+      ["--from={theirs}", "--to={new}", "--sequence=17"],
+      "--sequence=17 is past what the model was trained for, max_position_embeddings=16 of",
+    ),
+    (["--from={theirs}", "--to={busy}"], "busy.partial exists already: another process writes"),
     (["--from={odd}", "--to={new}"], "has neither model_type, as Hugging Face's, nor a model"),
     (["--from={bare}", "--to={new}"], "has no tokenizer.json; fetch it from where"),
     (["--from={bare}", "--to={new}", "--tokenizer=bytes"], "holds neither model.safetensors"),
@@ -164,8 +176,9 @@ def test_training_goes_on_from_what_was_imported(imported, tmp_path, standard_dt
   ],
 )
 def test_bad_input_gets_one_line(theirs, tmp_path, flags, message):
-  folders = {name: tmp_path / name for name in ("odd", "bare", "empty_run", "limited", "new")}
-  for name in ("odd", "bare", "empty_run", "limited"):
+  made = ("odd", "bare", "empty_run", "limited", "busy.partial")
+  folders = {name: tmp_path / name for name in (*made, "busy", "new")}
+  for name in made:
     folders[name].mkdir()
   (folders["odd"] / "config.json").write_text("{}")
   (folders["bare"] / "config.json").write_bytes((theirs / "config.json").read_bytes())

@@ -67,6 +67,7 @@ def test_sampled_text_depends_on_its_seed(workdir):
     (("--prompt=x", "--mesh=4x4x1"), "needs 16 devices, found 8"),
     (("--prompt=x", "--kv_dtype=int4"), "serve.kv_dtype='int4' is not one of"),
     (("--prompt=x", "--top_p=2"), "--top_p=2"),
+    (("--prompt=x", "--temperature=2e-38"), "temperature=2e-38 is too low to divide by; choose 0"),
     ((), "--prompt is missing"),
     (("--prompt=x", "--promt=y"), "did you mean --prompt?"),
   ],

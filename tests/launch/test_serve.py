@@ -321,6 +321,7 @@ def test_a_deadline_ends_a_request(port, idle):
     ({"prompt": "x", "seed": 2**32}, 400, "seed=4294967296 is not a whole number from 0"),
     ({"prompt": "x", "stream": "yes"}, 400, 'stream="yes" is not true or false'),
     ({"prompt": "x", "stream_options": {"usage": 1}}, 400, "stream_options="),
+    ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "is only for streams"),
     ({"prompt": "x", "stop": [""]}, 400, 'stop=[""] is not 1 to 4 texts'),
     ({"prompt": "x", "stop": list("abcde")}, 400, "is not 1 to 4 texts"),
     ({"prompt": "x", "stop_token_ids": [999]}, 400, "stop_tokens has token 999"),
@@ -407,6 +408,29 @@ def test_sigterm_lets_requests_finish(trained):
     assert process.stderr.read() == ""
 
 
+def test_sigterm_before_the_first_request_ends_the_server():
+  # An engine that does nothing, for only the time between its end of compiling and the server's
+  # beginning counts.
+  program = """
+import os, signal, types
+from absl import flags
+from launch import completions, serve
+
+def app(served, make=completions.app):
+  os.kill(os.getpid(), signal.SIGTERM)
+  return make(served)
+
+completions.app = app
+flags.FLAGS(["serve", "--workdir=none", "--port=0"])
+engine = types.SimpleNamespace(queue=1, is_idle=lambda: True)
+model = types.SimpleNamespace(tokenizer=None, end_tokens=())
+raise SystemExit(serve._answer(serve._bind(), engine, model, "none", 1.0))
+"""
+  command = [sys.executable, "-W", "error", "-c", program]
+  found = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
+  assert (found.returncode, found.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
@@ -416,6 +440,8 @@ def test_sigterm_lets_requests_finish(trained):
     (("--mesh=2x2",), "--mesh=2x2 is not expert x tensor x stage"),
     (("--queue=0",), "--queue=0"),
     (("--slot=1",), "did you mean --slots?"),
+    (("--deadline_s=nan",), "--deadline_s=nan is no number of seconds; choose such as 60"),
+    (("--deadline_s=inf",), "--deadline_s=inf is no number of seconds"),
     (("--host=nowhere.invalid",), "--host=nowhere.invalid --port=8000"),
     (("--host=a..b",), "--host=a..b is no name of a host"),
     ((f"--host={'x' * 70}",), "between its dots are 1 to 63 letters"),

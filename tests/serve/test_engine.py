@@ -164,6 +164,22 @@ def test_any_stop_token_ends_a_request_and_is_its_last():
   assert_nothing_is_held(engine)
 
 
+def test_many_stop_tokens_cost_a_token_nothing():
+  class Tokens(list):
+    """Goes through all of them to find one, as a list does."""
+
+    def __contains__(self, token):
+      pytest.fail("they are searched")
+
+  engine, alone = engine_on((1, 1, 1))
+  text = alone([1, 2, 3], 6)
+  engine.submit(
+    Request([1, 2, 3], 6, stop_tokens=Tokens([255 if 255 not in text else 254, text[4]]))
+  )
+  tokens, last = run(engine)[0]
+  assert tokens == text[: text.index(text[4]) + 1] and last.ended == "stop"
+
+
 def test_overload_refuses_and_recovers():
   engine, alone = engine_on((1, 1, 1), queue=3)
   request = Request([1, 2, 3], 6)
@@ -300,6 +316,7 @@ def test_requests_come_from_many_threads():
     (Request([1], 1, deadline_s=0.0), "deadline_s=0.0 is not positive"),
     (Request([1], 1, deadline_s=math.nan), "deadline_s=nan is not positive"),
     (Request([1], 1, Wish(temperature=-1.0)), "temperature=-1.0 is not a number"),
+    (Request([1], 1, Wish(temperature=2e-38)), "temperature=2e-38 is too low to divide by"),
   ],
 )
 def test_what_could_never_be_served_is_refused(request_, message):

@@ -148,6 +148,7 @@ def test_the_cache_is_written_in_place():
     ([[1]], {"wishes": [Wish(), Wish()]}, "2 wishes for 1 prompts"),
     ([[1]], {"wishes": Wish(temperature=-1.0)}, "temperature=-1.0 is not a number from 0 up"),
     ([[1]], {"wishes": Wish(temperature=float("nan"))}, "temperature=nan is not a number"),
+    ([[1]], {"wishes": Wish(temperature=2e-38)}, "temperature=2e-38 is too low to divide by"),
     ([[1]], {"wishes": Wish(top_p=1.5)}, "top_p=1.5 is not a fraction"),
     ([[1]], {"wishes": Wish(top_k=-1)}, "top_k=-1 is no number of tokens"),
     ([[1]], {"wishes": Wish(seed=-1)}, "seed=-1 does not fit 32 bits"),
