@@ -1,7 +1,8 @@
 """Chooses mesh, schedule and dispatch before anything is rented, compiled or run.
 
   python -m launch.plan --config=configs/pod64.py --json=plan.json --out=plan
-  ... --cluster=h100:512x8 --workload=serve --prompt_tokens=10240 --ttft_s=6 --zipf=1.0
+  ... --cluster=h100:512x8 --zipf=1.0
+  ... --cluster=h100:512x8 --workload=serve --prompt_tokens=10240 --ttft_s=6
 
 Recomputes every figure of the reference plan for the config as it is given, then searches for the
 best plan on the same cluster and for the smallest cluster that meets the targets. Needs no device
@@ -79,14 +80,13 @@ _MISSED = 1
 
 
 def main(settings: config_lib.Config) -> int:
-  if _WORKLOAD.value == "serve" and _BUBBLE.value is not None:
-    raise ValueError("--bubble is of a training step, which --workload=serve has not; leave it out")
+  _refuse_what_does_nothing()
   begin = time.perf_counter()
   progress = lambda what: print(f"[{time.perf_counter() - begin:5.1f} s] {what}", file=sys.stderr)
   gpus = settings.mesh.num_devices
   cluster = hardware.cluster(_CLUSTER.value) if _CLUSTER.value else _default_cluster(gpus)
   cluster = dataclasses.replace(cluster, symmetric_memory=_SYMMETRIC_MEMORY.value)
-  reached = _calibration(settings)
+  reached = _calibration()
   loads = _load(settings)
   if cluster.num_gpus == gpus:
     _print_claims(rows := _claims(settings, cluster, reached, loads))
@@ -136,18 +136,36 @@ def main(settings: config_lib.Config) -> int:
   return 0 if least is not None else _MISSED
 
 
+def _refuse_what_does_nothing() -> None:
+  """Refuses flags that are of the other workload, or that another flag takes the place of.
+
+  Raises:
+    ValueError: one of them is given.
+  """
+  if _WORKLOAD.value == "serve" and _BUBBLE.present:
+    raise ValueError("--bubble is of a training step, which --workload=serve has not; leave it out")
+  for flag in (_SEQUENCES, _PROMPT, _OUTPUT, _TTFT):
+    if _WORKLOAD.value == "train" and flag.present:
+      raise ValueError(
+        f"--{flag.name} is of what is served, which --workload=train has not; leave it out, or give"
+        " --workload=serve"
+      )
+  if _TRACE.present and _ZIPF.present:
+    raise ValueError("--trace is a recorded load and --zipf a made one; leave one of them out")
+
+
 def _default_cluster(gpus: int) -> hardware.Cluster:
   per_host = max(count for count in range(1, 5) if gpus % count == 0)
   return hardware.cluster(f"h100:{gpus // per_host}x{per_host}")
 
 
-def _calibration(settings: config_lib.Config) -> calibration.Calibration:
+def _calibration() -> calibration.Calibration:
   path = _CALIBRATION.value
   if path is None:
     return calibration.NONE
   try:
     report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"--calibration={path} is not JSON: {error}") from error
   try:
     step, mapping, pod = report["workload"]["step"], report["config"], report["pod"]

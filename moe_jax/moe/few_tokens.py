@@ -11,6 +11,9 @@ from moe_jax import config
 _FREE_TOKENS = 256
 # What a link of 50 GB/s carries in the 10 us that a message takes however short it is.
 _FREE_BYTES = 500_000
+# Below this many assignments an expert some experts are likely to have none: exp(-4) is 2%. Then
+# gathered tokens are multiplied by those alone that somebody chose.
+FULL_LOAD = 4
 
 
 def way(moe: config.Moe, num_tokens: int, width: int, bytes_per_element: int) -> config.Moe:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import grouped_kernels
+from moe_jax.moe import few_tokens, grouped_kernels
 from moe_jax.moe import plan as plans
 from moe_jax.moe.experts import Stacked, Weights, swiglu
 from moe_jax.moe.plan import Plan, Setting
@@ -24,8 +24,6 @@ from moe_jax.parallel import collectives, messages
 from moe_jax.parallel.axes import EXPERT, TENSOR
 from moe_jax.pipeline.saving import residual
 
-# Below this many assignments an expert some experts are likely to have none: exp(-4) is 2%.
-_FULL_LOAD = 4
 # An expert that no more tokens than this chose multiplies only theirs.
 _FEW = 4
 
@@ -80,7 +78,7 @@ def send(setting: Setting, x_tD: jax.Array, plan: Plan, round_id: jax.Array | in
   """
   del round_id
   x_MD, experts_MK, weights_MK = messages.gather_few((x_tD, *plan.places), TENSOR, EXPERT)
-  is_full = experts_MK.size >= _FULL_LOAD * setting.num_experts
+  is_full = experts_MK.size >= few_tokens.FULL_LOAD * setting.num_experts
   num_mine = setting.num_experts // jax.lax.axis_size(EXPERT)
   chose_eM = None if is_full else _serves(num_mine, experts_MK).any(1).T
   return _Arrived(x_MD, experts_MK, weights_MK, chose_eM)

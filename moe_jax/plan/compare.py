@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from moe_jax.config import SAVE, Config
 from moe_jax.plan import memory, simulate
-from moe_jax.plan.claims import binding
+from moe_jax.plan.claim_rows import binding
 from moe_jax.plan.machine import Machine
 from moe_jax.plan.search import Plan
 
@@ -82,7 +82,7 @@ def _column(plan: Plan, tied: bool) -> dict[str, str]:
       f"{run.seconds_by_link.get(link, 0.0) * 1e3:.2f}" for link in ("inside", "between")
     )
     + " ms",
-    "binds": binding(run).partition(" binds")[0],
+    "binds": binding(run.compute_s, run.seconds_by_link, run.step_s).partition(" binds")[0],
   }
 
 
@@ -91,23 +91,28 @@ def change_first(
 ) -> list[tuple[str, float, float]]:
   """Returns (what, seconds of a step with it, share saved), what saves most first.
 
-  Of the machine, each part twice as fast; of the deployment, each other choice of one field.
+  Of the machine, each part twice as fast. Of the deployment, what fits into the chip's memory: the
+  other choices of pipeline.save but "inputs", which only saves memory, and half and twice the
+  micro-batches, where they divide the batch.
   """
   now_s = simulate.step_seconds(settings, machine, tied)
   tried = {
     what: (settings, machine._replace(calibration=faster(machine.calibration)))
     for what, faster in _HALVED.items()
   }
-  for save in SAVE[1:]:
-    if save != settings.pipeline.save:
-      pipeline = dataclasses.replace(settings.pipeline, save=save)
-      tried[f"pipeline.save={save}"] = (dataclasses.replace(settings, pipeline=pipeline), machine)
-  shares = settings.mesh.sequence_shares * (2 if settings.pipeline.halves else 1)
-  for count in (settings.pipeline.micro_batches // 2, settings.pipeline.micro_batches * 2):
-    if count and settings.train.batch % (count * shares) == 0:
-      pipeline = dataclasses.replace(settings.pipeline, micro_batches=count)
-      changed = dataclasses.replace(settings, pipeline=pipeline)
-      tried[f"pipeline.micro_batches={count}"] = (changed, machine)
+  pipeline = settings.pipeline
+  shares = settings.mesh.sequence_shares * (2 if pipeline.halves else 1)
+  choices = [("save", save) for save in SAVE[1:] if save != pipeline.save]
+  choices += [
+    ("micro_batches", count)
+    for count in (pipeline.micro_batches // 2, pipeline.micro_batches * 2)
+    if count and settings.train.batch % (count * shares) == 0
+  ]
+  for field, choice in choices:
+    changed = dataclasses.replace(pipeline, **{field: choice})
+    other = dataclasses.replace(settings, pipeline=changed)
+    if memory.train(other).total <= machine.cluster.chip.memory_bytes:
+      tried[f"pipeline.{field}={choice}"] = (other, machine)
   found = [
     (what, seconds, 1 - seconds / now_s)
     for what, (other, on) in tried.items()

@@ -12,13 +12,12 @@ import dataclasses
 import math
 
 from moe_jax.config import Config
+from moe_jax.moe import few_tokens
 from moe_jax.plan import cost, saving, steps
 from moe_jax.plan.leaves import FLOAT32_BYTES
 from moe_jax.plan.steps import ROUNDS, ROWS, Sizes, Step, activation_bytes
 
 _FLOAT32 = FLOAT32_BYTES
-# Below this many assignments an expert, gathered dispatch leaves out the experts without any.
-_FULL_LOAD = 4
 _INSIDE_STAGE = ("expert", "tensor")
 # What no gradient passes through: integers.
 NOT_DIFFERENTIATED = frozenset(
@@ -177,7 +176,7 @@ def _gathered_experts(settings: Config, at: Sizes) -> tuple[Step, ...]:
   f, e = model.expert_hidden // mesh.tensor, model.experts // mesh.expert
   tokens = at.tokens * everyone
   assignments = tokens * model.experts_per_token / model.experts
-  chosen = e if assignments >= _FULL_LOAD else e * -math.expm1(-assignments)
+  chosen = e if assignments >= few_tokens.FULL_LOAD else e * -math.expm1(-assignments)
   rows = chosen * tokens * at.dtype_bytes
   weights = 3 * chosen * model.d_model * f * at.dtype_bytes
   return (

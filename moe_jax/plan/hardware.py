@@ -131,7 +131,7 @@ class Tpu:
   Attributes:
     name: as users type it.
     peak_flops_per_s: dense matrix products, by dtype of the operands.
-    memory_bytes, memory_bytes_per_s: of the chip's own memory.
+    memory_bytes: of the chip's own memory.
     ici_bytes_per_s: over all links between chips together, one direction.
     dimensions: of the torus.
     source: where the figures stand.
@@ -140,7 +140,6 @@ class Tpu:
   name: str
   peak_flops_per_s: Mapping[str, float]
   memory_bytes: float
-  memory_bytes_per_s: float
   ici_bytes_per_s: float
   dimensions: int
   source: str
@@ -158,7 +157,6 @@ TPUS: Mapping[str, Tpu] = {
       name="v5p",
       peak_flops_per_s={"bfloat16": 459e12},
       memory_bytes=95e9,
-      memory_bytes_per_s=2.765e12,
       ici_bytes_per_s=600e9,
       dimensions=3,
       source="https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GB, 1,200 GB/s ICI",
@@ -167,7 +165,6 @@ TPUS: Mapping[str, Tpu] = {
       name="v5e",
       peak_flops_per_s={"bfloat16": 197e12},
       memory_bytes=16e9,
-      memory_bytes_per_s=0.8e12,
       ici_bytes_per_s=200e9,
       dimensions=2,
       source="https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 400 GB/s ICI",
@@ -176,7 +173,6 @@ TPUS: Mapping[str, Tpu] = {
       name="v6e",
       peak_flops_per_s={"bfloat16": 918e12},
       memory_bytes=32e9,
-      memory_bytes_per_s=1.6e12,
       ici_bytes_per_s=400e9,
       dimensions=2,
       source="https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 3,200 Gb/s ICI",
@@ -211,7 +207,9 @@ class Cluster:
     return f"{self.chip.name}:{self.hosts}x{self.gpus_per_host}"
 
   def of(self, num_gpus: int) -> "Cluster":
-    """Returns hosts of the same kind with `num_gpus` GPUs in all, the last host's rest included."""
+    """Returns as many hosts of the same kind as `num_gpus` GPUs take, all GPUs of the last one
+    included; of fewer than a host has, a host with so many.
+    """
     gpus_per_host = min(self.gpus_per_host, num_gpus)
     hosts = -(-num_gpus // gpus_per_host)
     return dataclasses.replace(self, hosts=hosts, gpus_per_host=gpus_per_host)

@@ -8,13 +8,11 @@ follow from shapes. Knows sizes of a layer; must not know head, embedding or sch
 import enum
 
 from moe_jax.config import Config
-from moe_jax.plan import cost, saving, splits, units
+from moe_jax.plan import cost, phases, saving, splits, units
 from moe_jax.plan.leaves import FLOAT32_BYTES
 from moe_jax.plan.packing import Array
 from moe_jax.plan.steps import Sizes, activation_bytes
 
-# As model.flash: positions of a block, and the narrowest head that it multiplies.
-FLASH_BLOCK, FLASH_NARROWEST = 64, 16
 _QUERY_KEY_VALUE = 3
 # Arrays of rows as they arrived, and of hidden units in blocks, that the loop over further rounds
 # of a dropless dispatch holds; and of rows, where shadows of a stealing one are multiplied. Fitted
@@ -276,8 +274,7 @@ class LayerArrays:
 
   def _padded_bytes(self) -> int:
     model, at = self._settings.model, self._at
-    positions = -(-at.positions // FLASH_BLOCK) * FLASH_BLOCK
-    width = max(FLASH_NARROWEST, 1 << (model.head_dim - 1).bit_length())
+    positions, width = phases.flash_shape(at.positions, model.head_dim)
     if (positions, width) == (at.positions, model.head_dim):
       return 0
     heads = model.heads // self._settings.mesh.tensor

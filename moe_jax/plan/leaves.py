@@ -103,16 +103,6 @@ class Leaf:
       elements //= getattr(mesh, axis)
     return found
 
-  def state_axes(self, mesh: Mesh) -> list[frozenset[str]]:
-    """Returns, for each dimension, the mesh axes of more than one device that its state is split
-    over.
-    """
-    found = [set(_RULES.get(axis, ())) for axis in self.axes]
-    dimension, axes = self.shares(mesh)
-    if dimension is not None:
-      found[dimension].update(axes)
-    return [frozenset(name for name in axes if getattr(mesh, name) > 1) for axes in found]
-
   def state_elements(self, mesh: Mesh) -> int:
     """Returns the elements that a device holds of master weights, and of each moment."""
     return self.elements(mesh) // math.prod(getattr(mesh, name) for name in self.shares(mesh).axes)

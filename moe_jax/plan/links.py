@@ -21,12 +21,8 @@ from moe_jax.plan.hardware import Chip
 from moe_jax.plan.protocols import Protocol
 
 INSIDE, BETWEEN = "inside", "between"  # hosts
-AXES = (
-  "data",
-  "stage",
-  "expert",
-  "tensor",
-)  # outermost first, as parallel.axes.ALL: a test holds it
+# Outermost first, as parallel.axes.ALL: a test holds it.
+AXES = ("data", "stage", "expert", "tensor")
 _SENT: Mapping[str, Callable[[int], float]] = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-gather": lambda n: n - 1,

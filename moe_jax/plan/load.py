@@ -17,6 +17,8 @@ from moe_jax.plan.steps import even_rounds, sizes
 # Bounds and number of the times at which `drawn` looks, the first over the sum of weights, the last
 # over the least: nobody has arrived, and all have.
 _EARLIEST, _LATEST, _NUM_TIMES = 1e-9, 50.0, 400
+# Decades between the weights of two experts over which those times are close enough.
+_MOST_DECADES = 100
 
 
 class Load(NamedTuple):
@@ -50,13 +52,20 @@ def zipf(settings: Config, exponent: float) -> Load:
   those that are left by its popularity, that of the i-th expert 1 / i ** exponent.
 
   Raises:
-    ValueError: a negative exponent.
+    ValueError: an exponent that is negative, or too large to tell unpopular experts apart.
   """
   if not 0 <= exponent < math.inf:
     raise ValueError(f"zipf={exponent} is not a number from 0 up; 0 is even, 1.0 is usual text")
-  weight_E = np.arange(1, settings.model.experts + 1, dtype=float) ** -exponent
+  experts = settings.model.experts
+  if exponent * math.log10(experts) > _MOST_DECADES:
+    most = int(_MOST_DECADES / math.log10(experts))
+    raise ValueError(
+      f"zipf={exponent} leaves the last of {experts} experts next to nothing; choose at most"
+      f" {most}, 1.0 is usual text"
+    )
+  weight_E = np.arange(1, experts + 1, dtype=float) ** -exponent
   chosen_E = drawn(weight_E, settings.model.experts_per_token)
-  return of(settings, np.broadcast_to(chosen_E, (settings.model.layers, settings.model.experts)))
+  return of(settings, np.broadcast_to(chosen_E, (settings.model.layers, experts)))
 
 
 def drawn(weight_E: np.ndarray, num_draws: int) -> np.ndarray:
@@ -115,11 +124,13 @@ def of(settings: Config, counts_LE: np.ndarray) -> Load:
   """Returns the load of counts of any scale.
 
   Raises:
-    ValueError: negative counts, or a layer with none.
+    ValueError: counts that are negative or not finite, or a layer with none.
   """
   totals = counts_LE.sum(1, keepdims=True)
-  if (counts_LE < 0).any() or not (totals > 0).all():
-    raise ValueError("counts of tokens must be 0 or more, with one above 0 in every layer")
+  if (counts_LE < 0).any() or not ((totals > 0) & (totals < math.inf)).all():
+    raise ValueError(
+      "counts of tokens must be 0 or more and finite, with one above 0 in every layer"
+    )
   share_LE, moe, ranks = counts_LE / totals, settings.moe, settings.mesh.expert
   share_LXe = share_LE.reshape(len(share_LE), ranks, -1)
   rows_LX = share_LXe.sum(2) * ranks

@@ -19,6 +19,7 @@ from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
 from moe_jax.plan.steps import (
   AGAIN,
   BACKWARD,
+  FORWARD,
   Sizes,
   Step,
   activation_bytes,
@@ -29,8 +30,10 @@ from moe_jax.plan.steps import (
   sum_over,
 )
 
-# Positions of an attention block: of the one kernel that a GPU runs.
-KERNEL_BLOCK = 128
+# Of attention's kernels on a GPU, as model.flash has them (a test holds it): positions of a block,
+# the narrowest head, and matrix products over each pair of positions.
+FLASH_BLOCK, FLASH_NARROWEST = 64, 16
+FLASH_PRODUCTS: Mapping[str, int] = {FORWARD: 2, BACKWARD: 7}
 # Of what a layer keeps; and ten more a layer and unit for sums, loops and what a tick begins with.
 _STASH_KERNELS = {"inputs": 11, "exchanges": 17, "residuals": 30, "everything": 50}
 _FLOAT32 = FLOAT32_BYTES
@@ -243,7 +246,6 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
   projected = whole * (n + 2 * g) * H * width
   weights = D * (2 * n + 2 * g) * H * width
   core = whole * 2 * (n + g) * H * width + at.sequences * at.context * g * cached_bytes(settings)
-  pairs = at.sequences * _pairs(at.positions, at.context)
   normed = ()
   if model.qk_norm == "projection":
     normed = tuple(
@@ -256,7 +258,7 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
     *normed,
     Step(
       "attention", "attention",
-      flops=2.0 * whole * D * (2 * n + 2 * g) * H + 4.0 * pairs * n * H,
+      flops=2.0 * whole * D * (2 * n + 2 * g) * H + _pair_flops(settings, at, FORWARD),
       num_bytes=4 * gathered + 4 * projected + weights + core, kernels=9,
     ),
     Step(
@@ -265,10 +267,24 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
   )  # fmt: skip
 
 
-def _pairs(positions: int, context: int) -> int:
-  """Returns the (query, key) pairs that blockwise-causal attention multiplies for one sequence."""
-  own = cost.blockwise_pairs(positions, KERNEL_BLOCK) if positions > 1 else 1
-  return own + positions * context
+def _pair_flops(settings: Config, at: Sizes, part: str) -> float:
+  """Returns the operations of attention's products over (query, key) pairs, in blocks unless there
+  is one query for each sequence.
+  """
+  model, pairs, width = settings.model, 1, settings.model.head_dim
+  if at.positions > 1:
+    positions, width = flash_shape(at.positions, width)
+    pairs = cost.blockwise_pairs(positions, FLASH_BLOCK)
+  pairs = at.sequences * (pairs + at.positions * at.context)
+  return 2.0 * FLASH_PRODUCTS[part] * pairs * (model.heads // settings.mesh.tensor) * width
+
+
+def flash_shape(positions: int, head_dim: int) -> tuple[int, int]:
+  """Returns positions and a head's width as attention's kernels pad them: whole blocks, and a power
+  of two.
+  """
+  width = max(FLASH_NARROWEST, 1 << (head_dim - 1).bit_length())
+  return -(-positions // FLASH_BLOCK) * FLASH_BLOCK, width
 
 
 _NOT_DIFFERENTIATED = dispatches.NOT_DIFFERENTIATED | {"keep"}
@@ -331,17 +347,19 @@ _WEIGHTS = {"attention": _attention_weights, "experts": _experts_weights}
 
 
 def _attention_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:
-  """The scores are made again, half of the pairs' forward work, whatever is saved."""
+  """Beside the transposes of its two products over pairs it makes scores for keys and values, and
+  once more for queries, where weights' gradients are made once more too, whatever is saved.
+  """
   model, tensor = settings.model, settings.mesh.tensor
   n, g, H, D = model.heads // tensor, model.kv_heads // tensor, model.head_dim, model.d_model
   whole, width = at.sequences * at.positions, at.dtype_bytes
-  scores = 2.0 * at.sequences * _pairs(at.positions, at.context) * n * H
+  more = _pair_flops(settings, at, BACKWARD) - 2 * _pair_flops(settings, at, FORWARD)
   gathered, projected = whole * D * width, whole * (n + 2 * g) * H * width
   weights = D * (2 * n + 2 * g) * H * width
   core = whole * (6 * n + 4 * g) * H * width
   # Gradients of weights are added to float32 sums, read and written.
   sums = 4 * weights / width * _FLOAT32 / 2
-  return scores, 12 * gathered + 18 * projected + 2 * weights + core + sums, 17
+  return more, 12 * gathered + 18 * projected + 2 * weights + core + sums, 17
 
 
 def _experts_back(settings: Config, at: Sizes, step: Step) -> tuple[float, float, int]:

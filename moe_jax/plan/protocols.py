@@ -128,11 +128,3 @@ NCCL = Protocols(
 BLACKWELL = NCCL._replace(
   symmetric=(Symmetric(11.0 * _US, 600 * 2**30, 9.0), Symmetric(19.5 * _US, 600 * 2**30, 1.0))
 )
-
-
-def steps(step_s: float) -> Protocols:
-  """Returns those of a library of which each step takes `step_s` seconds, and nothing else counts:
-  rings and direct messages.
-  """
-  only = Protocol(0.0, step_s, step_s, step_s)
-  return Protocols((only,), (), None, only, only)

@@ -162,11 +162,12 @@ def smallest(
 ) -> tuple[Plan | None, list[tuple[int, Plan | None, str]]]:
   """Returns the best plan of the smallest cluster that meets the targets, and what each size does.
 
-  Sizes are powers of two up to the cluster's; the second result is (GPUs, plan, why it fails).
+  Sizes are powers of two, as far as whole hosts have them, and the cluster itself; the second
+  result is (GPUs, plan, why it fails).
   """
+  counts = (*(2**exponent for exponent in range(cluster.num_gpus.bit_length())), cluster.num_gpus)
   tried = []
-  for exponent in range(int(math.log2(cluster.num_gpus)) + 1):
-    part = cluster.of(2**exponent)
+  for part in dict.fromkeys(map(cluster.of, counts)):
     try:
       best = search(settings, part, **options).best[0]
     except ValueError as error:
@@ -328,18 +329,18 @@ class _Ranking:
         yield "interleaved", chunks
 
   def _bound(self, settings: Config, machine: Machine) -> float:
-    """Returns seconds that no way to overlap can beat: the experts' products alone."""
+    """Returns seconds that no way to overlap can beat: the layers' computation alone."""
     if self.workload or len(self.best) < _KEPT:
       return 0.0
     at = steps.sizes(settings)
     layers = settings.model.layers // settings.mesh.stage * settings.pipeline.micro_batches
-    products = sum(
+    computation = sum(
       seconds(step, settings, machine)
       for kind in ("forward", "backward")
       for step in units.unit(settings, kind, at)
       if not step.is_communication
     )
-    return layers * products
+    return layers * computation
 
   def _limit(self) -> float:
     return -self.slowest[0] if len(self.slowest) == _KEPT else math.inf

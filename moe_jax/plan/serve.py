@@ -5,8 +5,8 @@ of the mesh serve equal parts of a workload, and send each other nothing. Knows 
 must not know how requests arrive.
 
 Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. A
-prefill's micro-batch is worked as two halves side by side where it sends much (pipeline.halves),
-and is priced here as one after the other, which takes longer.
+prefill's micro-batch is worked as two halves side by side where it sends much (serve.halving),
+whatever pipeline.halves says, and is priced here as one after the other, which takes longer.
 """
 
 import dataclasses
@@ -81,7 +81,9 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
   # The server fills prompts up to whole shares of positions.
   sequence = -(-workload.prompt_tokens // mesh.tensor) * mesh.tensor
   train = dataclasses.replace(settings.train, batch=workload.sequences, sequence=sequence)
-  prefill = _as_served(dataclasses.replace(settings, train=train))
+  # Sequences that are served need not fall into halves.
+  pipeline = dataclasses.replace(settings.pipeline, halves=False)
+  prefill = _as_served(dataclasses.replace(settings, train=train, pipeline=pipeline))
   at = steps.sizes(prefill)
   table = forward_only(memory.table(settings.pipeline, mesh.stage))
   unit_s, transfer_s = _unit_seconds(prefill, machine, at), _transfer_seconds(prefill, machine, at)
@@ -121,7 +123,9 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   train = dataclasses.replace(
     settings.train, batch=sequences * shares, sequence=max(mesh.tensor, 1)
   )
-  pipeline = dataclasses.replace(settings.pipeline, schedule="1f1b", chunks=1, micro_batches=1)
+  pipeline = dataclasses.replace(
+    settings.pipeline, schedule="1f1b", chunks=1, micro_batches=1, halves=False
+  )
   decode = _as_served(dataclasses.replace(settings, train=train, pipeline=pipeline), positions=1)
   context = workload.prompt_tokens + workload.output_tokens // 2
   at = steps.sizes(decode, positions=1, context=context)

@@ -8,6 +8,7 @@ import dataclasses
 from moe_jax.config import Config
 from moe_jax.plan import phases
 from moe_jax.plan.leaves import DTYPE_BYTES, FLOAT32_BYTES, leaves
+from moe_jax.plan.links import AXES
 from moe_jax.plan.steps import (
   BACKWARD,
   Sizes,
@@ -21,7 +22,6 @@ from moe_jax.plan.steps import (
 )
 
 _FLOAT32 = FLOAT32_BYTES
-_ALL = ("data", "stage", "expert", "tensor")  # outermost first
 _TOKENS = ("data", "expert", "tensor")  # that split the tokens of a micro-batch
 _SEQUENCES = ("data", "expert")  # of these those that split its sequences
 _STAGE = ("stage",)
@@ -154,7 +154,7 @@ def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
     for axis, elements in leaf.whole_elements(mesh).items():
       scattered[axis] = scattered.get(axis, 0.0) + elements * here
     split = {*leaf.mesh_axes(), *leaf.shares(mesh).axes}
-    axes = tuple(name for name in _ALL if name not in split and getattr(mesh, name) > 1)
+    axes = tuple(name for name in AXES if name not in split and getattr(mesh, name) > 1)
     if axes:
       summed[axes] = summed.get(axes, 0) + leaf.state_elements(mesh)
   state = sum(leaf.state_elements(mesh) for leaf in held)
@@ -175,7 +175,7 @@ def end(settings: Config, share: float = 1.0) -> tuple[Step, ...]:
       for axes, n in summed.items()
     ),
     # Two losses, and the squares of the gradient.
-    Step("sum losses and norm", "other", "all-reduce", BACKWARD, _ALL, 3 * _FLOAT32),
+    Step("sum losses and norm", "other", "all-reduce", BACKWARD, AXES, 3 * _FLOAT32),
     Step(_REPORT, "other", "all-reduce", BACKWARD, _TOKENS, report * _FLOAT32),
     Step("zero and cast gradients", "other", num_bytes=3 * gradients * _FLOAT32, kernels=160),
     # Weights and two moments are read and written, the gradient read.

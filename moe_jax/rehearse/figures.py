@@ -193,20 +193,6 @@ def executed_flops(run: Run) -> dict[str, float]:
   return {phase: flops for phase, flops in found.items() if flops}
 
 
-def binding(found: dict) -> str:
-  """Returns what binds the step, in one line, from a prediction."""
-  terms = {
-    "computation": found["compute_s"],
-    "link between hosts": found["seconds_by_link"][BETWEEN],
-    "link inside hosts": found["seconds_by_link"][INSIDE],
-  }
-  name = max(terms, key=terms.get)
-  return (
-    f"{name} binds on {found['chip']}: {terms[name] * 1e3:.1f} ms of a step, beside "
-    + ", ".join(f"{other} {s * 1e3:.1f} ms" for other, s in terms.items() if other != name)
-  )
-
-
 def _by_phase(simulator: Simulator, kernels) -> dict[str, float]:
   found: collections.Counter = collections.Counter()
   for unit, times in kernels:

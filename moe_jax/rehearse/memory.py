@@ -11,12 +11,17 @@ from moe_jax import config
 from moe_jax.plan import workspace
 from moe_jax.plan.leaves import DTYPE_BYTES, leaves
 from moe_jax.rehearse.lowering import Compiled
+from moe_jax.rehearse.workload import PREFILL, TRAIN
 
 # In this order they add up to "total", which is XLA's own sum.
 PARTS = (
   "parameters", "optimizer", "cache", "inputs", "gradients", "compute_copies",
   "activations_and_buffers", "outputs", "code",
 )  # fmt: skip
+# What makes the key-value cache smaller, and the activations of a prefill.
+_LESS_CACHE = "fewer serve.slots, a smaller serve.max_tokens or serve.pages_fraction"
+_NARROW_CACHE = "serve.kv_dtype=int8"
+_LESS_PREFILL = "a shorter serve.prefill_chunk"
 
 
 def by_part(settings: config.Config, compiled: Compiled) -> dict[str, int]:
@@ -51,19 +56,30 @@ def by_part(settings: config.Config, compiled: Compiled) -> dict[str, int]:
 def advice(found: dict[str, int], settings: config.Config) -> str:
   """Returns what to change where the total does not fit, by the largest part that can shrink."""
   if found["cache"] > found["total"] / 2:
-    return "choose fewer serve.slots, a smaller serve.max_tokens or serve.pages_fraction, or" + (
-      " serve.kv_dtype=int8: the key-value cache takes most"
-    )
+    return f"choose {_LESS_CACHE}, or {_NARROW_CACHE}: the key-value cache takes most"
   if found["activations_and_buffers"] < found["total"] / 2:
     return "choose a larger mesh.tensor or mesh.stage: parameters and optimizer take most"
   if found["cache"]:
-    return "choose a shorter serve.prefill_chunk or fewer serve.slots: activations take most"
-  if less := saves_less(settings):
+    return f"choose {_LESS_PREFILL} or fewer serve.slots: activations take most"
+  if less := _saves_less(settings):
     return f"choose {less}, which keeps less between forward and backward"
   return "choose more pipeline.micro_batches or a shorter train.sequence: activations take most"
 
 
-def saves_less(settings: config.Config) -> str:
+def choices(step: str, settings: config.Config) -> list[str]:
+  """Returns all that makes a step need less, where nothing says which part is the largest.
+
+  Args:
+    step: "train", "prefill" or "decode".
+    settings: the deployment.
+  """
+  if step == TRAIN:
+    return [*filter(None, [_saves_less(settings)]), "more pipeline.micro_batches"]
+  of_prefill = [_LESS_PREFILL] if step == PREFILL else []
+  return [_LESS_CACHE, _NARROW_CACHE, *of_prefill]
+
+
+def _saves_less(settings: config.Config) -> str:
   """Returns the setting of the next saving policy that keeps less, "" where none does."""
   number = config.SAVE.index(settings.pipeline.save)
   return f"pipeline.save={config.SAVE[number - 1]}" if number else ""

@@ -36,9 +36,9 @@ class Tick(NamedTuple):
 def steady_tick(program: Program, simulator: Simulator) -> Tick:
   """Returns a turn of the loop that turns most often: the turn most like the others.
 
-  Of a program without a loop, which has few ticks, all of it.
+  Of a program without a loop that turns, which has few ticks, all of it.
   """
-  loops = [unit for unit in program.entry.units if isinstance(unit, Loop)]
+  loops = [unit for unit in program.entry.units if isinstance(unit, Loop) and unit.trips]
   block, turn = program.entry, 0
   if loops:
     loop = max(loops, key=lambda each: each.trips)

@@ -103,7 +103,6 @@ class Done:
   """Waits for the collective `name`."""
 
   name: str
-  instruction: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,10 +131,6 @@ class Branch:
   name: str
   branches: tuple["Block", ...]
   op_name: str = ""
-
-  def scopes(self) -> frozenset[str]:
-    """Returns the op_names of all that is in the branches."""
-    return frozenset(name for block in self.branches for name in block.op_names)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,7 +274,7 @@ class _Reader:
       if name is not None:
         started[each.name] = name
       return []
-    return [] if name is None else [Done(name, each.name)]
+    return [] if name is None else [Done(name)]
 
   def _collective(self, computation: Computation, each: Instruction):
     """Returns the collective that an instruction begins and where it stands, or None."""

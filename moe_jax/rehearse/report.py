@@ -11,6 +11,7 @@ import jax
 
 from moe_jax import config
 from moe_jax.pipeline.table import Table
+from moe_jax.plan import claim_rows
 from moe_jax.plan.hardware import CHIPS
 from moe_jax.rehearse import (
   bubble,
@@ -78,7 +79,7 @@ def make(
     if name == "compiled":
       tick = picture.steady_tick(best.program, simulator)
   bytes_by_part = memory.by_part(settings, best.compiled)
-  executed = figures.executed_flops(best.run)
+  executed, prediction = figures.executed_flops(best.run), parts["compiled"]["prediction"]
   found = {
     "pod": {
       "name": pod.name,
@@ -89,7 +90,12 @@ def make(
       "symmetric_memory": figures.is_symmetric(best.run),
     },
     "workload": workloads.as_dict(workload),
-    "binding": figures.binding(parts["compiled"]["prediction"]),
+    "binding": claim_rows.binding(
+      prediction["compute_s"],
+      prediction["seconds_by_link"],
+      prediction["step_s"],
+      f" on {prediction['chip']}",
+    ),
     "fits": bytes_by_part["total"] <= pod.chip.memory_bytes,
     "memory_bytes": bytes_by_part,
     **parts["compiled"],

@@ -102,10 +102,9 @@ def _compiled(step, settings, mesh, progress) -> lowering.Compiled:
     if "RESOURCE_EXHAUSTED" not in text:
       raise
     said = next((line for line in text.splitlines() if "hbm" in line), text.splitlines()[0])
-    choices = [memory.saves_less(settings), "more pipeline.micro_batches or a larger slice"]
     raise ValueError(
       f"the program does not fit the TPU's memory: {said.strip()}; choose"
-      f" {', '.join(filter(None, choices))}"
+      f" {', '.join(memory.choices(step, settings))} or a larger slice"
     ) from error
 
 

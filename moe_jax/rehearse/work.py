@@ -176,7 +176,7 @@ def _num_bytes(
   operands = computation.operands_of(instruction)
   if "calls" in instruction.called:
     inner = module.called(instruction, "calls")
-    return _parameter_bytes(module, inner) + _written_bytes(inner, inner.root)
+    return _parameter_bytes(inner) + _written_bytes(inner, inner.root)
   if instruction.opcode in _SLICES:
     return 2 * instruction.num_bytes
   if instruction.opcode in _UPDATES:
@@ -189,7 +189,7 @@ def _num_bytes(
   return instruction.num_bytes + read
 
 
-def _parameter_bytes(module: Module, inner: Computation) -> float:
+def _parameter_bytes(inner: Computation) -> float:
   return sum(_read_bytes(inner, parameter) for parameter in inner.parameters.values())
 
 

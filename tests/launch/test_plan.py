@@ -129,6 +129,11 @@ def test_a_target_that_no_size_meets_is_told_by_the_exit_code():
     (["--workload=serve", "--ttft_s=1e-12"], "error: no plan gives the first token within 1e-12 s"),
     (["--bubble=-0.1"], "error: --bubble=-0.1 is wrong; expected a non-negative number"),
     (["--workload=serve", "--bubble=0.1"], "error: --bubble is of a training step, which"),
+    (["--sequences=6"], "error: --sequences is of what is served, which --workload=train has not"),
+    (["--prompt_tokens=64"], "error: --prompt_tokens is of what is served"),
+    (["--output_tokens=256"], "error: --output_tokens is of what is served"),
+    (["--ttft_s=6"], "error: --ttft_s is of what is served"),
+    (["--zipf=1", "--trace=nowhere.json"], "error: --trace is a recorded load and --zipf a made"),
     (["--zipf=-1"], "error: zipf=-1.0 is not a number from 0 up"),
     (["--trace=nowhere.json"], "error: nowhere.json: No such file"),
     (["--calibration=nowhere.json"], "error: nowhere.json: No such file"),
@@ -143,7 +148,11 @@ def test_a_bad_specification_takes_one_line(arguments, message):
 
 
 def calibrated(folder, report):
-  (folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
+  path = folder / "report.json"
+  if isinstance(report, bytes):
+    path.write_bytes(report)
+  else:
+    path.write_text(report if isinstance(report, str) else json.dumps(report))
   return plan(f"--calibration={folder}/report.json", "--tokens_per_ms=0.001")
 
 
@@ -169,6 +178,7 @@ def test_it_is_calibrated_by_a_rehearsals_report(tmp_path):
   "report, message",
   [
     ("{", "is not JSON"),
+    (b"\xff\xfe{", "is not JSON: 'utf-8' codec can't decode byte 0xff in position 0"),
     ("5", "is no report of launch.rehearse (TypeError: 'int' object is not subscriptable); write"),
     ({"prediction": {}}, "is no report of launch.rehearse (KeyError: 'workload'); write one with"),
     (

@@ -6,9 +6,9 @@ words both; exits with 1 where a case of memory is off by more than its bar, or 
 
 Times are calibrated on one configuration: its units timed alone, and its step; and on the machine:
 matrix products, passes over memory, collectives of much and of nothing. Then the others, unlike it
-in mesh, schedule, micro-batches and dispatch, are predicted (plan.shared_cores) and run; printed
+in mesh, schedule, micro-batches and dispatch, are predicted (shared_cores) and run; printed
 are both, the rank correlation and the median error. Seconds are of this process on all cores, which
-neighbours disturb least. Ten minutes each on 2 quiet cores; on a busy machine times are worth less.
+neighbours disturb least. 20 minutes each on 2 quiet cores; on a busy machine times are worth less.
 With `--json` times may be stopped anywhere: the calibration and each case are written when they are
 done, and the same command goes on with the others.
 """
@@ -36,9 +36,8 @@ from moe_jax import config as config_lib
 from moe_jax.parallel import collectives
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.axes import ALL, TENSOR
-from moe_jax.plan import shared_cores
 from moe_jax.train import step
-from tests.plan import footprint
+from tests.plan import footprint, shared_cores
 
 _MANY, _GATHERS = 2**18, 20  # elements of a large collective; how many one after the other
 LEAST_CORRELATION, MOST_MEDIAN = 0.9, 0.15
@@ -70,7 +69,7 @@ CASES = {
     "moe": {"dispatch": "dense"},
   },
 }
-# The model of plan.shared_cores was made without a look at these.
+# The model of shared_cores was made without a look at these.
 HELD_OUT = (
   "2x1x4", "1x1x8, 16 micro-batches", "saves residuals 2x2x2", "capacity factor 2",
   "dropless 2x2x2", "dense 4x2x1",

@@ -7,7 +7,7 @@ routing, the popular experts on the first rank; nothing but the routers' biases 
 moved until each expert gets its share. The planner is calibrated on the even step alone: by its
 trace, phase by phase, and by a core's rates (one product, one pass over memory, two collectives),
 and predicts the others from their exponents. Exits with 1 where one is off by more than 15%. Takes
-5 minutes and two free cores; where others compute too, `--clock=cpu`.
+9 minutes and two free cores; where others compute too, `--clock=cpu`.
 """
 
 import argparse
@@ -22,10 +22,11 @@ import numpy as np
 
 from launch import config_file
 from moe_jax import config as config_lib
-from moe_jax.plan import calibration, load, protocols, simulate, skew
+from moe_jax.plan import calibration, load, simulate, skew
 from moe_jax.plan.hardware import Chip, Cluster
 from moe_jax.plan.machine import Machine
 from tests.balance import pinned
+from tests.plan import protocols
 
 EXPONENTS, BAR = {"even": 0.0, "Zipf 1.0": 1.0, "Zipf 2.0": 2.0}, 0.15
 # Of the routers' biases: how far a turn follows the logarithm of what is missing, and how often.

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from moe_jax.pipeline.table import KINDS
-from moe_jax.plan.shared_cores import Cores, Model
 from tests.plan import agreement
+from tests.plan.shared_cores import Cores, Model
 
 MODEL = Model(Cores(1e11, 1e10, 1e9, 1e-5), dict.fromkeys(KINDS, 1.0), 0.1)
 

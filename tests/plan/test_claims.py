@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from launch import config_file
 from moe_jax import config as config_lib
-from moe_jax.plan import claims, graph, load, machine, memory, serve, simulate, units
+from moe_jax.model import transformer
+from moe_jax.parallel import axes
+from moe_jax.plan import claim_rows, claims, graph, load, machine, memory, serve, simulate, units
 from moe_jax.plan.hardware import CHIPS, cluster
 from moe_jax.rehearse import claims as rehearsed
+from moe_jax.train import streaming
 
 
 def figures(pytestconfig, name):
@@ -182,6 +187,51 @@ def test_bubbles_are_those_of_the_stages_and_micro_batches_there_are(pod64):
       assert row.how == f"the config; plain 1F1B has {words}"
 
 
+@pytest.mark.parametrize(
+  "mesh, pipeline, words",
+  [
+    ({}, {}, "attention's weights of 3 of 4 chunks while the pipeline fills"),
+    ({}, {"prefetch_layers": 2}, "attention's weights 2 layers ahead"),
+    (
+      {"expert": 4, "data": 2},
+      {"prefetch_layers": 1},
+      "attention's and experts' weights 1 layers ahead",
+    ),
+    (
+      {"expert": 1, "tensor": 1, "stage": 1, "data": 64},
+      {"chunks": 8, "micro_batches": 1},
+      "attention's and experts' weights of 7 of 8 chunks, each beside the one before",
+    ),
+    ({"data": 2, "expert": 4}, {"schedule": "1f1b", "chunks": 1}, "all weights are there"),
+    ({"expert": 1}, {}, "all weights are there"),
+  ],
+)
+def test_weights_that_come_ahead_are_those_that_lie_in_shares(pod64, mesh, pipeline, words):
+  settings = pod64.settings
+  found = pod64._replace(
+    settings=dataclasses.replace(
+      settings,
+      mesh=dataclasses.replace(settings.mesh, **mesh),
+      pipeline=dataclasses.replace(settings.pipeline, **pipeline),
+    )
+  )
+  _, row = of_both_tables(found, "expert prefetch")
+  assert row.found == words
+  sizes = tuple(getattr(found.settings.mesh, axis) for axis in axes.ALL)
+  laid = streaming.specs(found.settings, AbstractMesh(sizes, axes.ALL)).layers
+  specs = [
+    jax.tree_util.tree_leaves_with_path(each, is_leaf=lambda node: isinstance(node, jax.P))
+    for each in (laid, transformer.specs(settings.model).layers)
+  ]
+  in_shares = " ".join(
+    jax.tree_util.keystr(path)
+    for (path, spec), (_, whole) in zip(*specs, strict=True)
+    if spec != whole
+  )
+  for name in ("attention", "experts"):
+    assert (f"['{name}']" in in_shares) == (name in words)
+
+
 def test_with_wider_layers_it_is_the_10_b_that_were_meant(pytestconfig):
   by_name = {row.claim: row for row in claims.rows(figures(pytestconfig, "pod64_10b"))}
   assert by_name["model size"].holds and by_name["model size in FP16"].holds
@@ -191,6 +241,7 @@ def test_with_wider_layers_it_is_the_10_b_that_were_meant(pytestconfig):
 def test_what_binds_is_the_longest(pod64):
   run = pod64.runs["on the chip"]
   link_s = run.seconds_by_link["between"]
-  found = claims.binding(run._replace(compute_s=0.9 * link_s))
+  found = claim_rows.binding(0.9 * link_s, run.seconds_by_link, run.step_s)
   assert found.startswith(f"link between hosts binds: {link_s * 1e3:.1f} ms")
-  assert claims.binding(run._replace(compute_s=9.0)).startswith("computation binds: 9000.0 ms")
+  found = claim_rows.binding(9.0, run.seconds_by_link, 10.0, " on h100")
+  assert found.startswith("computation binds on h100: 9000.0 ms of a step of 10000.0, beside link")

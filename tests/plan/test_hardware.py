@@ -40,6 +40,8 @@ def test_a_cluster_is_named_as_users_type_it():
   assert (found.num_gpus, found.name, found.chip) == (64, "h100:16x4", CHIPS["h100"])
   assert found.of(2).name == "h100:1x2"
   assert found.of(32).name == "h100:8x4"
+  # Whole hosts, which may have more GPUs than were asked for.
+  assert cluster("h100:5x6").of(8).name == "h100:2x6"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_a_recorded_trace(tmp_path):
     ('{"counts_LE": [[1, 2]]}', r"has shape \(1, 2\), the model has \(4, 8\)"),
     (json.dumps({"counts_LE": [[0] * 8] * 4}), "above 0 in every layer"),
     (json.dumps({"counts_LE": [[-1] + [1] * 7] * 4}), "must be 0 or more"),
+    (json.dumps({"counts_LE": [[float("inf")] + [1] * 7] * 4}), "must be 0 or more and finite"),
+    (json.dumps({"counts_LE": [[float("nan")] + [1] * 7] * 4}), "must be 0 or more and finite"),
   ],
 )
 def test_a_wrong_trace_is_refused(tmp_path, content, message):
@@ -94,6 +96,16 @@ def test_a_wrong_trace_is_refused(tmp_path, content, message):
 def test_a_wrong_exponent_is_refused(exponent):
   with pytest.raises(ValueError, match="is not a number from 0 up"):
     load.zipf(DROPLESS, exponent)
+
+
+def test_an_exponent_that_leaves_an_expert_nothing_is_refused():
+  """The last of 8 has 8 ** -110 of the first one's weight, which is 1e-99."""
+  assert load.zipf(DROPLESS, 110.0).share_LE[0, :2] == pytest.approx([0.5, 0.5], rel=1e-4)
+  for exponent in (112.0, 300.0, 1e300):
+    with pytest.raises(ValueError, match=r"the last of 8 experts next to nothing; .* at most 110,"):
+      load.zipf(DROPLESS, exponent)
+  alone = runs.settings(model={"experts": 1, "experts_per_token": 1}, mesh={"expert": 1})
+  assert load.zipf(alone, 1e300).share_LE.tolist() == [[1.0]] * 4
 
 
 def test_a_calibration_makes_the_prediction_what_was_found():

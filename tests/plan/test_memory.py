@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from moe_jax import config
-from moe_jax.model import flash, kv_cache
+from moe_jax.model import kv_cache
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.pipeline.saving import SAVE
-from moe_jax.plan import layer_arrays, memory, saving, steps, units, workspace
+from moe_jax.plan import memory, saving, steps, units, workspace
 from moe_jax.plan.leaves import DTYPE_BYTES
 from moe_jax.rehearse import lowering
 from moe_jax.train import optimizer as optimizer_lib
@@ -169,11 +169,6 @@ def test_streamed_weights_by_hand():
   whole, one = (_train(mesh=mesh, model=narrow, pipeline={"prefetch_layers": k}) for k in (0, 1))
   saved = whole.compute_copies - one.compute_copies
   assert saved == (4 - 4 / 4 - 2) * of_layer / 2  # a share of the cast copy stays
-
-
-def test_attentions_kernels_pad_as_the_planner_says():
-  planned = layer_arrays.FLASH_BLOCK, layer_arrays.FLASH_NARROWEST
-  assert planned == (flash.BLOCK, flash._NARROWEST)
 
 
 def test_a_larger_vocabulary_makes_the_head_the_most_demanding():

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from moe_jax import config
-from moe_jax.plan import machine, memory, phases, program, simulate, units
+from moe_jax.model import flash
+from moe_jax.plan import cost, machine, memory, phases, program, simulate, steps, units
 from moe_jax.plan.hardware import cluster
 from tests import runs
 from tests.plan import executed
@@ -49,8 +51,9 @@ def test_units_run_in_as_many_ticks_as_the_table_says(settings):
 @each_case
 def test_a_device_multiplies_its_share_of_what_is_executed(settings):
   """Masked cells come on top: a tick runs a unit on every stage if any stage has one."""
+  settings = with_attention(settings, flash.BLOCK, flash._NARROWEST)
   table, mesh = memory.table(settings.pipeline, settings.mesh.stage), settings.mesh
-  said = executed.train_flops(settings, phases.KERNEL_BLOCK)
+  said = executed.train_flops(settings, flash.BLOCK, flash.PRODUCTS[flash.BACKWARD])
   for kind, phases_of in (
     ("head", ("head",)), ("forward", ("attention", "dispatch", "experts")),
   ):  # fmt: skip
@@ -66,6 +69,32 @@ def test_a_device_multiplies_its_share_of_what_is_executed(settings):
       assert found == pytest.approx(wanted)
     else:
       assert found <= wanted * 1.0001  # the router's products are kept too
+
+
+def test_attentions_kernels_are_those_of_a_gpu():
+  assert (phases.FLASH_BLOCK, phases.FLASH_NARROWEST) == (flash.BLOCK, flash._NARROWEST)
+  products = {phases.FORWARD: flash.FORWARD, phases.BACKWARD: flash.BACKWARD}
+  assert {part: flash.PRODUCTS[name] for part, name in products.items()} == phases.FLASH_PRODUCTS
+
+
+@pytest.mark.parametrize("sequence, head_dim", [(2048, 32), (100, 24), (16, 4)])
+def test_attention_multiplies_what_the_kernels_of_a_gpu_do(sequence, head_dim):
+  """Beside the four projections; pod64's shape, one that is padded, and tiny's."""
+  settings = with_attention(runs.settings(), sequence, head_dim)
+  model, mesh, at = settings.model, settings.mesh, steps.sizes(settings)
+  heads = at.sequences, sequence, model.heads // mesh.tensor, head_dim
+  (b, S, N, H) = jax.eval_shape(flash._tiled, jax.ShapeDtypeStruct(heads, "float32")).shape
+  projected = cost.forward_flops(model, [1] * at.sequences * sequence).attention / model.layers
+  projected -= 4 * at.sequences * sequence * model.heads * head_dim  # a pair for each token
+  passes = {flash.FORWARD: ("forward", 1), flash.BACKWARD: ("backward", 2)}
+  for kernel, (unit, times) in passes.items():
+    made = [
+      step.flops
+      for step in units.unit(settings, unit)
+      if step.phase == "attention" and step.part == unit
+    ]
+    kernel_flops = flash.kernel_flops(kernel, b, S, N, H, num_keys=S)
+    assert sum(made) == pytest.approx(times * projected / mesh.tensor + kernel_flops)
 
 
 @each_case
@@ -105,6 +134,15 @@ def test_untied_ticks_are_the_sum_of_their_units_and_transfers(settings):
   ends_s = sum(machine.run_block(b, settings, H100).end_s for b in program.ends(settings))
   embed_s = run.unit_s["embed"] * table.ticks_by_kind["embed"]
   assert least <= run.step_s <= least + sent_s + ends_s + embed_s
+
+
+def with_attention(settings, sequence, head_dim):
+  """Returns the settings with other sequences and heads."""
+  return dataclasses.replace(
+    settings,
+    model=dataclasses.replace(settings.model, head_dim=head_dim),
+    train=dataclasses.replace(settings.train, sequence=sequence),
+  )
 
 
 def test_tying_never_costs_and_only_moves_what_is_hidden():

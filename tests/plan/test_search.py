@@ -106,6 +106,20 @@ def test_the_smallest_cluster_meets_the_targets_and_the_next_smaller_does_not():
   assert never is None and [gpus for gpus, _, _ in tried] == [1, 2, 4, 8]
 
 
+@pytest.mark.parametrize(
+  "name, expected", [("h100:6x1", [1, 2, 4, 6]), ("h100:2x6", [1, 2, 4, 12]), ("h100:1x1", [1])]
+)
+def test_the_largest_size_tried_is_the_whole_cluster_and_none_is_tried_twice(
+  name, expected, monkeypatch
+):
+  def none_fits(*arguments, **options):
+    raise ValueError("no plan fits")
+
+  monkeypatch.setattr(search, "search", none_fits)
+  _, tried = search.smallest(TINY, cluster(name), search.Targets())
+  assert [gpus for gpus, _, _ in tried] == expected
+
+
 def test_serving_drops_nothing_and_keeps_to_its_target():
   found = search.search(TINY, EIGHT, workload=WORKLOAD)
   assert {plan.settings.moe.dispatch for plan in found.best} == {"dropless"}
@@ -145,6 +159,18 @@ def test_serving_is_planned_as_the_server_dispatches():
   long = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, sequence=512))
   assert serve._as_served(long).moe.dispatch == "dropless"
   assert serve._as_served(long, positions=1).moe.dispatch == "gathered"
+
+
+def test_halves_of_training_do_not_bind_what_is_served():
+  """Three sequences a rank, of which neither a prefill nor a token's turn makes two halves."""
+  of = lambda halves: serve.run(
+    runs.settings(
+      mesh={"expert": 2, "tensor": 2, "stage": 1},
+      pipeline={"micro_batches": 1, "halves": halves},
+    ),
+    machine.Machine(EIGHT), WORKLOAD._replace(sequences=6),
+  )  # fmt: skip
+  assert of(True) == of(False)
 
 
 @pytest.mark.parametrize("sequences", [1, 6, 12, 50])
@@ -265,6 +291,25 @@ def test_what_is_impossible_says_by_how_much():
   chip = dataclasses.replace(CHIPS["h100"], name="tiny", memory_bytes=1e4)
   with pytest.raises(ValueError, match=r"no plan fits: the smallest needs .* GB too little; give"):
     search.search(TINY, Cluster(chip, 2, 4))
+
+
+def test_no_change_is_proposed_that_does_not_fit():
+  """With room for "residuals" and no more: neither "everything" fits nor larger micro-batches."""
+  pipeline = dataclasses.replace(TINY.pipeline, save="residuals")
+  room = memory.train(dataclasses.replace(TINY, pipeline=pipeline)).total
+  offered = lambda num_bytes: {
+    what
+    for what, *_ in compare.change_first(
+      TINY,
+      machine.Machine(
+        Cluster(dataclasses.replace(CHIPS["h100"], name="small", memory_bytes=num_bytes), 2, 4)
+      ),
+    )
+    if what.startswith("pipeline.")
+  }
+  small = {"pipeline.save=exchanges", "pipeline.save=residuals", "pipeline.micro_batches=4"}
+  assert offered(room) == small
+  assert offered(1e9) == small | {"pipeline.save=everything", "pipeline.micro_batches=1"}
 
 
 def test_plans_side_by_side():

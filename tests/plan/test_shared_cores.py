@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from moe_jax.pipeline.table import KINDS
-from moe_jax.plan import links, memory, shared_cores, units
+from moe_jax.plan import links, memory, units
 from tests import runs
+from tests.plan import shared_cores
 
 CORES = shared_cores.Cores(1e11, 1e10, 1e10, 1e-5)
 UNIT_S = {

@@ -15,7 +15,6 @@ from moe_jax.plan import (
   machine,
   memory,
   program,
-  protocols,
   simulate,
   skew,
   steps,
@@ -25,6 +24,7 @@ from moe_jax.plan import (
 from moe_jax.plan.calibration import Calibration
 from moe_jax.plan.hardware import CHIPS, Cluster
 from tests import runs
+from tests.plan import protocols
 
 # 1 TFLOP/s (TensorFloat-32 runs at half of bfloat16's rate), 1 TB/s of memory, links of 1 GB/s
 # without latency: a byte takes 1 ns on a link.
@@ -56,15 +56,17 @@ def test_a_small_plan_worked_by_hand():
   run = simulate.train(settings, machine.Machine(Cluster(ROUND, 1, 2), Calibration(launch_s=0.0)))
   # A device has 1 sequence of 16 tokens. Each layer, forwards:
   #   projections: 4 matrices 8 x 8, 2 FLOPs each: 16 x 4 x 64 x 2 = 8,192
-  #   pairs: one block of 16 x 16, 2 heads, 4 x 4 FLOPs: 256 x 2 x 16 = 8,192
+  #   pairs: the kernels' block of 64 x 64, 2 heads of 16, 2 products of 2 FLOPs: 4,096 x 2 x 64 =
+  #   524,288
   #   router: 16 x 8 x 2 x 2 = 512, exact float32, at 1 TFLOP/s like the others
   #   experts: 2 sources send each expert ceil(1.0 x 16 x 1 / 2) = 8 rows: 16 rows x 6 x 8 x 16 =
   #   12,288
-  attention, router, experts = 8_192 + 8_192, 512, 12_288
+  projections, pairs, router, experts = 8_192, 524_288, 512, 12_288
   # The head: 16 x 8 x 256 x 2 = 65,536.
   head = 65_536
-  # Backwards twice as much, and the scores again: half of the pairs' 8,192.
-  forward, backward = attention + router + experts, 2 * (attention + router + experts) + 4_096
+  # Backwards twice as much, but of pairs 7 products where there were 2.
+  rest = projections + router + experts
+  forward, backward = rest + pairs, 2 * rest + 7 * pairs // 2
   compute_s = (2 * (forward + backward) + 3 * head) * 1e-12
   assert run.compute_s == pytest.approx(compute_s)
   # All-to-all: 2 experts x 8 rows x 8 x 4 bytes = 512, half of it leaves: 256 ns, there and back,

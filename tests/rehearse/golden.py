@@ -5,8 +5,8 @@ Four devices, expert 2 x tensor 2, two on a host. Three times: an all-to-all bet
 matrix product, then a second product, then an all-reduce inside the host that nothing hides.
 """
 
-from moe_jax.plan import protocols
 from moe_jax.plan.hardware import Chip
+from tests.plan import protocols
 
 MESH = {"stage": 1, "expert": 2, "tensor": 2}
 GPUS_PER_HOST = 2

@@ -5,13 +5,24 @@ import itertools
 
 import pytest
 
-from moe_jax.plan import protocols
+from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.plan.calibration import LAUNCH_S
 from moe_jax.plan.hardware import CHIPS
-from moe_jax.rehearse import figures, groups, picture, program, timing, work, workload
+from moe_jax.rehearse import (
+  bubble,
+  figures,
+  groups,
+  picture,
+  program,
+  ticks,
+  timing,
+  work,
+  workload,
+)
 from moe_jax.rehearse.exposure import Simulator
 from moe_jax.rehearse.program import Block, Branch, Collective, Compute, Done, Loop, Program
 from tests import runs
+from tests.plan import protocols
 from tests.rehearse import golden
 
 TENSOR, EXPERT = "replica_groups={{0,1},{2,3}}", "replica_groups={{0,2},{1,3}}"
@@ -29,7 +40,7 @@ def collective(name, milliseconds, attributes=TENSOR, is_async=True):
 
 
 def done(unit):
-  return Done(unit.name, f"{unit.name}-done")
+  return Done(unit.name)
 
 
 def block(*units, name="block"):
@@ -201,6 +212,21 @@ def test_the_picture_and_its_title_are_of_the_usual_turn():
   simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {"branch": (0, 1, 1, 1)}, launch_s=0.0)
   tick = picture.steady_tick(Program(block(ticks), {}), simulator)
   assert tick.run.total_s == pytest.approx(11e-3) == tick.events[-1].end_s
+
+
+@pytest.mark.parametrize("idle", [(), (Loop("rounds", 0, block(kernel(5))),)])
+def test_a_program_without_a_loop_that_turns_is_drawn_whole(idle):
+  """And its ticks, of which none is in a loop, do not show what the units of a report take."""
+  at_once = collective("at_once", 3, is_async=False)
+  found = Program(block(kernel(1), *idle, at_once, name="entry"), {})
+  simulator = Simulator(golden.CHIP, golden.GPUS_PER_HOST, {}, launch_s=0.0)
+  tick, whole = picture.steady_tick(found, simulator), simulator.run(found)
+  assert [event.row for event in tick.events] == ["compute", "waiting", "inside"]
+  assert tick.run == whole and whole.total_s == pytest.approx(4e-3)
+  assert "4000 us, 1000 of computation, 3000 of exposed" in picture.page(tick, "a pod", "binding")
+  table = SCHEDULES["1f1b"](2, 1, 1)
+  taken = ticks.branches_taken(found, table)
+  assert bubble.fraction(found, table, taken, golden.CHIP, golden.GPUS_PER_HOST) is None
 
 
 def test_a_kernel_takes_the_longer_of_operations_and_bytes():

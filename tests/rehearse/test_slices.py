@@ -3,11 +3,12 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.plan.hardware import TPUS
-from moe_jax.rehearse import memory, pod, slices, text
+from moe_jax.rehearse import lowering, memory, pod, slice_report, slices, text
 from moe_jax.train import step as step_lib
 from tests.plan import executed
 from tests.rehearse.command import rehearse
@@ -22,7 +23,6 @@ SMALLEST = {"v5p": "2x2x1", "v5e": "2x2", "v6e": "2x2"}
 @pytest.mark.parametrize("chip", TPUS.values(), ids=TPUS)
 def test_every_chip_is_ordered_as_hardware_is(chip):
   assert TPUS[chip.name] is chip and chip.source.startswith("https://")
-  assert chip.memory_bytes_per_s > chip.ici_bytes_per_s
   assert chip.dimensions in (2, 3)
 
 
@@ -47,6 +47,24 @@ def test_a_missing_compiler_is_named_with_its_command(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(NotImplementedError, match=r"pip install --no-deps 'libtpu==\d"):
     pod.describe("tpu:v5p:4x4x4")
+
+
+@pytest.mark.parametrize(
+  ("step", "advised"),
+  [
+    ("train", "pipeline.save=exchanges, more pipeline.micro_batches or a larger slice"),
+    ("prefill", "serve.kv_dtype=int8, a shorter serve.prefill_chunk or a larger slice"),
+    ("decode", "serve.pages_fraction, serve.kv_dtype=int8 or a larger slice"),
+  ],
+)
+def test_what_does_not_fit_is_answered_by_fields_of_the_step(step, advised, monkeypatch):
+  def too_large(settings, mesh, progress):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: \n Used 40G of 16G hbm")
+
+  monkeypatch.setitem(lowering.COMPILED, step, too_large)
+  settings = config_lib.Config(pipeline=config_lib.Pipeline(save="residuals"))
+  with pytest.raises(ValueError, match=f"40G of 16G hbm; choose .*{advised}$"):
+    slice_report._compiled(step, settings, None, None)
 
 
 @needs_compiler
