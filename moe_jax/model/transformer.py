@@ -1,8 +1,8 @@
 """The network: a Mixtral-shaped Mixture-of-Experts transformer as embed, layer and head functions.
 
-The functions are per-device programs for inside the manual region; `functions` hands them to the
-pipeline. Between layers a device holds its sequences' positions of its tensor rank, `x_bsD`. Knows
-the model; must not know schedules, optimizers or files.
+The functions are per-device programs for inside the manual region; `loss_functions` and
+`logits_functions` hand them to the pipeline. Between layers a device holds its sequences' positions
+of its tensor rank, `x_bsD`. Knows the model; must not know schedules, optimizers or files.
 """
 
 from collections.abc import Callable

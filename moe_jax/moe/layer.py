@@ -59,7 +59,7 @@ class Report(NamedTuple):
   Attributes:
     assigned_E: this device's assignments per expert before any drop, int32.
     counts: of this device, but for `rounds`: those the first device alone counts, so that the sum
-      over devices is their number.
+      over devices is their number; of copies, which may take unlike many, it is the first one's.
     measured: what the run's way to even the router asks of this device's tokens (balance.rules).
   """
 

@@ -53,7 +53,7 @@ class Counts(NamedTuple):
     kept: served by the expert that the router chose.
     spilled: served by another expert of lower rank.
     dropped: served by none.
-    padded: rows sent that hold no assignment.
+    padded: rows sent that hold no assignment; of two levels those between hosts.
     rounds: exchanges there and back.
     stolen: of those kept, served by a rank that is not the expert's own.
   """

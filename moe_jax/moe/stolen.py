@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from moe_jax.balance import stealing
-from moe_jax.moe import dropless, grouped
+from moe_jax.moe import dropless, grouped, order
 from moe_jax.moe.experts import Weights
 from moe_jax.moe.plan import Plan, Setting
 from moe_jax.moe.router import Routing, assignments_per_expert
@@ -231,9 +231,6 @@ def _of_rows(plan: Plan) -> Plan:
 
 def _place_among_equals(expert_A, assigned_E):
   """Returns each assignment's place among those of its expert, in the order of the tokens."""
-  number_A = jnp.arange(expert_A.size, dtype=jnp.int32)
-  sorted_expert_A, order_A = jax.lax.sort((expert_A, number_A), num_keys=2)
+  _, place_A = order.by_key(expert_A)
   first_E = jnp.cumsum(assigned_E, dtype=jnp.int32) - assigned_E
-  place_A = number_A - first_E[sorted_expert_A]
-  # Sorting by the entry's number undoes the first sort; a scatter would run row by row on CPU.
-  return jax.lax.sort((order_A, place_A), num_keys=1)[1]
+  return place_A - first_E[expert_A]

@@ -106,7 +106,7 @@ def example(functions: Functions, weights: Any, shared: Callable[[], Tree], inpu
 
   Args:
     functions: the model.
-    weights: of a stage, `weights.Whole` or `Streamed`.
+    weights: of a stage, as a class of `weights` holds them.
     shared: gives the parameters outside the layers.
     inputs: leaves [micro-batches, ...].
   """

@@ -1,4 +1,4 @@
-"""How a schedule looks: a row per stage over time, in which what is blank is the bubble.
+"""How a schedule looks: a row per stage over time, in which what is hatched is the bubble.
 
 Time is lockstep time: a tick is as long as the kinds of unit that any stage runs in it, one after
 the other, so a stage without such a unit is seen to wait. Knows tables and costs; must not know

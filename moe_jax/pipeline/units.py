@@ -119,7 +119,7 @@ class Layers(NamedTuple):
 
   functions: Functions
   steps: SavedLayer
-  weights: Whole | Streamed
+  weights: Whole | Streamed | Arriving
   shared: Tree
   statistics: Tree
   num_layers: int
