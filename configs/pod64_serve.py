@@ -1,7 +1,7 @@
 """python -m launch.rehearse --config=configs/pod64_serve.py --pod=h100:16x4 --step=prefill
 
 pod64's model served: every GPU holds all of it, 0.9 GB, and sends no token anywhere. On a pod, one
-server a host: srun -N16 -n16 python -m launch.serve --workdir=runs/pod64 --mesh=1x1x1x4
+server a host: srun -N16 -n16 .venv/bin/python -m launch.serve --workdir=runs/pod64 --mesh=1x1x1x4
 """
 
 from ml_collections import ConfigDict

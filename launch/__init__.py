@@ -1,1 +1,1 @@
-"""Programs: one verb per file, run with `python -m launch.<verb>`."""
+"""Programs, run with `python -m launch.<verb>`, and what they share: flags, environment, HTTP."""

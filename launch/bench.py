@@ -2,11 +2,13 @@
 
   python -m launch.bench --config=configs/bench.py --json=bench.json
   ... --virtual_devices=8 --config.mesh.expert=2 --config.mesh.tensor=2 --config.mesh.stage=2
+  srun -N16 -n64 python -m launch.bench --config=configs/pod64.py
 
 Text is uniform random tokens, routed by an untrained router. Steps are those of the training loop:
 the train step with optimizer and donated state, the forward-only schedule of evaluation. Work is
 counted as model FLOPs (moe_jax/plan/cost.py). The peak is the best that three named matrix products
-reach before, between and after; where the three differ, a neighbour was busy.
+reach before, between and after; where the three differ, a neighbour was busy. Of several processes
+each times what all of them run together, and the first one speaks.
 """
 
 import json
@@ -15,6 +17,7 @@ import statistics
 
 from absl import flags
 
+from launch import distributed
 from launch.flags import run
 from moe_jax import config as config_lib
 from moe_jax.plan import cost
@@ -26,7 +29,12 @@ WARMUP_STEPS = 2
 
 
 def main(settings: config_lib.Config) -> None:
+  distributed.start()
   found = measure(settings, _REPEATS.value)
+  import jax
+
+  if jax.process_index() > 0:
+    return
   print(to_text(found))
   if _JSON.value:
     path = pathlib.Path(_JSON.value)

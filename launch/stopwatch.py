@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import config
 from moe_jax.model.transformer import Inputs
@@ -59,8 +60,13 @@ class Program:
     order = state_lib.placement(settings, self.schedule.layer_order)
     key = jax.random.key(settings.train.seed)
     self.state = state_lib.initialiser(settings, mesh, optimizer, order)(key)
-    place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    # Every process makes the whole batch, and places what lies on its own devices.
+    place = lambda leaf, spec: jax.make_array_from_callback(
+      leaf.shape, NamedSharding(mesh, spec), lambda part: leaf[part]
+    )
     self.inputs = jax.tree.map(place, random_inputs(settings), step_lib.inputs_spec())
+    sums = lambda counts: (counts.dropped.sum(), counts.sent.sum())
+    self._sums = jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
     self.compile_s: dict[str, float] = {}
     self._units = units.programs(settings, mesh)
     self._to_compute = jax.jit(step_lib.compute_parameters(settings, mesh))
@@ -72,12 +78,12 @@ class Program:
   def train(self) -> Step:
     """Takes one optimizer step."""
     took, (self.state, metrics) = timed(lambda: self._train(self.state, self.inputs))
-    return Step(took, _dropped_fraction(metrics.losses))
+    return Step(took, self._dropped_fraction(metrics.losses))
 
   def forward(self) -> Step:
     """Evaluates the batch."""
     took, losses = timed(lambda: self._forward(self.state, self.inputs))
-    return Step(took, _dropped_fraction(losses))
+    return Step(took, self._dropped_fraction(losses))
 
   def unit_seconds(self, repeats: int) -> dict[str, float]:
     """Returns the median seconds of each unit of a tick, run alone on all devices."""
@@ -95,6 +101,10 @@ class Program:
     _, gx = take("backward", saved, gy)
     take("embed_gradient", gx)
     return found
+
+  def _dropped_fraction(self, losses: step_lib.Losses) -> float:
+    dropped, sent = self._sums(losses.report.counts)
+    return int(dropped) / int(sent)
 
   def _compile(self, kind: str, function):
     start = time.perf_counter()
@@ -163,8 +173,3 @@ def timed(function: Callable[[], Any]) -> tuple[Time, Any]:
   wall, cpu = time.perf_counter(), time.process_time()
   result = jax.block_until_ready(function())
   return Time(time.perf_counter() - wall, time.process_time() - cpu), result
-
-
-def _dropped_fraction(losses: step_lib.Losses) -> float:
-  counts = losses.report.counts
-  return float(counts.dropped.sum() / counts.sent.sum())

@@ -1,4 +1,4 @@
-"""Small runs for tests: their config, their text, and what is in their folders.
+"""Small runs for tests: their config, their text, a port to meet at, and what is in their folders.
 
 Knows configs/tiny.py; it must not know which runs are tested.
 """
@@ -6,6 +6,7 @@ Knows configs/tiny.py; it must not know which runs are tested.
 import argparse
 import hashlib
 import json
+import socket
 from pathlib import Path
 
 from launch import config_file
@@ -31,6 +32,13 @@ def rows(workdir: Path) -> list[dict]:
   path = workdir / "metrics.jsonl"
   text = path.read_text() if path.exists() else ""
   return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def free_port() -> int:
+  """Returns a port of this machine that nobody listens on."""
+  with socket.socket() as listener:
+    listener.bind(("localhost", 0))
+    return listener.getsockname()[1]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -7,14 +7,12 @@ rank is what the others wait for. They talk over gloo. Must not know what they r
 import concurrent.futures
 import json
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from launch import environment
+from tests import runs
 
-ROOT = Path(__file__).parents[2]
 NUM_PROCESSES = 2
 _THREADS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -42,15 +40,12 @@ def conduct(module: str, words: list[str], timeout_s: float = 600) -> list[dict]
   cores = sorted(os.sched_getaffinity(0))
   if len(cores) < NUM_PROCESSES:
     raise ValueError(f"{len(cores)} core(s) here, {NUM_PROCESSES} needed: one for each rank")
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    port = listener.getsockname()[1]
-  command = [sys.executable, "-m", module, *words, f"--port={port}"]
+  command = [sys.executable, "-m", module, *words, f"--port={runs.free_port()}"]
   variables = {**os.environ, **environment.malloc(1), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS}
   ranks = [
     subprocess.Popen(
       [*command, f"--process={index}"],
-      cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=runs.ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     for index in range(NUM_PROCESSES)
   ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -11,23 +10,32 @@ import pytest
 from launch import bench, config_file
 from moe_jax import config as config_lib
 from moe_jax.plan import cost
+from tests import runs
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ["--config=configs/tiny.py", "--config.model.layers=1", "--config.pipeline.micro_batches=2"]
 MESH = ["--config.mesh.expert=2", "--config.mesh.tensor=1", "--config.mesh.stage=1"]
 GEMMS = {"square", "into_hidden", "out_of_hidden"}
 
 
-def launch(*arguments):
-  return subprocess.run(
+def started(*arguments):
+  return subprocess.Popen(
     [sys.executable, "-W", "error", "-m", "launch.bench", *arguments],
-    cwd=ROOT, capture_output=True, text=True, timeout=300,
+    cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
   )  # fmt: skip
 
 
+def ended(process):
+  out, err = process.communicate(timeout=300)
+  return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def launch(*arguments):
+  return ended(started(*arguments))
+
+
 def shipped(name):
-  values = config_file.load(str(ROOT / "configs" / f"{name}.py"))
+  values = config_file.load(str(runs.ROOT / "configs" / f"{name}.py"))
   return config_lib.from_mapping(values)
 
 
@@ -75,6 +83,20 @@ def test_the_table_shows_both_steps_and_every_shape(finished):
   for name in ("train", "forward", *GEMMS):
     assert name in shown
   assert found["devices"].startswith("2 x ")
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_says_what_both_run(tmp_path):
+  file = tmp_path / "bench.json"
+  together = [f"--coordinator=localhost:{runs.free_port()}", "--num_processes=2", f"--json={file}"]
+  devices = ["--virtual_devices=1", "--repeats=1"]
+  pair = [started(*SMALL, *MESH, *devices, *together, f"--process_id={i}") for i in range(2)]
+  first, second = map(ended, pair)
+  assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
+  found = json.loads(file.read_text())
+  assert bench.to_text(found) in first.stdout and "tokens/s" not in second.stdout
+  assert found["devices"].startswith("2 x ")
+  assert found["train"]["dropped_fraction"] == 0
 
 
 def test_what_was_dropped_is_no_work():

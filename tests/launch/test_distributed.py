@@ -1,7 +1,6 @@
 """Processes find each other by flags or by their cluster's environment, or say why not."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -55,14 +54,8 @@ def slurm(process_id: int, num_processes: int) -> dict[str, str]:
   }
 
 
-def free_port() -> str:
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    return str(listener.getsockname()[1])
-
-
 def test_tasks_of_a_slurm_step_join():
-  port = free_port()
+  port = str(runs.free_port())
   processes = [start(**slurm(i, 2), JAX_COORDINATOR_PORT=port) for i in range(2)]
   assert [ended[:2] for ended in finish(processes)] == [
     (0, "process 0 of 2"),

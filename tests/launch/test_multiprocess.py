@@ -2,7 +2,6 @@
 
 import io
 import signal
-import socket
 import subprocess
 import time
 
@@ -16,16 +15,10 @@ from tests.launch.test_train import command
 NUM_STEPS = 6
 
 
-def free_port() -> int:
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    return listener.getsockname()[1]
-
-
 @pytest.fixture
 def pair(tmp_path):
   """Two processes of a run that would take hours."""
-  address = f"--coordinator=localhost:{free_port()}"
+  address = f"--coordinator=localhost:{runs.free_port()}"
   flags = (address, "--num_processes=2", "--config.train.steps=100000")
   processes = [
     subprocess.Popen(
