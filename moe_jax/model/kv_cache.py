@@ -3,8 +3,8 @@
 Layers lie over `stage`, pages over `data` and `expert`, heads over `tensor`: a page belongs to the
 rank of both that holds its sequence, and is numbered within it. Which sequence holds which page is
 the caller's table; here a page of -1 is none: nothing is written to it, and what is read of it is
-to be masked. int8 and float8 keep a float32 scale for each token and head. In a page a head's tokens lie
-together, as products with one head's query read them.
+to be masked. int8 and float8 keep a float32 scale for each token and head. In a page a head's
+tokens lie together, as products with one head's query read them.
 
 Letters: A pages of a rank, J tokens of a page, W pages in a row of the table, M = W * J; g key
 heads of this tensor rank, l layers of this stage. Knows arrays; must not know attention or who
