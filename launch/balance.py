@@ -114,8 +114,16 @@ def to_text(rows: list[dict]) -> str:
 
 
 def forecast_text(name: str, recording: recording_lib.Recording, window: int) -> str:
-  """Returns how well each forecaster would have foreseen the windows of a recording."""
-  record = forecast.walk_forward(*windows(recording, window))
+  """Returns how well each forecaster would have foreseen the windows of a recording, or that it has
+  too few.
+  """
+  counts_WLE, tokens_WV = windows(recording, window)
+  record = forecast.walk_forward(counts_WLE, tokens_WV)
+  if not any(map(len, record.values())):
+    return (
+      f"{name}: no window is foreseen: {len(counts_WLE)} of --window={window} in"
+      f" {len(recording.counts_ULE)} micro-batches are too few to judge a forecast by"
+    )
   figures = ", ".join(f"{key} {values.mean():.1%}" for key, values in record.items())
   return f"{name}: next window foreseen: {figures}; best by its record: {forecast.best(record)}"
 

@@ -3,6 +3,8 @@
 Knows the rows of its JSON; must not know how they came about.
 """
 
+import pathlib
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,7 +16,7 @@ _PANELS = (
 )
 
 
-def picture(rows: list[dict], path: str) -> None:
+def picture(rows: list[dict], path: pathlib.Path) -> None:
   """Writes a PNG with a table of colours for each figure; 1 is even, and cells say their number.
 
   Args:

@@ -52,6 +52,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the made workloads.", lower_bound=0)
 
 
 def main(settings: config_lib.Config) -> None:
+  out = _OUT.value and pathlib.Path(_OUT.value)
+  if out and out.suffix.lower() != ".png":
+    raise ValueError(f"--out={out} is no name of a PNG; choose {out.with_suffix('.png')}")
   if _RECORD.value:
     recording = recording_lib.record(settings)
     recording_lib.save(recording, _RECORD.value)
@@ -69,11 +72,11 @@ def main(settings: config_lib.Config) -> None:
     path = pathlib.Path(_JSON.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n")
-  if _OUT.value:
+  if out:
     # matplotlib takes a second to import, which the text need not wait for.
     from launch.balance_picture import picture
 
-    picture(rows, _OUT.value)
+    picture(rows, out)
 
 
 def _streams(settings: config_lib.Config):

@@ -18,6 +18,7 @@ from launch.flags import run
 from moe_jax import config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from", required=True)
 _NEW_TOKENS = flags.DEFINE_integer(
   "new_tokens",

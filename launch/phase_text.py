@@ -4,10 +4,12 @@ Knows the run's profile folder and config; must not know flags.
 """
 
 import json
+import math
 import pathlib
 
 import numpy as np
 
+from moe_jax.observe import profile as profile_lib
 from moe_jax.observe import stretches, trace
 
 _SHADES = " ▁▂▃▄▅▆▇█"
@@ -30,9 +32,9 @@ def to_text(folder: pathlib.Path, phase: str) -> str:
   processes = sorted(profile.glob("process_*"), key=lambda path: int(path.name.split("_")[1]))
   for process in processes or [profile]:
     name = f"{process.name} " if processes else ""
-    names = (lambda device: f"device {device}") if processes else _ranks(folder)
     seconds = stretches.of_events(trace.read_events(process), phase)
-    found |= {f"{name}{names(device)}": each for device, each in seconds.items()}
+    names = [f"device {device}" for device in seconds] if processes else _ranks(folder, [*seconds])
+    found |= {f"{name}{device}": each for device, each in zip(names, seconds.values(), strict=True)}
   return table(found, phase)
 
 
@@ -63,17 +65,22 @@ def _bars(count_N: np.ndarray) -> str:
   return "".join(_SHADES[level] for level in level_N)
 
 
-def _ranks(folder: pathlib.Path):
-  """Returns the function from a device's number to its name on the run's mesh."""
-  path = folder / "config.json"
-  if not path.is_file():
-    raise ValueError(f"{path} is missing; name the folder of a run of launch.train")
+def _ranks(folder: pathlib.Path, devices: list[int]) -> list[str]:
+  """Returns the devices' names on the mesh that was profiled; their numbers if it is not known."""
+  # A run may have gone on with another mesh since.
+  paths = (folder / "profile" / profile_lib.ABOUT, folder / "config.json")
+  path = next((path for path in paths if path.is_file()), None)
+  if path is None:
+    raise ValueError(f"{paths[-1]} is missing; name the folder of a run of launch.train")
   sizes = json.loads(path.read_text(encoding="utf-8"))["mesh"]
+  shape = [sizes.get(axis, 1) for axis in _AXES]
+  if max(devices) >= math.prod(shape):
+    return [f"device {device}" for device in devices]
   shown = _AXES if sizes.get("data", 1) > 1 else _AXES[1:]
 
   def name(device: int) -> str:
-    place = np.unravel_index(device, [sizes.get(axis, 1) for axis in _AXES])
+    place = np.unravel_index(device, shape)
     known = [(axis, index) for axis, index in zip(_AXES, place, strict=True) if axis in shown]
     return ", ".join(f"{axis} {index}" for axis, index in known)
 
-  return name
+  return [name(device) for device in devices]

@@ -29,6 +29,7 @@ from moe_jax import config
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")  # setup.cfg's serve extra
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to answer at; 0.0.0.0 is every one")
 _PORT = flags.DEFINE_integer(
   "port", 8000, "to answer at; 0 takes a free one", lower_bound=0, upper_bound=65535

@@ -17,6 +17,7 @@ from absl import flags
 from launch.flags import run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
 _OUT = flags.DEFINE_string("out", None, "Draw it here, .png; by default load.png in the folder.")
 _LAST = flags.DEFINE_integer("last", 20, "Steps that the table sums up.", lower_bound=1)
 _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device, from profile/.")
@@ -24,6 +25,9 @@ _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device,
 
 def main() -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser()
+  out = pathlib.Path(_OUT.value or folder / "load.png")
+  if out.suffix.lower() != ".png":
+    raise ValueError(f"--out={out} is no name of a PNG; choose {out.with_suffix('.png')}")
   if _PHASE.value is not None:
     # jax takes seconds to import, which a mistyped flag need not wait for.
     from launch import phase_text
@@ -34,7 +38,6 @@ def main() -> None:
   from launch import load_picture
 
   steps, counts_WLE = load_picture.read(folder)
-  out = pathlib.Path(_OUT.value or folder / "load.png")
   print(load_picture.to_text(counts_WLE[-_LAST.value :]))
   load_picture.picture(steps, counts_WLE, out, folder.resolve().name)
   print(out)

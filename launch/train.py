@@ -17,6 +17,7 @@ from launch import distributed, stopping
 from launch.flags import run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", None, "steps to trace, start:stop such as 10:13, counted from 0"
 )

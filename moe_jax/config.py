@@ -214,6 +214,10 @@ class Train:
       self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
       "checkpoint_every", "eval_every", "eval_batches", "max_skipped_steps",
     )  # fmt: skip
+    if self.steps >= 2**31:
+      raise ValueError(
+        f"train.steps={self.steps} does not fit 31 bits; choose from 1 to {2**31 - 1}"
+      )
     if self.keep_checkpoints < 2:
       raise ValueError(
         f"train.keep_checkpoints={self.keep_checkpoints} deletes the last good checkpoint, for a"
@@ -326,8 +330,7 @@ class Config:
   @property
   def router_hosts(self) -> int:
     """Hosts that the router tells apart, the model's on any mesh; 1 where it has no limit."""
-    num_hosts = self.mesh.expert // self.moe.expert_ranks_per_host
-    return num_hosts if 0 < self.moe.hosts_per_token < num_hosts else 1
+    return router_hosts(self.mesh, self.moe)
 
   def moe_on(self, mesh: Mesh) -> Moe:
     """Returns `moe` for another mesh, on which the router tells as many hosts apart.
@@ -345,6 +348,12 @@ class Config:
         f" multiple of {hosts}"
       )
     return dataclasses.replace(self.moe, expert_ranks_per_host=mesh.expert // hosts)
+
+
+def router_hosts(mesh: Mesh, moe: Moe) -> int:
+  """Returns `Config.router_hosts` of these parts of one."""
+  num_hosts = mesh.expert // moe.expert_ranks_per_host
+  return num_hosts if 0 < moe.hosts_per_token < num_hosts else 1
 
 
 def _check_prefetch(config: Config):

@@ -28,7 +28,7 @@ def update(bias_E, scores_TE, num_choices: int, *, rounds: int = 1, keep: float 
   Args:
     bias_E: where to begin; zero, or that of the batch before.
     scores_TE: the router's, of all tokens of the batch.
-    num_choices: K, below E.
+    num_choices: K; where that is E, nothing can be evened, and `bias_E` stays.
     rounds: of the two sweeps.
     keep: share of `bias_E` in the result, for a moving average; 0 forgets it.
 
@@ -36,6 +36,8 @@ def update(bias_E, scores_TE, num_choices: int, *, rounds: int = 1, keep: float 
   """
   xp = scores_TE.__array_namespace__()
   num_experts = scores_TE.shape[1]
+  if num_choices == num_experts:
+    return bias_E
   found_E = bias_E
   for _ in range(rounds):
     over_TE = scores_TE - _must_pass(scores_TE + found_E[None], num_choices)

@@ -8,9 +8,14 @@ import json
 import math
 import os
 import pathlib
+import time
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary as summary_lib
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+_FLUSH_S = 30.0  # between two writings of the event file, which TensorBoard reads meanwhile
 
 
 class JsonlWriter:
@@ -65,14 +70,22 @@ class TensorBoardWriter:
       folder: folder of the event files; it is made.
       first_step: index of the step that this run begins with; 0 is a new run.
     """
-    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    # tensorboardX's SummaryWriter writes in a thread, which a full disk ends: the run would then
+    # wait for it for ever.
+    self._events = EventsWriter(str(path / "events"))
+    self._write(first_step, session_log=SessionLog(status=SessionLog.START))
+    self._flush()
 
   def write(self, step: int, metrics: dict):
     """Writes every number of `metrics`; None is left out.
 
     Raises:
       ValueError: a value is neither a number nor a list of numbers.
+      OSError: the file cannot be written.
     """
+    found = []
     for tag, value in metrics.items():
       if value is None:
         continue
@@ -83,13 +96,23 @@ class TensorBoardWriter:
           " one number a layer"
         )
       if numbers.ndim == 0:
-        self._writer.add_scalar(tag, float(numbers), int(step))
+        found += summary_lib.scalar(tag, float(numbers)).value
       for layer, number in enumerate(numbers.tolist() if numbers.ndim else []):
-        self._writer.add_scalar(f"{tag}/layer_{layer:02d}", float(number), int(step))
+        found += summary_lib.scalar(f"{tag}/layer_{layer:02d}", float(number)).value
+    self._write(int(step), summary=summary_lib.Summary(value=found))
+    if time.monotonic() - self._flushed_s > _FLUSH_S:
+      self._flush()
 
   def close(self):
     """Writes what is buffered and closes the event file."""
-    self._writer.close()
+    self._events.close()
+
+  def _write(self, step: int, **content):
+    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+  def _flush(self):
+    self._events.flush()
+    self._flushed_s = time.monotonic()
 
 
 class Writers:

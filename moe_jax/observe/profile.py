@@ -3,11 +3,16 @@
 It must not know what a step computes.
 """
 
+import pathlib
 import re
+from collections.abc import Callable
 
 import jax
 
-from moe_jax.observe import trace
+from moe_jax.observe import metrics, trace
+
+ABOUT = "about.json"  # beside the newest trace
+_UNREADABLE = (ValueError, IndexError, RuntimeError)  # what a trace that is cut off raises
 
 
 def parse_steps(text: str) -> tuple[int, int]:
@@ -33,7 +38,16 @@ class Profiler:
   several processes run, give each its own folder: a trace is named by its host alone.
   """
 
-  def __init__(self, folder, start: int, stop: int, phases=trace.PHASES):
+  def __init__(
+    self,
+    folder,
+    start: int,
+    stop: int,
+    phases=trace.PHASES,
+    *,
+    about: dict | None = None,
+    report: Callable[[str], None] = print,
+  ):
     """Starts nothing yet.
 
     Args:
@@ -41,10 +55,13 @@ class Profiler:
       start: index of the first profiled step.
       stop: index after the last profiled step.
       phases: names of `jax.named_scope`s to write onto the trace's events.
+      about: what is profiled, plain JSON, to write beside the trace.
+      report: takes one line where a trace cannot be read and its events stay without phases.
     """
-    self.folder = folder
+    self.folder = pathlib.Path(folder)
     self._steps = range(start, stop)
     self._phases = tuple(phases)
+    self._about, self._report = about, report
     self._annotation = None
     self._running = False
 
@@ -79,7 +96,12 @@ class Profiler:
       self._end_annotation()
       self._running = False
       jax.profiler.stop_trace()
-      trace.annotate(self.folder, self._phases)
+      if self._about is not None:
+        metrics.write_summary(self.folder / ABOUT, self._about)
+      try:
+        trace.annotate(self.folder, self._phases)
+      except _UNREADABLE as error:
+        self._report(f"the trace in {self.folder} is without phases: it cannot be read ({error})")
 
   def _end_annotation(self):
     if self._annotation is not None:

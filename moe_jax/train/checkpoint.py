@@ -8,7 +8,6 @@ Knows arrays by path, shape and dtype. It must not know the model, the optimizer
 come as a pytree and as `meta`.
 """
 
-import itertools
 import json
 import operator
 import threading
@@ -18,21 +17,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from moe_jax.train import checkpoint_folder, manifest
+from moe_jax.train import checkpoint_folder, manifest, processes
 
 _ARRAYS, _META = "arrays", "meta.json"
 # How long a process waits for the others' files; orbax's own limit.
 _SAVE_TIMEOUT_S = 1200
-_num_meetings = itertools.count()
 
 
 class Checkpoints:
   """The checkpoints in one folder, which every process sees under the same path.
 
-  With several processes, all of them call `save`, `wait`, `restore` and `close` in the same order;
-  process 0 keeps the folder, and all raise when one fails.
+  With several processes, all of them call `save`, `wait`, `restore` and `close` in the same order,
+  but for the `close` of one that has failed; process 0 keeps the folder, and all raise when a
+  checkpoint of one fails.
   """
 
   def __init__(self, folder: str | Path, *, keep: int, report: Callable[[str], None]):
@@ -83,7 +81,7 @@ class Checkpoints:
     array_by_name = _by_name(arrays)
     _check_saveable(array_by_name)
     meta_text = _meta_text(step, meta, array_by_name)
-    self._from_process_0(lambda: self._begin(step))
+    processes.from_first(lambda: self._begin(step))
     path = checkpoint_folder.staging(self._folder, step)
     try:
       self._orbax.save(path / _ARRAYS, args=ocp.args.StandardSave(array_by_name))
@@ -107,20 +105,30 @@ class Checkpoints:
     thread.join()
     self._saving = None
     error, self._error = self._error, None
-    if not self._any_process(error is not None):
+    if not processes.of_each(np.array(error is not None)).any():
       return
-    if jax.process_index() == 0:
-      checkpoint_folder.abandon(self._folder, step)
+    self._abandon(step)
     raise OSError(self._save_failed(step, error or "on another process")) from error
 
-  def close(self) -> None:
+  def close(self, *, failed: bool = False) -> None:
     """Waits for the last save, then ends orbax's threads; no call may follow.
+
+    Args:
+      failed: whether this process ends by an error of its own, which the others, who may be in a
+        collective, do not know of: it waits for its own part of the save, meets nobody and raises
+        nothing.
 
     Raises:
       OSError: the last save failed.
     """
     try:
-      self.wait()
+      if not failed:
+        self.wait()
+      elif self._saving is not None:
+        step, thread = self._saving
+        thread.join()
+        if self._error is not None:
+          self._abandon(step)
     finally:
       self._orbax.close()
 
@@ -153,7 +161,7 @@ class Checkpoints:
         raise ValueError(
           f"{name} has no sharding; give each leaf of abstract the one to restore to"
         )
-    found = self._from_process_0(self._newest_intact)
+    found = processes.from_first(self._newest_intact)
     if found is None:
       return None
     path = self._folder / found["name"]
@@ -170,6 +178,8 @@ class Checkpoints:
     self._damaged, flaws = [], []
     for _, path in checkpoint_folder.complete(self._folder):
       flaw = manifest.damage(path)
+      if flaw is None and not (path / _META).exists():
+        flaw = f"{_META} is missing"  # from its manifest too
       if flaw is None:
         return {"name": path.name, **json.loads((path / _META).read_text(encoding="utf-8"))}
       self._report(f"checkpoint {path} is damaged: {flaw}; trying the one before")
@@ -201,34 +211,16 @@ class Checkpoints:
     except Exception as error:
       self._error = error  # of whatever kind: `wait` raises it where it can be acted on
 
+  def _abandon(self, step: int) -> None:
+    if jax.process_index() == 0:
+      checkpoint_folder.abandon(self._folder, step)
+
   def _save_failed(self, step: int, error) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
       f"saving checkpoint {step} in {self._folder} failed: {reason};"
       " the checkpoints before it are as they were; make room or name another folder"
     )
-
-  def _any_process(self, flag: bool) -> bool:
-    if jax.process_count() == 1:
-      return flag
-    _meet()
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-  def _from_process_0(self, make: Callable[[], dict | None]) -> dict | None:
-    """Returns, or raises, on every process what `make` does on process 0."""
-    if jax.process_count() == 1:
-      return make()
-    answer = {}
-    if jax.process_index() == 0:
-      try:
-        answer = {"value": make()}
-      except (OSError, ValueError) as error:
-        answer = {"error": type(error).__name__, "text": str(error)}
-    _meet()
-    answer = json.loads(_broadcast(json.dumps(answer)))
-    if "error" in answer:
-      raise (ValueError if answer["error"] == "ValueError" else OSError)(answer["text"])
-    return answer["value"]
 
 
 def _by_name(tree) -> dict:
@@ -279,17 +271,3 @@ def _check_same_model(saved_by_name: dict, wanted_by_name: dict, path: Path) -> 
         f"checkpoint {path} is of another model: {name}: expected {expected}, got {got};"
         " take the config that it was saved with, or another folder"
       )
-
-
-def _meet() -> None:
-  # Some platforms end a collective after seconds, and hashing may take longer: wait here first.
-  key = f"moe_jax/checkpoint/{next(_num_meetings)}"
-  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=2 * _SAVE_TIMEOUT_S * 1000)
-
-
-def _broadcast(text: str) -> str:
-  """Returns process 0's `text`."""
-  mine = np.frombuffer(text.encode(), np.uint8)
-  num_bytes = int(multihost_utils.broadcast_one_to_all(np.array(len(mine), np.int32)))
-  sent = mine if jax.process_index() == 0 else np.zeros(num_bytes, np.uint8)
-  return np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes().decode()

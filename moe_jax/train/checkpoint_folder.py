@@ -10,6 +10,7 @@ that bears only a step's number was complete once; if its manifest is gone, that
 Knows folders and manifests. It must not know jax, orbax or what is in a checkpoint.
 """
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -61,14 +62,16 @@ def finish(folder: Path, step: int, *, keep: int) -> None:
   """
   manifest.write(staging(folder, step))
   _rename_to_step(folder, step)
-  for path in folder.iterdir():
-    if _LEFTOVER.fullmatch(path.name):
-      shutil.rmtree(path)
   superfluous = [path for saved, path in complete(folder) if saved <= step][keep:]
   superfluous += [path for saved, path in incomplete(folder) if saved < step]
+  # What cannot be deleted now is tried again at the next save: this one is complete.
   for path in superfluous:
-    # Renamed first, so that no interruption leaves half a checkpoint under a step's name.
-    shutil.rmtree(path.rename(path.with_name(f"{path.name}.deleting")))
+    with contextlib.suppress(OSError):
+      # Renamed first, so that no interruption leaves half a checkpoint under a step's name.
+      path.rename(path.with_name(f"{path.name}.deleting"))
+  for path in folder.iterdir():
+    if _LEFTOVER.fullmatch(path.name):
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def abandon(folder: Path, step: int) -> None:

@@ -72,8 +72,9 @@ def load_corpus(data: config.Data) -> Corpus:
 
   Args:
     data: `paths` are comma-separated globs (`**` descends, `~` is the home folder). A path that
-      names a folder means every file below it. As in a shell, hidden files count only where a
-      pattern names them. Empty: the source of this Python's standard library, without its tests.
+      names a folder means every file below it, links followed. As in a shell, hidden files count
+      only where a pattern names them. Empty: the source of this Python's standard library, without
+      its tests.
 
   Returns:
     The corpus. A single file is cut in two: its last `held_out_fraction` is held out.
@@ -156,8 +157,15 @@ def _below(folder: Path) -> Iterator[Path]:
   def refuse(error: OSError):
     raise ValueError(f"cannot read the folder {error.filename} ({error.strerror})") from error
 
-  for parent, folders, names in os.walk(folder, onerror=refuse):
-    folders[:] = [name for name in folders if not name.startswith(".")]
+  found = set()
+  for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    target = os.path.realpath(parent)
+    if target in found:  # a link to it led here before, perhaps from its own inside
+      folders.clear()
+      continue
+    found.add(target)
+    # In order, so that it is the same name everywhere under which a folder is met first.
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
     yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
@@ -218,8 +226,10 @@ def _cut(document: Document, fraction: float):
   if len(text) < 2:
     raise ValueError(f"{name} is the only text and has 1 character; it cannot be split")
   cut = min(max(int(len(text) * (1 - fraction)), 1), len(text) - 1)
-  # Between lines where there are any.
-  cut = text.rfind("\n", 0, cut) + 1 or cut
+  # Between lines where one ends near by; where lines are long, that may be far from the share.
+  line = text.rfind("\n", 0, cut) + 1
+  if line > 0 and cut - line <= -(-(len(text) - cut) // 10):
+    cut = line
   note = f"{name} is the only text, so its end is held out"
   return (Document(name, text[:cut]),), (Document(f"{name}#end", text[cut:]),), note
 

@@ -3,6 +3,7 @@
 Knows figures and where they go; must not know how a step is computed or saved.
 """
 
+import functools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from moe_jax.train import figures, optimizer
 from moe_jax.train.evaluation import Evaluation
 from moe_jax.train.rebalance import Balancer, Look
 from moe_jax.train.step import Metrics
+
+_BLOCK = 4096  # learning rates that are computed at once
 
 
 class Diverged(Exception):
@@ -69,9 +72,12 @@ class Log:
     """
     self._settings, self._workdir, self._progress = settings, workdir, progress
     self._evaluation, self._balancer, self._order = evaluation, balancer, order
-    train = settings.train
-    # One entry for each step that was not skipped, which are those that the optimizer counts.
-    self._learning_rates = np.asarray(optimizer.schedule(train)(np.arange(train.steps)))
+    schedule = optimizer.schedule(settings.train)
+    # Many at once, for jax computes them behind the steps that are dispatched; the first ones now.
+    self._learning_rates = functools.lru_cache(maxsize=1)(
+      lambda block: np.asarray(schedule(np.arange(block * _BLOCK, (block + 1) * _BLOCK)))
+    )
+    self._learning_rate(first_step)
     self._saved = {first_step} if first_step else set()  # steps with a checkpoint
     self._last_good: int | None = None
     # When the last step was done, or what was waited for after it: the next one's time counts from
@@ -107,7 +113,8 @@ class Log:
       "loss": row["loss"] * dispatched.targets_per_byte,
       "eval_loss": eval_loss,
       "tokens_per_s": rate,
-      "learning_rate": float(self._learning_rates[dispatched.step - num_skipped_before]),
+      # Of as many steps as were not skipped, which are those that the optimizer counts.
+      "learning_rate": self._learning_rate(dispatched.step - num_skipped_before),
     }
     if dispatched.look is not None:
       row |= dispatched.look.figures()
@@ -132,6 +139,10 @@ class Log:
     """Closes the files."""
     self._writers.close()
     self._loads.close()
+
+  def _learning_rate(self, count: int) -> float:
+    block, place = divmod(count, _BLOCK)
+    return float(self._learning_rates(block)[place])
 
   def _diverged(self, step: int) -> str:
     train = self._settings.train

@@ -5,6 +5,7 @@ generated.
 """
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,17 @@ from moe_jax.observe.metrics import write_summary
 from moe_jax.observe.profile import Profiler
 from moe_jax.observe.progress import Progress, duration
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.train import batches, bigram, log, migration, optimizer, resume, step
+from moe_jax.train import (
+  batches,
+  bigram,
+  lock,
+  log,
+  migration,
+  optimizer,
+  processes,
+  resume,
+  step,
+)
 from moe_jax.train import state as state_lib
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.corpus import Corpus, load_corpus
@@ -82,7 +93,8 @@ def train(
     devices: of the mesh; by default all devices of all processes.
 
   Raises:
-    ValueError: mesh, text, checkpoints or `profile_steps` do not fit; nothing was written.
+    ValueError: mesh, text, checkpoints or `profile_steps` do not fit, processes have other data
+      than each other, or another run writes to `workdir`; nothing was written.
     OSError: a file cannot be read or written.
     log.Diverged: `train.max_skipped_steps` steps in a row were not finite; the message names the
       last good checkpoint, or says that none is left.
@@ -97,8 +109,9 @@ def train(
     if jax.process_index() > 0:
       stream = stack.enter_context(open(os.devnull, "w"))
     progress = stack.enter_context(contextlib.closing(Progress(settings.train.steps, stream)))
+    stack.enter_context(lock.held(workdir))
     run = _Run(settings, workdir, mesh_lib.make(settings.mesh, devices), progress)
-    stack.callback(run.checkpoints.close)
+    stack.push(lambda kind, *_: run.checkpoints.close(failed=kind is not None))
     beginning = run.keeper.begin(run.dataset)
     for note in beginning.notes:
       progress.message(note)
@@ -129,17 +142,11 @@ class _Run:
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", keep=settings.train.keep_checkpoints, report=progress.message
     )
-    corpus = load_corpus(settings.data)
-    progress.message(str(corpus.report))
-    tokenizer = self._tokenizer(corpus)
-    train = settings.train
-    self.dataset = Dataset(
-      corpus, tokenizer,
-      batch=train.batch, sequence=train.sequence, seed=train.seed, eval_batches=train.eval_batches,
-    )  # fmt: skip
+    corpus, self.dataset = _same_everywhere(self._data)
     held_out = (self.dataset.eval_batch(i) for i in range(self.dataset.num_eval_batches))
-    self.bigram_loss = bigram.loss(bigram.fit(corpus.train_documents), held_out, tokenizer.pieces)
-    self.optimizer = optimizer.make(train)
+    pieces = self.dataset.tokenizer.pieces
+    self.bigram_loss = bigram.loss(bigram.fit(corpus.train_documents), held_out, pieces)
+    self.optimizer = optimizer.make(settings.train)
     order = state_lib.placement(settings, step.table(settings).layer_order)
     self.keeper = resume.Keeper(settings, self.mesh, self.optimizer, order, self.checkpoints)
 
@@ -175,7 +182,10 @@ class _Run:
         self.keeper.order, beginning.step,
       )  # fmt: skip
       stack.callback(log_.close)
-      profiler = Profiler(self._profile_folder(), *(profile_steps or (0, 0)))
+      profiler = Profiler(
+        self._profile_folder(), *(profile_steps or (0, 0)),
+        about=config.as_dict(self.settings), report=self.progress.message,
+      )  # fmt: skip
       stack.callback(profiler.close)
       state, num_done, eval_loss = self._steps(beginning, programs, balancer, log_, profiler, stop)
       self.checkpoints.wait()
@@ -251,6 +261,14 @@ class _Run:
     self.keeper.save(num_done, state, placed, self.dataset, train_seconds)
     return True
 
+  def _data(self) -> tuple[Corpus, Dataset]:
+    train, corpus = self.settings.train, load_corpus(self.settings.data)
+    self.progress.message(str(corpus.report))
+    return corpus, Dataset(
+      corpus, self._tokenizer(corpus),
+      batch=train.batch, sequence=train.sequence, seed=train.seed, eval_batches=train.eval_batches,
+    )  # fmt: skip
+
   def _tokenizer(self, corpus: Corpus) -> Tokenizer:
     kind, vocab = TOKENIZERS[self.settings.data.tokenizer], self.settings.model.vocab
     if self.checkpoints.latest_step() is not None:
@@ -286,3 +304,32 @@ class _Run:
       "steps": outcome.step,
       "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(outcome.state.parameters)),
     }
+
+
+def _same_everywhere(make: Callable[[], tuple[Corpus, Dataset]]) -> tuple[Corpus, Dataset]:
+  """Returns what `make` does, once every process has made the same.
+
+  Raises:
+    ValueError: one has made something else, or nothing: there the error of `make`, or its OSError.
+
+  Communication: with several processes, all-gather of 32 bytes.
+  """
+  made, error, digest = None, None, bytes(32)
+  try:
+    made = make()
+    data = made[1].state(0)
+    digest = hashlib.sha256((data["fingerprint"] + data["tokenizer"]).encode()).digest()
+  except (OSError, ValueError) as raised:
+    error = raised
+  digests_N32 = processes.of_each(np.frombuffer(digest, np.uint8))
+  if error is not None:
+    raise error
+  others = np.flatnonzero((digests_N32 != digests_N32[0]).any(axis=1)).tolist()
+  if others:
+    shown = ", ".join(map(str, others))
+    raise ValueError(
+      f"processes do not have the same data: {shown} of {len(digests_N32)} differ from process 0,"
+      " or failed to read theirs; give every host the same files for data.paths, the same Python"
+      " where it is empty, and one --workdir that all see"
+    )
+  return made

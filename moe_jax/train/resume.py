@@ -80,7 +80,8 @@ class Keeper:
     """Returns a new run's state, or that of the newest intact checkpoint; changes no file.
 
     Raises:
-      ValueError: the checkpoint is of another model, or of another tokenizer.
+      ValueError: the checkpoint is of another model, or of another tokenizer, or on this mesh
+        tokens would choose among other experts, though nobody asked.
     """
     abstract = self.abstract()
     found = self._checkpoints.restore(state_lib.by_name(abstract))
@@ -90,11 +91,13 @@ class Keeper:
       return Beginning(state, rebalance.begin(self._settings.model), 0, 0.0, ())
     step, leaves, meta = found
     _check_same_model(step, meta["config"], self._settings)
+    of_others = _other_choice(step, meta["config"], self._settings)
     _, differences = dataset.resume(meta["data"])
     changes = _changes(meta["config"], config.as_dict(self._settings))
     notes = [f"resumed after step {step}"]
     if changes:
       notes.append(f"changed since that checkpoint: {', '.join(changes)}")
+    notes += of_others
     placed, is_kept = rebalance.from_meta(meta.get("experts"), self._settings)
     if not is_kept:
       notes.append(
@@ -148,6 +151,39 @@ def _check_same_model(step: int, saved: dict, settings: config.Config) -> None:
         f" {now.get(name)} in this config; take the config that it was saved with, or another"
         " --workdir"
       )
+
+
+def _other_choice(step: int, saved: dict, settings: config.Config) -> list[str]:
+  """Returns a line if a token's experts are chosen among others than before, as was asked for.
+
+  Raises:
+    ValueError: they would be, only because of how hosts lie on this mesh.
+  """
+  mesh, fields = _before(saved, "mesh"), _before(saved, "moe")
+  names = ("hosts_per_token", "expert_ranks_per_host")
+  moe = config.Moe(**{name: fields[name] for name in names})
+  hosts = config.router_hosts(config.Mesh(expert=mesh["expert"]), moe)
+  before, now = _choice(moe, hosts), _choice(settings.moe, settings.router_hosts)
+  if before == now:
+    return []
+  if moe.hosts_per_token != settings.moe.hosts_per_token:
+    return [f"tokens choose among {now}, until then among {before}"]
+  num_ranks = settings.mesh.expert
+  if hosts == 1:
+    advice = "moe.hosts_per_token=0"
+  elif num_ranks % hosts:
+    advice = f"mesh.expert from multiples of {hosts}"
+  else:
+    advice = f"moe.expert_ranks_per_host={num_ranks // hosts}"
+  raise ValueError(
+    f"in the checkpoint after step {step} tokens chose among {before}; on mesh.expert={num_ranks}"
+    f" with moe.expert_ranks_per_host={settings.moe.expert_ranks_per_host} they would among {now};"
+    f" choose {advice}, or another moe.hosts_per_token if they are to"
+  )
+
+
+def _choice(moe: config.Moe, hosts: int) -> str:
+  return "all experts" if hosts == 1 else f"those of {moe.hosts_per_token} of {hosts} hosts"
 
 
 def _changes(saved: dict, now: dict) -> list[str]:

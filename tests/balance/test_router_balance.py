@@ -46,6 +46,12 @@ def test_a_step_of_the_bias_by_hand():
   np.testing.assert_allclose(found, [[-0.15, 0.05, 0.05, 0.05]])
 
 
+def test_where_every_token_takes_all_experts_the_bias_stays():
+  scores_TE = np.random.default_rng(0).standard_normal((64, 16), np.float32)
+  old_E = np.linspace(-1, 1, 16, dtype=np.float32)
+  np.testing.assert_array_equal(quantile.update(old_E, scores_TE, 16), old_E)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.75])
 def test_quantiles_keep_a_share_of_what_was(keep):
   scores_TE = next(workloads.stream("zipf 1", SIZES)).scores_LTE[0]

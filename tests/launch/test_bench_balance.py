@@ -100,6 +100,13 @@ def test_it_says_how_well_recorded_windows_are_foreseen(finished):
   assert "recorded: next window foreseen: last 9" in finished[1]
 
 
+@pytest.mark.parametrize(("window", "num_windows"), [(64, 3), (500, 0)])
+def test_it_says_where_windows_are_too_few_to_foresee_one(window, num_windows):
+  recorded = recording.load(str(runs.ROOT / "configs" / "laptop_routing.npz"))
+  said = f"recorded: no window is foreseen: {num_windows} of --window={window} in 240 micro-batches"
+  assert balance.forecast_text("recorded", recorded, window).startswith(said)
+
+
 @pytest.mark.parametrize(
   ("steps", "said"),
   [
@@ -163,6 +170,7 @@ def test_what_one_device_cannot_keep_is_reset_or_refused():
     (["--config.mesh.expert=3"], "not divisible by mesh.expert=3"),
     (["--chip=h300"], "--chip=h300 is not one of a100"),
     (["--seed=-1"], "--seed=-1"),
+    (["--out=x.jpg"], "--out=x.jpg is no name of a PNG; choose x.png"),
     (["--slots=-5"], "--slots=-5"),
     (["--slots=8", *SMALL], "--slots=8 does not hold 16 experts on mesh.expert=8 ranks"),
     (["--slots=20", *SMALL], "choose a multiple of 8 from 16 up, or 0"),

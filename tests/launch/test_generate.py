@@ -70,6 +70,7 @@ def test_sampled_text_depends_on_its_seed(workdir):
     (("--prompt=x", "--temperature=2e-38"), "temperature=2e-38 is too low to divide by; choose 0"),
     ((), "--prompt is missing"),
     (("--prompt=x", "--promt=y"), "did you mean --prompt?"),
+    (("--prompt=x", "--workdir="), "--workdir=: it is empty; name a folder"),
   ],
 )
 def test_bad_input_takes_one_line(workdir, flags, message):

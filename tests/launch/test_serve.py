@@ -440,6 +440,7 @@ raise SystemExit(serve._answer(serve._bind(), engine, model, "none", 1.0))
     (("--mesh=2x2",), "--mesh=2x2 is not expert x tensor x stage"),
     (("--queue=0",), "--queue=0"),
     (("--slot=1",), "did you mean --slots?"),
+    (("--workdir=",), "--workdir=: it is empty; name a folder"),
     (("--deadline_s=nan",), "--deadline_s=nan is no number of seconds; choose such as 60"),
     (("--deadline_s=inf",), "--deadline_s=inf is no number of seconds"),
     (("--host=nowhere.invalid",), "--host=nowhere.invalid --port=8000"),

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch import load_picture
+from launch import load_picture, phase_text
+from moe_jax.observe import profile
 from moe_jax.train import loop
 from tests import runs
 
@@ -68,6 +69,14 @@ def test_a_run_leaves_its_load_and_it_is_drawn(tmp_path):
   assert number > passes / train.steps and total > 0  # of two steps, a pass in one piece or more
   assert percentiles == sorted(percentiles)
 
+  # Of the mesh that was profiled, whatever the run went on with; its number where that is unknown.
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {"mesh": {"expert": 0}}))
+  assert phase_text.to_text(tmp_path, "experts").splitlines()[2] == row
+  (tmp_path / "profile" / profile.ABOUT).unlink()
+  unknown = phase_text.to_text(tmp_path, "experts").splitlines()[2]
+  assert unknown.startswith("device 0 ") and unknown.split()[2:] == row.split()[6:]
+
 
 def test_the_table_by_hand():
   counts_WLE = np.array([[[3, 1, 0, 0]], [[1, 1, 2, 0]]])
@@ -102,6 +111,12 @@ def test_a_folder_without_a_run_takes_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and said in done.stderr
     (tmp_path / "load.jsonl").write_text("")
   assert launch().returncode == 2
+  for flags, said in (
+    (["--workdir="], "--workdir=: it is empty; name a folder"),
+    ([f"--workdir={tmp_path}", "--out=a.jpg"], "--out=a.jpg is no name of a PNG; choose a.png"),
+  ):
+    done = launch(*flags)
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
   assert str(pathlib.Path("~").expanduser()) in launch("--workdir=~/no such run").stderr
   (tmp_path / "config.json").write_text(
     json.dumps({"mesh": {"expert": 1, "tensor": 1, "stage": 1}})

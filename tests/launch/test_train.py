@@ -133,6 +133,12 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
   assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_a_workdir_without_a_name_is_refused():
+  done = finish("", "--config.data.paths=no/such.txt")
+  assert done.returncode == 2
+  assert done.stderr == "error: --workdir=: it is empty; name a folder\n"
+
+
 def test_the_distributed_flags_are_checked(tmp_path):
   for flags, message in (
     (["--coordinator=here", "--num_processes=2", "--process_id=0"], "--coordinator=here is not"),

@@ -9,9 +9,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax.observe import metrics
+from tests.train.test_checkpoint import full_disk
 
 
 def _lines(path):
@@ -122,17 +123,23 @@ def test_a_killed_run_keeps_every_step_it_wrote(tmp_path):
   assert [row["step"] for row in _lines(path)] == list(range(10))
 
 
-def _scalars(folder):
-  """Returns {(tag, step): value} of event files, read as TFRecords."""
-  found = {}
+def _events(folder):
+  """Yields what event files hold, read as TFRecords."""
   for path in sorted(folder.glob("*tfevents*")):
     data = path.read_bytes()
     while data:
       (size,) = struct.unpack("<Q", data[:8])
-      event = Event.FromString(data[12 : 12 + size])
-      found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+      yield Event.FromString(data[12 : 12 + size])
       data = data[16 + size :]
-  return found
+
+
+def _scalars(folder):
+  """Returns {(tag, step): value} of event files."""
+  return {
+    (value.tag, event.step): value.simple_value
+    for event in _events(folder)
+    for value in event.summary.value
+  }
 
 
 def test_tensorboard_gets_scalars_and_one_scalar_a_layer(tmp_path):
@@ -144,6 +151,30 @@ def test_tensorboard_gets_scalars_and_one_scalar_a_layer(tmp_path):
     ("loss", 7): 2.5, ("load/layer_00", 7): 1.5, ("load/layer_01", 7): 2.0,
     ("loss", 8): 2.25, ("skipped_steps", 8): 1.0, ("half", 8): 0.5,
   }  # fmt: skip
+
+
+def test_tensorboard_hides_an_earlier_run_from_the_first_step_on(tmp_path):
+  metrics.TensorBoardWriter(tmp_path, 7).close()
+  start = [event for event in _events(tmp_path) if event.session_log.status == SessionLog.START]
+  assert [event.step for event in start] == [7]
+
+
+def test_tensorboard_sees_what_was_written_while_the_run_goes_on(tmp_path, monkeypatch):
+  writer = metrics.TensorBoardWriter(tmp_path)
+  writer.write(0, {"loss": 1.0})
+  assert _scalars(tmp_path) == {}
+  monkeypatch.setattr(metrics, "_FLUSH_S", 0.0)
+  writer.write(1, {"loss": 2.0})
+  assert _scalars(tmp_path) == {("loss", 0): 1.0, ("loss", 1): 2.0}
+  writer.close()
+
+
+def test_a_full_disk_is_an_error_and_not_waited_for(tmp_path):
+  writer = metrics.TensorBoardWriter(tmp_path)
+  with full_disk(), pytest.raises(OSError, match="too large"):
+    for step in range(100_000):
+      writer.write(step, {"loss": 1.0})
+  writer.close()
 
 
 @pytest.mark.parametrize("value", ["text", np.ones((2, 2))])

@@ -1,5 +1,7 @@
 """The window of profiled steps: how it is written, and that it closes when the run ends inside."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,6 +51,24 @@ def test_a_run_resumed_inside_the_window_profiles_the_rest(tmp_path):
     x = step(x)
     profiler.after_step(i, x)
   assert len({event.run_id for event in trace.read_events(tmp_path)}) == 2
+
+
+@pytest.mark.parametrize("damage", [b"\x0f", b"\x0a\xff", b"\x0a\x05ab"])
+def test_a_trace_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch, damage):
+  lines, stop = [], jax.profiler.stop_trace
+
+  def stop_and_damage():
+    stop()
+    for path in tmp_path.rglob("*.xplane.pb"):
+      path.write_bytes(damage)
+
+  monkeypatch.setattr(jax.profiler, "stop_trace", stop_and_damage)
+  profiler = profile.Profiler(tmp_path, 0, 1, about={"steps": 1}, report=lines.append)
+  profiler.before_step(0)
+  profiler.after_step(0, jnp.ones(3))
+  (line,) = lines
+  assert line.startswith(f"the trace in {tmp_path} is without phases: it cannot be read (")
+  assert json.loads((tmp_path / profile.ABOUT).read_text()) == {"steps": 1}
 
 
 def test_a_run_that_never_reaches_the_window_writes_nothing(tmp_path):

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from moe_jax.train import lock, processes  # noqa: E402
 from moe_jax.train.checkpoint import Checkpoints  # noqa: E402
 
 SPECS = {
@@ -100,6 +102,15 @@ def main(port: str, process_id: str, folder: Path):
   unwritable = Checkpoints(folder / "file" / "run", keep=1, report=lines.append)
   seen["unwritable"] = error_of(lambda: unwritable.save(1, placed(1, (2, 2, 2)), {}))
   unwritable.close()
+  with lock.held(folder):
+    seen["held_twice"] = error_of(lambda: lock.held(folder).__enter__())
+  seen["of_each"] = processes.of_each(np.array([int(process_id), 7])).tolist()
+  alone = Checkpoints(folder / "alone", keep=1, report=lines.append)
+  alone.save(1, placed(1, (2, 2, 2)), {})
+  while process_id == "0" and not (folder / "closed").exists():
+    time.sleep(0.01)  # as in a collective with process 1, which ends by an error
+  alone.close(failed=True)
+  (folder / "closed").touch()
   print(json.dumps({**seen, "lines": lines}))
 
 

@@ -5,7 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +18,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax.train import manifest
 from moe_jax.train.checkpoint import Checkpoints
+from tests import runs
 from tests.train import checkpoint_saver
 
-ROOT = Path(__file__).parents[2]
 SPECS = {
   "params": {"w": PartitionSpec("expert", "tensor"), "e": PartitionSpec(("stage", "expert"))},
   "optimizer": [PartitionSpec(None, "tensor"), PartitionSpec("stage"), PartitionSpec()],
@@ -188,6 +188,16 @@ def test_a_missing_or_truncated_file_is_reported(folder, checkpoints, lines, dam
   assert "\n" not in line
 
 
+def test_a_description_that_no_manifest_misses_is_damage_too(folder, checkpoints, lines):
+  for name in ("meta.json", "manifest.json"):
+    (folder / "20" / name).unlink()
+  manifest.write(folder / "20")
+  assert checkpoints.restore(abstract())[0] == 10
+  assert lines == [
+    f"checkpoint {folder / '20'} is damaged: meta.json is missing; trying the one before"
+  ]
+
+
 def test_all_damaged_is_an_error_that_lists_them(folder, checkpoints, lines):
   (folder / "10" / "meta.json").unlink()
   (folder / "20" / "manifest.json").write_text("{}")
@@ -323,6 +333,15 @@ def test_closing_surfaces_a_failed_save(tmp_path):
   assert names(tmp_path) == []
 
 
+def test_closing_after_an_error_raises_no_other_and_gives_back_the_room(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1, report=print)
+  with full_disk():
+    checkpoints.save(1, jax.tree.map(jnp.asarray, LARGE), {})
+    checkpoints.close(failed=True)
+  assert names(tmp_path) == []
+  assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
 def test_close_ends_every_thread(tmp_path):
   checkpoints = Checkpoints(tmp_path, keep=1, report=print)
   checkpoints.save(1, placed(1), {})
@@ -333,14 +352,14 @@ def test_close_ends_every_thread(tmp_path):
 
 def _environment(**settings):
   strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-  return {**os.environ, **strict, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **settings}
+  return {**os.environ, **strict, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu", **settings}
 
 
 def _killed(folder, delay_s: float) -> int:
   """Lets a process save into `folder` and kills it; returns the last step it called complete."""
   command = [sys.executable, "-W", "error", "-m", "tests.train.checkpoint_saver", str(folder)]
   with subprocess.Popen(
-    command, cwd=ROOT, env=_environment(XLA_FLAGS=""), stdout=subprocess.PIPE, text=True
+    command, cwd=runs.ROOT, env=_environment(XLA_FLAGS=""), stdout=subprocess.PIPE, text=True
   ) as saver:
     last, num_complete = 0, 0
     while num_complete < 3:
@@ -375,14 +394,11 @@ def test_kill_9_loses_no_complete_checkpoint(tmp_path, lines):
 
 
 def test_two_processes(tmp_path):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  module = ["-m", "tests.train.checkpoint_process", str(port)]
+  module = ["-m", "tests.train.checkpoint_process", str(runs.free_port())]
   processes = [
     subprocess.Popen(
       [sys.executable, "-W", "error", *module, str(i), str(tmp_path)],
-      cwd=ROOT, env=_environment(XLA_FLAGS=""),
+      cwd=runs.ROOT, env=_environment(XLA_FLAGS=""),
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     for i in range(2)
@@ -408,3 +424,5 @@ def test_two_processes(tmp_path):
   assert seen[0]["failed_on_one"].startswith("OSError: saving checkpoint 40")
   assert seen[0]["after_failing"] == 20
   assert "OSError: saving checkpoint 1 in" in seen[0]["unwritable"]
+  assert "ValueError: another run writes to" in seen[0]["held_twice"]
+  assert seen[0]["of_each"] == [[0, 7], [1, 7]]

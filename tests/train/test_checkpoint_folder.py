@@ -1,3 +1,5 @@
+import os
+
 from moe_jax.train import checkpoint_folder, manifest
 
 
@@ -67,6 +69,24 @@ def test_an_interrupted_deletion_is_no_checkpoint_and_is_finished_later(tmp_path
   assert checkpoint_folder.complete(tmp_path) == []
   saved(tmp_path, 20)
   assert names(tmp_path) == ["20"]
+
+
+def test_what_cannot_be_deleted_stays_no_checkpoint_until_a_later_save_deletes_it(
+  tmp_path, monkeypatch
+):
+  def refuse(path, **_):
+    raise PermissionError(f"{path} may not be deleted")
+
+  for step in (10, 20):
+    saved(tmp_path, step)
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "unlink", refuse)
+    for step in (30, 40):
+      saved(tmp_path, step)
+  assert names(tmp_path) == ["10.deleting", "20.deleting", "30", "40"]
+  assert steps(checkpoint_folder.complete(tmp_path)) == [40, 30]
+  saved(tmp_path, 50)
+  assert names(tmp_path) == ["40", "50"]
 
 
 def test_put_aside_keeps_every_damaged_one(tmp_path):

@@ -112,6 +112,17 @@ def test_a_link_and_its_file_are_one_document(tmp_path):
   assert names(load(tmp_path)) == ["a.txt", "b.txt"]
 
 
+def test_folders_behind_links_are_read_once_each(tmp_path):
+  write(tmp_path / "all", {"a.txt": "aaa", "real/b.txt": "bbb", "real/deep/c.txt": "ccc"})
+  write(tmp_path / "elsewhere", {"d.txt": "ddd"})
+  for link, target in (
+    ("linked", "../elsewhere"), ("other", "../elsewhere"), ("real/loop", ".."), ("same", "real"),
+  ):  # fmt: skip
+    (tmp_path / "all" / link).symlink_to(target)
+  found = load(tmp_path / "all")
+  assert names(found) == ["a.txt", "linked/d.txt", "real/b.txt", "real/deep/c.txt"]
+
+
 def test_relative_patterns_start_here(tmp_path, monkeypatch):
   write(tmp_path, {"a.txt": "aaa", "b.txt": "bbb"})
   monkeypatch.chdir(tmp_path)
@@ -156,6 +167,19 @@ def test_a_single_file_is_cut(text, train, held_out, tmp_path):
   assert [d.text for d in loaded.train_documents] == [train]
   assert [d.text for d in loaded.held_out_documents] == [held_out]
   assert "only text" in str(loaded.report)
+
+
+@pytest.mark.parametrize(("text", "num_held_out"), [
+  ("Title\n" + "x" * 100_000, 5_000), ("Title\n" + "é" * 100_000, 10_000),
+  ("".join("x" * 49 + "\n" for _ in range(2_001)), 5_050),
+])  # fmt: skip
+def test_a_single_file_is_cut_near_its_share_also_where_lines_are_long(
+  text, num_held_out, tmp_path
+):
+  write(tmp_path, {"one.txt": text})
+  report = load(tmp_path).report
+  assert report.num_held_out_bytes == pytest.approx(num_held_out, rel=1e-3)
+  assert report.num_train_bytes + report.num_held_out_bytes == len(text.encode())
 
 
 def test_an_empty_file_among_others_is_named(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.observe.progress import Progress
-from moe_jax.train import figures, log
+from moe_jax.train import figures, log, optimizer
 from moe_jax.train.step import Metrics
 from tests import runs
 
@@ -98,6 +98,16 @@ def test_a_run_that_stops_names_no_checkpoint_that_is_deleted(started, tmp_path)
   step()
   (tmp_path / "checkpoints" / "8").rmdir()
   assert "; no checkpoint of this run that is known to be good is left; lower" in stop(step)
+
+
+def test_the_learning_rate_is_that_of_the_optimizer_after_any_number_of_steps(tmp_path):
+  settings = runs.settings(train={"steps": 2**31 - 1, "warmup_steps": 10_000})
+  progress = Progress(40, io.StringIO())
+  log_ = log.Log(settings, tmp_path, progress, None, None, np.arange(4), 4090)
+  schedule = optimizer.schedule(settings.train)
+  for count in (4090, 4096, 9_999, 2**31 - 2):
+    assert log_._learning_rate(count) == pytest.approx(float(schedule(count)), rel=1e-6)
+  log_.close()
 
 
 def test_the_rate_is_of_the_time_between_steps_without_what_else_was_waited_for(

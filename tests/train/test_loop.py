@@ -1,5 +1,6 @@
 """Whole runs in one process: what they leave, how they go on, when they stop, what they refuse."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -9,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.train import log, loop, manifest
+from moe_jax import config
+from moe_jax.train import lock, log, loop, manifest, processes, resume
+from moe_jax.train.checkpoint import Checkpoints
 from tests import runs
 
 # Interleaved, so that the layers in memory do not lie as on disk.
@@ -246,17 +249,106 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(whole, fields, mess
   assert runs.digests(whole[0]) == before
 
 
-def test_a_field_of_the_model_that_is_younger_than_the_checkpoint_had_its_default(copy):
-  checkpoint = copy / "checkpoints" / "8"
-  older = json.loads((checkpoint / "meta.json").read_text())
-  del older["meta"]["config"]["model"]["clip_qkv"]
-  (checkpoint / "meta.json").write_text(json.dumps(older))
+def rewrite_config(checkpoint, change):
+  """Changes the config that a checkpoint was saved with."""
+  meta = json.loads((checkpoint / "meta.json").read_text())
+  change(meta["meta"]["config"])
+  (checkpoint / "meta.json").write_text(json.dumps(meta))
   (checkpoint / manifest.NAME).unlink()
   manifest.write(checkpoint)
+
+
+def test_a_mesh_on_which_tokens_choose_other_experts_is_refused_and_a_limit_that_changed_is_not(
+  copy,
+):
+  rewrite_config(copy / "checkpoints" / "8", lambda saved: saved["moe"].update(hosts_per_token=1))
+  on_one_host = {"hosts_per_token": 1, "expert_ranks_per_host": 2}
+  with pytest.raises(ValueError, match=r"chose among those of 1 of 2 hosts; .* choose") as error:
+    run(copy, runs.settings(pipeline=PIPELINE, moe=on_one_host))
+  assert "among all experts; choose moe.expert_ranks_per_host=1, or" in str(error.value)
+  free = run(copy, runs.settings(pipeline=PIPELINE))
+  assert "tokens choose among all experts, until then among those of 1 of 2 hosts" in free.text
+
+
+@pytest.mark.parametrize(
+  ("saved", "now", "message"),
+  [
+    ((8, 2, 1), (4, 2, 1), "of 1 of 4 hosts; .* 1 of 2 hosts; choose moe.expert_ranks_per_host=1"),
+    ((8, 2, 1), (2, 2, 1), "among all experts; choose mesh.expert from multiples of 4"),
+    (
+      (4, 2, 2),
+      (8, 2, 2),
+      "chose among all experts; .* 2 of 4 hosts; choose moe.hosts_per_token=0",
+    ),
+    ((8, 2, 1), (4, 1, 1), None),
+    ((8, 2, 0), (4, 1, 0), None),
+    ((4, 2, 2), (8, 2, 0), None),
+  ],
+)
+def test_which_hosts_a_token_may_choose_stays_or_is_named(saved, now, message):
+  of = lambda expert, ranks, hosts: runs.settings(
+    mesh={"expert": expert, "stage": 1, "tensor": 1},
+    moe={"expert_ranks_per_host": ranks, "hosts_per_token": hosts},
+    model={"experts_per_token": 1},
+  )
+  check = lambda: resume._other_choice(8, config.as_dict(of(*saved)), of(*now))
+  if message is None:
+    assert check() == []
+  else:
+    with pytest.raises(ValueError, match=message) as error:
+      check()
+    assert "\n" not in str(error.value)
+
+
+def test_a_field_of_the_model_that_is_younger_than_the_checkpoint_had_its_default(copy):
+  rewrite_config(copy / "checkpoints" / "8", lambda saved: saved["model"].pop("clip_qkv"))
   with pytest.raises(ValueError, match=r"model\.clip_qkv is 0\.0 there and 0\.5 in this config"):
     loop.train(
       runs.settings(pipeline=PIPELINE, model={"clip_qkv": 0.5}), copy, stream=io.StringIO()
     )
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_touches_nothing(whole):
+  workdir, _ = whole
+  with lock.held(workdir):
+    before = runs.digests(workdir)
+    with pytest.raises(ValueError, match=f"another run writes to {workdir}; stop it, or name"):
+      run(workdir, runs.settings(pipeline=PIPELINE))
+    assert runs.digests(workdir) == before
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_processes_with_other_data_are_all_refused(tmp_path, monkeypatch, is_ours):
+  def of_each(mine):
+    digests = [np.zeros(32, np.uint8), mine]
+    return np.stack(digests if is_ours else digests[::-1])
+
+  monkeypatch.setattr(processes, "of_each", of_each)
+  with pytest.raises(ValueError, match="1 of 2 differ from process 0, or failed to read"):
+    run(tmp_path / "run", runs.settings())
+  nowhere = runs.settings(data={"paths": "/nowhere/*.txt"})
+  with pytest.raises(ValueError, match=r"/nowhere/.*matches no file"):
+    run(tmp_path / "run", nowhere)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_error_waits_for_no_other_process(copy, monkeypatch, fails):
+  def train(*given):
+    if fails:
+      raise OSError("disk full")
+
+  closed, close = [], Checkpoints.close
+
+  def note(self, **given):
+    closed.append(given)
+    close(self, **given)
+
+  monkeypatch.setattr(loop._Run, "train", train)
+  monkeypatch.setattr(Checkpoints, "close", note)
+  with pytest.raises(OSError, match="disk full") if fails else contextlib.nullcontext():
+    run(copy, runs.settings(pipeline=PIPELINE, train={"steps": 9}))
+  assert closed == [{"failed": fails}]
 
 
 def test_a_profile_after_the_last_step_is_refused(tmp_path):
