@@ -40,22 +40,26 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 needed, found ' + sys.version.split()[0] + '; name one with: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/run.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+# Newer than every stamp where the environment is, whose Python may have gone meanwhile.
+$(VENV)/pyvenv.cfg: $(VENV)/bin/python
+	touch $@
+
+$(VENV)/run.stamp: setup.cfg pyproject.toml $(VENV)/pyvenv.cfg
 	$(PIP) --editable .
 	touch $@
 
 # torch first and pinned, so that no other package draws in a build with gigabytes of CUDA.
-$(VENV)/test.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/test.stamp: setup.cfg pyproject.toml $(VENV)/pyvenv.cfg
 	$(PIP) "torch == 2.13.0"
 	$(PIP) --editable ".[test,rehearse,serve]"
 	touch $@ $(VENV)/run.stamp $(VENV)/rehearse.stamp $(VENV)/serve.stamp
 
-$(VENV)/serve.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/serve.stamp: setup.cfg pyproject.toml $(VENV)/pyvenv.cfg
 	$(PIP) --editable ".[serve]"
 	touch $@ $(VENV)/run.stamp
 
-$(VENV)/rehearse.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/rehearse.stamp: setup.cfg pyproject.toml $(VENV)/pyvenv.cfg
 	$(PIP) --editable ".[rehearse]"
 	touch $@ $(VENV)/run.stamp

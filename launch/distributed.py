@@ -57,6 +57,8 @@ def _check(address: str | None, count: int | None, index: int | None, given: lis
     )
   if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
     raise ValueError(f"--coordinator={address} is not host:port, such as node0:29500")
+  if int(address.rpartition(":")[2]) > 65535:
+    raise ValueError(f"--coordinator={address} has no such port; choose one up to 65535")
   if index >= count:
     raise ValueError(f"--process_id={index} is not below --num_processes={count}; ids count from 0")
 

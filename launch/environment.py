@@ -125,6 +125,7 @@ def virtual_devices(count: int) -> None:
       ) from error
     jax.config.update("jax_platforms", "cpu")
   os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # jax heeds it before the flag
   _set_xla_flags({**XLA_FLAGS["cpu"], _DEVICE_COUNT: str(count)}, replace=(_DEVICE_COUNT,))
 
 

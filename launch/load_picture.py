@@ -3,6 +3,7 @@
 Knows the run's load.jsonl; must not know flags or how a run is trained.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -83,7 +84,8 @@ def picture(steps: np.ndarray, counts_WLE: np.ndarray, path: pathlib.Path, run_n
   top.axhline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
   top.set_ylabel("busiest\nover mean", fontsize=8, color=_MUTED)
   top.legend(fontsize=7, frameon=False, ncols=min(num_layers, 8), loc="upper right")
-  top.set_title(f"{run_name}: load of experts", loc="left", fontsize=12, color=_INK)
+  title = f"{os.fsencode(run_name).decode(errors='replace')}: load of experts"
+  top.set_title(title, loc="left", fontsize=12, color=_INK, parse_math=False)
   for layer, axes in enumerate(below):
     share_EW = monitor.load_share(counts_WLE[:, layer]).T * num_experts
     image = axes.imshow(

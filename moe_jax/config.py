@@ -186,6 +186,11 @@ class Balance:
   def __post_init__(self):
     checks.not_negative(self, "balance", "every", "most_moved")
     checks.one_of(self, "balance", "chip", CHIPS)
+    if self.most_moved == 1:
+      raise ValueError(
+        "balance.most_moved=1 moves nothing, for two experts change places; choose 2 or more, or 0"
+        " for any number"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +219,9 @@ class Train:
       self, "train", "batch", "sequence", "steps", "learning_rate", "clip_norm",
       "checkpoint_every", "eval_every", "eval_batches", "max_skipped_steps",
     )  # fmt: skip
-    if self.steps >= 2**31:
-      raise ValueError(
-        f"train.steps={self.steps} does not fit 31 bits; choose from 1 to {2**31 - 1}"
-      )
+    for name in ("steps", "warmup_steps"):
+      if (number := getattr(self, name)) >= 2**31:
+        raise ValueError(f"train.{name}={number} does not fit 31 bits; choose at most {2**31 - 1}")
     if self.keep_checkpoints < 2:
       raise ValueError(
         f"train.keep_checkpoints={self.keep_checkpoints} deletes the last good checkpoint, for a"
@@ -298,6 +302,12 @@ class Config:
       raise ValueError(
         f"moe.router_balance={self.moe.router_balance} moves a bias that the model lacks, got"
         " model.router_bias=False; choose model.router_bias=True"
+      )
+    if self.balance.every and self.moe.dispatch in ("capacity", "dense", "gathered"):
+      raise ValueError(
+        f"balance.every={self.balance.every} moves experts from busy ranks, and with"
+        f" moe.dispatch={self.moe.dispatch} all ranks take as long; choose moe.dispatch=dropless,"
+        " stealing, ragged or two_level, or balance.every=0"
       )
     if self.moe.dispatch == "stealing" and self.moe.shadows > model.experts:
       raise ValueError(

@@ -233,12 +233,18 @@ def test_an_unknown_name_is_refused(name):
     ({"train": {"keep_checkpoints": -2}}, "train.keep_checkpoints=-2 deletes the last good"),
     ({"train": {"seed": -1}}, "train.seed=-1 is negative; choose 0 or more"),
     ({"train": {"seed": 2**32}}, "train.seed=4294967296 does not fit 32 bits; choose from 0"),
-    ({"train": {"steps": 2**31}}, "train.steps=2147483648 does not fit 31 bits; choose from 1"),
+    ({"train": {"steps": 2**31}}, "train.steps=2147483648 does not fit 31 bits; choose at most"),
+    ({"train": {"warmup_steps": 2**31}}, "train.warmup_steps=2147483648 does not fit 31 bits"),
+    ({"balance": {"most_moved": 1}}, "balance.most_moved=1 moves nothing"),
     ({"train": {"beta1": 1.5}}, "train.beta1=1.5 is not a fraction; choose from 0 to 1"),
     ({"train": {"beta2": 1}}, "train.beta2=1.0 never forgets a gradient; choose less than 1"),
     (
       {"moe": {"shadow_tokens": 8}},
       "moe.shadow_tokens=8.0 needs moe.dispatch=stealing, got capacity",
+    ),
+    (
+      {"balance": {"every": 10}},
+      "balance.every=10 moves experts from busy ranks, and with moe.dispatch=capacity all ranks",
     ),
     (
       {"moe": {"dispatch": "stealing", "shadows": 17}},

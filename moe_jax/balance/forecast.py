@@ -139,6 +139,7 @@ class Forecast:
     """Takes note of a window; what was said of it goes into the record."""
     for name, share_LE in self._said.items():
       self.record[name].append(accuracy(share_LE, counts_LE))
+    self._said = {}
     old = self._history or History(
       np.empty((0, *np.shape(counts_LE))), np.empty((0, *np.shape(tokens_V)))
     )

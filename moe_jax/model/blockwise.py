@@ -111,11 +111,17 @@ def backward(
   )
 
 
+def scaled(q: jax.Array) -> jax.Array:
+  """Returns queries over the root of their width, divided in float32: a root that is rounded to
+  bfloat16 is off by up to 0.4%, and with it every score.
+  """
+  return (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+
+
 def _blocks(q_bSNH, k_bSGH, v_bSGH, segments_bS):
   """Returns scaled queries [I, b, G, M, J, H], keys and values [I, b, G, J, H], `segments_IbJ`."""
-  _, S, _, H = q_bSNH.shape
-  G, J = k_bSGH.shape[2], block_size(S)
-  q = _to_blocks(q_bSNH * jnp.asarray(1 / math.sqrt(H), q_bSNH.dtype), G)
+  S, G, J = q_bSNH.shape[1], k_bSGH.shape[2], block_size(q_bSNH.shape[1])
+  q = _to_blocks(scaled(q_bSNH), G)
   k, v = (_to_blocks(x, G)[:, :, :, 0] for x in (k_bSGH, v_bSGH))
   segments_bS = jnp.pad(segments_bS, ((0, 0), (0, -S % J)))
   return q, k, v, segments_bS.reshape(len(segments_bS), -1, J).swapaxes(0, 1)

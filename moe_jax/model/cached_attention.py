@@ -5,8 +5,6 @@ a chunk, of which S ask, R query heads per key head.
 Knows arrays; must not know where the cache keeps them.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +29,8 @@ def one_token(q_bNH, k_bWGJH, v_bWGJH, lengths_b) -> jax.Array:
   """
   b, N, H = q_bNH.shape
   W, G, J = k_bWGJH.shape[1:4]
-  scale = jnp.asarray(1 / math.sqrt(H), q_bNH.dtype)
-  q_bWGRH = jnp.broadcast_to((q_bNH * scale).reshape(b, 1, G, N // G, H), (b, W, G, N // G, H))
+  q_b1GRH = blockwise.scaled(q_bNH).reshape(b, 1, G, N // G, H)
+  q_bWGRH = jnp.broadcast_to(q_b1GRH, (b, W, G, N // G, H))
   product = lambda form, *x: jnp.einsum(form, *x, preferred_element_type=jnp.float32)
   scores = product("bwgrh,bwgjh->bwgrj", q_bWGRH, k_bWGJH)
   position_WJ = jnp.arange(W * J, dtype=jnp.int32).reshape(W, J)
@@ -77,7 +75,7 @@ def _online(q_bSNH, k_bTGH, v_bTGH, context_k_bMGH, context_v_bMGH, starts_b) ->
   b, S, N, H = q_bSNH.shape
   G, J = k_bTGH.shape[2], blockwise.block_size(S)
   blocks = lambda x: _pad(x, J).reshape(b, -1, J, G, x.shape[2] // G, H).transpose(1, 0, 3, 4, 2, 5)
-  q_IbGRJH = blocks(q_bSNH * jnp.asarray(1 / math.sqrt(H), q_bSNH.dtype))
+  q_IbGRJH = blocks(blockwise.scaled(q_bSNH))
   context = blocks(context_k_bMGH), blocks(context_v_bMGH)
   k_XbGJH, v_XbGJH = (
     jnp.concatenate([before, blocks(own)])[:, :, :, 0]

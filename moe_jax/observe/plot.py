@@ -3,6 +3,7 @@
 It must not know models or the loop.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -49,8 +50,10 @@ def loss_plot(metrics_path, out_path, bigram_loss: float | None = None, unit="na
     labels.append((train[-1, 0], bigram_loss, "bigram model", BIGRAM))
   _frame(axes, train, held_out, bigram_loss)
   _label_ends(axes, labels)
-  run = pathlib.Path(metrics_path).resolve().parent.name
-  axes.set_title(run, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22)
+  run = os.fsencode(pathlib.Path(metrics_path).resolve().parent.name).decode(errors="replace")
+  axes.set_title(
+    run, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22, parse_math=False
+  )
   axes.text(
     0, 1.03, f"loss, {unit}", transform=axes.transAxes, fontsize=9.5, color=MUTED, va="bottom"
   )

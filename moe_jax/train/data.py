@@ -80,7 +80,11 @@ def window(stream: Stream, sequence: int, window_id: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-  """The rows of a stream as a source that grain can index; `ids` past the end give padding."""
+  """The rows of a stream as a source that grain can index.
+
+  `ids` past the end give rows from the beginning, of weight 0: tokens of padding alone would all
+  choose the same experts, and take the room of text there.
+  """
 
   stream: Stream
   sequence: int
@@ -90,7 +94,9 @@ class _Windows:
     return len(self.ids)
 
   def __getitem__(self, i: int) -> Batch:
-    return window(self.stream, self.sequence, int(self.ids[i]))
+    turn, number = divmod(int(self.ids[i]), _num_windows(self.stream, self.sequence))
+    row = window(self.stream, self.sequence, number)
+    return row | {"weights": np.zeros_like(row["weights"])} if turn else row
 
 
 class Dataset:
@@ -146,7 +152,7 @@ class Dataset:
       .repeat()
       .batch(batch)
     )
-    eval_ids = _spread(-(-(held_out.num_tokens - 1) // sequence), batch, eval_batches)
+    eval_ids = _spread(_num_windows(held_out, sequence), batch, eval_batches)
     self._eval = grain.MapDataset.source(_Windows(held_out, sequence, eval_ids)).batch(batch)
     self.num_eval_batches = len(self._eval)
 
@@ -159,7 +165,7 @@ class Dataset:
     return self._train[step]
 
   def eval_batch(self, i: int) -> Batch:
-    """Returns held-out batch i, the same at every call; rows past the text are padding of weight 0.
+    """Returns held-out batch i, the same at every call; rows past the text are of weight 0.
 
     Together they hold each held-out target once, if they may be as many as that takes; if not, they
     hold rows spread evenly over the held-out text.
@@ -232,8 +238,12 @@ class Dataset:
     return int(state["next_step"]), differences
 
 
+def _num_windows(stream: Stream, sequence: int) -> int:
+  return -(-(stream.num_tokens - 1) // sequence)
+
+
 def _spread(num_windows: int, batch: int, eval_batches: int) -> np.ndarray:
-  """Returns the held-out windows to evaluate, in whole batches; those past the end are padding."""
+  """Returns the held-out windows to evaluate, in whole batches; the last may be past the end."""
   num_rows = min(-(-num_windows // batch), eval_batches) * batch
   if num_rows >= num_windows:
     return np.arange(num_rows)

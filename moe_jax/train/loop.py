@@ -93,13 +93,19 @@ def train(
     devices: of the mesh; by default all devices of all processes.
 
   Raises:
-    ValueError: mesh, text, checkpoints or `profile_steps` do not fit, processes have other data
-      than each other, or another run writes to `workdir`; nothing was written.
+    ValueError: model, mesh, text, checkpoints or `profile_steps` do not fit, processes have other
+      data than each other, or another run writes to `workdir`; nothing was written.
     OSError: a file cannot be read or written.
     log.Diverged: `train.max_skipped_steps` steps in a row were not finite; the message names the
       last good checkpoint, or says that none is left.
   """
-  workdir = Path(workdir)
+  workdir, model = Path(workdir), settings.model
+  if model.experts_per_token == 1 < model.experts and model.normalize_choices:
+    raise ValueError(
+      "model.experts_per_token=1 with model.normalize_choices=True weighs the one expert of each"
+      " token 1, whatever the router says, which so learns nothing from the loss; choose"
+      " model.normalize_choices=False"
+    )
   if profile_steps and profile_steps[0] >= settings.train.steps:
     raise ValueError(
       f"profile_steps={profile_steps[0]}:{profile_steps[1]} begins after the last step of"

@@ -90,6 +90,16 @@ def test_the_running_forecast_keeps_the_record_of_walk_forward():
   assert running.best == forecast.best(expected)
 
 
+def test_what_was_said_is_held_to_one_window():
+  counts_WLE, tokens_WV = made("bursts")
+  running = forecast.Forecast()
+  running.observe(counts_WLE[0], tokens_WV[0])
+  running.next(tokens_WV[1])
+  for counts_LE, tokens_V in zip(counts_WLE[1:3], tokens_WV[1:3], strict=True):
+    running.observe(counts_LE, tokens_V)
+  assert [len(found) for found in running.record.values()] == [1] * len(FORECAST)
+
+
 def test_a_forecast_needs_a_window():
   with pytest.raises(ValueError, match="needs a window that was observed, got none"):
     forecast.Forecast().next(np.ones(3))

@@ -81,3 +81,10 @@ def test_asked_to_join_where_there_is_no_cluster_it_says_what_to_give():
   assert code == 2
   assert errors.startswith("error: --distributed=on: jax finds no cluster here")
   assert errors.count("\n") == 1
+
+
+def test_a_port_that_is_none_takes_one_line():
+  address = ("--coordinator=localhost:65536", "--num_processes=1", "--process_id=0")
+  ((code, _, errors),) = finish([start(*address)])
+  assert code == 2
+  assert errors == "error: --coordinator=localhost:65536 has no such port; choose one up to 65535\n"

@@ -38,7 +38,9 @@ def test_every_flag_of_the_table_starts_a_process():
 @pytest.mark.parametrize("first", ["pass", "import jax"])
 def test_virtual_devices_before_and_after_importing_jax(first):
   done = run(
-    f"{first}; {VIRTUAL}(3); {COMPUTE}", XLA_FLAGS="--xla_force_host_platform_device_count=5"
+    f"{first}; {VIRTUAL}(3); {COMPUTE}",
+    XLA_FLAGS="--xla_force_host_platform_device_count=5",
+    JAX_NUM_CPU_DEVICES="2",
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout == "3 cpu 3.0\n"

@@ -1,6 +1,8 @@
 """The picture's own pixels: what is drawn where, and that nothing but the file is needed."""
 
 import json
+import os
+import pathlib
 
 import matplotlib.colors
 import matplotlib.image
@@ -26,6 +28,14 @@ def _rows(num_steps):
     {"step": step, "loss": 5.5 * 0.99**step} | ({"eval_loss": 3.0} if step % 50 == 49 else {})
     for step in range(num_steps)
   ]
+
+
+@pytest.mark.parametrize("name", ["cost$5_^$6", b"r\xff"])
+def test_a_run_of_any_name_is_drawn(tmp_path, name):
+  folder = pathlib.Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), os.fsencode(name))))
+  folder.mkdir()
+  plot.loss_plot(_metrics(folder, _rows(60)), tmp_path / "loss.png")
+  assert (tmp_path / "loss.png").stat().st_size > 0
 
 
 def test_all_three_series_are_drawn_each_at_its_height(tmp_path):

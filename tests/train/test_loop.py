@@ -227,7 +227,11 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(copy):
   ("fields", "message"),
   [
     ({"model": {"layers": 8}}, "is of another model: .*layers.*expected"),
-    ({"model": {"experts_per_token": 1}}, "model.experts_per_token is 2 there and 1 in this"),
+    (
+      {"model": {"experts_per_token": 1, "normalize_choices": False}},
+      "model.experts_per_token is 2 there and 1 in this",
+    ),
+    ({"model": {"experts_per_token": 1}}, "weighs the one expert of .* choose"),
     ({"model": {"vocab": 512}}, "is of another model: "),
     ({"model": {"tied_embeddings": True}}, "is of another model: .*no such leaf"),
     ({"data": {"tokenizer": "bpe"}}, "tokenizer.json is missing"),
@@ -235,7 +239,11 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(copy):
     ({"data": {"paths": "/nowhere/*.txt"}}, "/nowhere/.*matches no file"),
     ({"train": {"sequence": 1 << 20}}, "train.sequence=1048576 needs at least"),
     (
-      {"train": {"steps": 12}, "balance": {"every": 1, "chip": "planned"}},
+      {
+        "train": {"steps": 12},
+        "moe": {"dispatch": "dropless"},
+        "balance": {"every": 1, "chip": "planned"},
+      },
       "chip planned has no peak for dtype .float32.; choose",
     ),
   ],

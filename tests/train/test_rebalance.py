@@ -28,7 +28,8 @@ def optax_promotes():
 
 def balancer_of(mesh=(4, 1, 1), placed=None, steps=1000, **different):
   balance = {"every": 10, **different.pop("balance", {})}
-  settings = parity.settings_of(mesh, **different)
+  moe = {"dispatch": "dropless", **different.pop("moe", {})}
+  settings = parity.settings_of(mesh, moe=moe, **different)
   settings = dataclasses.replace(
     settings,
     balance=config_lib.Balance(**balance),

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from tests import reference
@@ -167,6 +168,24 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_loss_logits_and_gradients_equal_the_oracle(name):
   mesh, different = CASES[name]
   check(parity.differences(parity.settings_of(mesh, **different)))
+
+
+@pytest.mark.parametrize(
+  ("name", "num_roundings"),
+  # A gradient of each half, their sum, and their sum over copies; and of micro-batches each sum.
+  [("2x1x1x2-interleaved-2-halves-2", 3), ("2x2x2-1f1b-residuals", 5)],
+)
+def test_gradients_in_bfloat16_are_off_by_their_roundings(name, num_roundings):
+  mesh, different = CASES[name]
+  pipeline = different["pipeline"] | {"gradient_dtype": "bfloat16"}
+  found = parity.differences(parity.settings_of(mesh, **different | {"pipeline": pipeline}))
+  assert found.pop("margin") > reference.MARGIN
+  check_alike = [found.pop(what) for what in ("loss", "cross_entropy", "logits")]
+  assert max(check_alike) <= parity.TOLERANCE
+  rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+  too_far = {leaf: each for leaf, each in found.items() if not each <= num_roundings * rounding}
+  assert not too_far
+  assert found["layers/experts/down"] > rounding / 4, "they are not in bfloat16"
 
 
 @pytest.mark.slow
