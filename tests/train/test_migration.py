@@ -157,15 +157,15 @@ CASES = {
     (2, 2, 2), {"micro_batches": 3, "save": "residuals"},
     {"dispatch": "dropless", "router_balance": "bias"},
   ),
-  "4x1x2-interleaved-capacity-hosts": (
+  "4x1x2-interleaved-dropless-hosts": (
     (4, 1, 2), {"schedule": "interleaved", "chunks": 2},
-    {"capacity_factor": 4.0, "hosts_per_token": 1, "expert_ranks_per_host": 2},
+    {"dispatch": "dropless", "hosts_per_token": 1, "expert_ranks_per_host": 2},
   ),
   "8x1x1-gpipe-stealing": (
     (8, 1, 1), {"schedule": "gpipe"}, {"dispatch": "stealing", "shadows": 2},
   ),
-  "1x1x1-1f1b-capacity-quantile": (
-    (1, 1, 1), {}, {"capacity_factor": 4.0, "router_balance": "quantile"},
+  "1x1x1-1f1b-dropless-quantile": (
+    (1, 1, 1), {}, {"dispatch": "dropless", "router_balance": "quantile"},
   ),
 }  # fmt: skip
 NUM_STEPS = 4
