@@ -24,13 +24,13 @@ import numpy as np
 from absl import flags
 
 from launch import recording as recording_lib
-from launch.flags import run
+from launch.flags import define_png, run
 from moe_jax import config as config_lib
 from moe_jax.balance import price, workloads
 from moe_jax.plan import hardware
 
 _JSON = flags.DEFINE_string("json", None, "Also write the rows here.")
-_OUT = flags.DEFINE_string("out", None, "Also draw them here, .png.")
+_OUT = define_png("out", "Also draw them here, .png.")
 _RECORD = flags.DEFINE_string("record", None, "Train the deployment, write its routing here, end.")
 _RECORDINGS = flags.DEFINE_list(
   "recordings", ["configs/laptop_routing.npz"], "Recorded routing to balance; empty for none."
@@ -52,9 +52,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the made workloads.", lower_bound=0)
 
 
 def main(settings: config_lib.Config) -> None:
-  out = _OUT.value and pathlib.Path(_OUT.value)
-  if out and out.suffix.lower() != ".png":
-    raise ValueError(f"--out={out} is no name of a PNG; choose {out.with_suffix('.png')}")
   if _RECORD.value:
     recording = recording_lib.record(settings)
     recording_lib.save(recording, _RECORD.value)
@@ -72,11 +69,11 @@ def main(settings: config_lib.Config) -> None:
     path = pathlib.Path(_JSON.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n")
-  if out:
+  if _OUT.value:
     # matplotlib takes a second to import, which the text need not wait for.
     from launch.balance_picture import picture
 
-    picture(rows, out)
+    picture(rows, pathlib.Path(_OUT.value))
 
 
 def _streams(settings: config_lib.Config):

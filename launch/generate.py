@@ -14,11 +14,10 @@ import sys
 from absl import flags, logging
 
 from launch import trained
-from launch.flags import run
+from launch.flags import define_workdir, run
 from moe_jax import config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
+_WORKDIR = define_workdir()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from", required=True)
 _NEW_TOKENS = flags.DEFINE_integer(
   "new_tokens",

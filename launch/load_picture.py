@@ -3,7 +3,6 @@
 Knows the run's load.jsonl; must not know flags or how a run is trained.
 """
 
-import os
 import pathlib
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moe_jax.balance import monitor
-from moe_jax.observe import metrics
+from moe_jax.observe import metrics, plot
 
 _COLUMNS = 240  # of the picture; steps beyond are summed together
 _HOTTEST = 3.0  # multiple of the even share that has the last colour
@@ -84,7 +83,7 @@ def picture(steps: np.ndarray, counts_WLE: np.ndarray, path: pathlib.Path, run_n
   top.axhline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
   top.set_ylabel("busiest\nover mean", fontsize=8, color=_MUTED)
   top.legend(fontsize=7, frameon=False, ncols=min(num_layers, 8), loc="upper right")
-  title = f"{os.fsencode(run_name).decode(errors='replace')}: load of experts"
+  title = f"{plot.drawable(run_name)}: load of experts"
   top.set_title(title, loc="left", fontsize=12, color=_INK, parse_math=False)
   for layer, axes in enumerate(below):
     share_EW = monitor.load_share(counts_WLE[:, layer]).T * num_experts

@@ -23,13 +23,12 @@ import threading
 from absl import flags, logging
 
 from launch import trained
-from launch.flags import run
+from launch.flags import define_workdir, run
 from moe_jax import config
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")  # setup.cfg's serve extra
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
+_WORKDIR = define_workdir()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to answer at; 0.0.0.0 is every one")
 _PORT = flags.DEFINE_integer(
   "port", 8000, "to answer at; 0 takes a free one", lower_bound=0, upper_bound=65535

@@ -14,11 +14,10 @@ import pathlib
 
 from absl import flags
 
-from launch.flags import run
+from launch.flags import define_png, define_workdir, run
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
-_OUT = flags.DEFINE_string("out", None, "Draw it here, .png; by default load.png in the folder.")
+_WORKDIR = define_workdir()
+_OUT = define_png("out", "Draw it here, .png; by default load.png in the folder.")
 _LAST = flags.DEFINE_integer("last", 20, "Steps that the table sums up.", lower_bound=1)
 _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device, from profile/.")
 
@@ -26,8 +25,6 @@ _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device,
 def main() -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   out = pathlib.Path(_OUT.value or folder / "load.png")
-  if out.suffix.lower() != ".png":
-    raise ValueError(f"--out={out} is no name of a PNG; choose {out.with_suffix('.png')}")
   if _PHASE.value is not None:
     # jax takes seconds to import, which a mistyped flag need not wait for.
     from launch import phase_text

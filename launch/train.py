@@ -14,10 +14,9 @@ import sys
 from absl import flags, logging
 
 from launch import distributed, stopping
-from launch.flags import run
+from launch.flags import define_workdir, run
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-flags.register_validator("workdir", lambda name: name != "", "it is empty; name a folder")
+_WORKDIR = define_workdir()
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", None, "steps to trace, start:stop such as 10:13, counted from 0"
 )

@@ -50,7 +50,7 @@ def loss_plot(metrics_path, out_path, bigram_loss: float | None = None, unit="na
     labels.append((train[-1, 0], bigram_loss, "bigram model", BIGRAM))
   _frame(axes, train, held_out, bigram_loss)
   _label_ends(axes, labels)
-  run = os.fsencode(pathlib.Path(metrics_path).resolve().parent.name).decode(errors="replace")
+  run = drawable(pathlib.Path(metrics_path).resolve().parent.name)
   axes.set_title(
     run, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22, parse_math=False
   )
@@ -59,6 +59,11 @@ def loss_plot(metrics_path, out_path, bigram_loss: float | None = None, unit="na
   )
   axes.set_xlabel("step", fontsize=9.5, color=MUTED)
   figure.savefig(out_path, format="png")
+
+
+def drawable(name: str) -> str:
+  """Returns a folder's name with U+FFFD for what of it is not UTF-8."""
+  return os.fsencode(name).decode(errors="replace")
 
 
 def _series(rows: list[dict], name: str) -> np.ndarray:

@@ -170,7 +170,7 @@ def test_what_one_device_cannot_keep_is_reset_or_refused():
     (["--config.mesh.expert=3"], "not divisible by mesh.expert=3"),
     (["--chip=h300"], "--chip=h300 is not one of a100"),
     (["--seed=-1"], "--seed=-1"),
-    (["--out=x.jpg"], "--out=x.jpg is no name of a PNG; choose x.png"),
+    (["--out=x.jpg"], "--out=x.jpg: it is no name of a PNG; choose one that ends in .png"),
     (["--slots=-5"], "--slots=-5"),
     (["--slots=8", *SMALL], "--slots=8 does not hold 16 experts on mesh.expert=8 ranks"),
     (["--slots=20", *SMALL], "choose a multiple of 8 from 16 up, or 0"),

@@ -113,7 +113,10 @@ def test_a_folder_without_a_run_takes_one_line(tmp_path):
   assert launch().returncode == 2
   for flags, said in (
     (["--workdir="], "--workdir=: it is empty; name a folder"),
-    ([f"--workdir={tmp_path}", "--out=a.jpg"], "--out=a.jpg is no name of a PNG; choose a.png"),
+    (
+      [f"--workdir={tmp_path}", "--out=a.jpg"],
+      "--out=a.jpg: it is no name of a PNG; choose one that ends in .png",
+    ),
   ):
     done = launch(*flags)
     assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
