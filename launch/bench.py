@@ -11,18 +11,16 @@ reach before, between and after; where the three differ, a neighbour was busy. O
 each times what all of them run together, and the first one speaks.
 """
 
-import json
-import pathlib
 import statistics
 
 from absl import flags
 
-from launch import distributed
+from launch import distributed, paths
 from launch.flags import run
 from moe_jax import config as config_lib
 from moe_jax.plan import cost
 
-_JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
+_JSON = paths.define_json("Also write the figures here.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Timed steps of each kind.", lower_bound=1)
 
 WARMUP_STEPS = 2
@@ -37,9 +35,7 @@ def main(settings: config_lib.Config) -> None:
     return
   print(to_text(found))
   if _JSON.value:
-    path = pathlib.Path(_JSON.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    paths.write_json(_JSON.value, found)
 
 
 def measure(settings: config_lib.Config, repeats: int) -> dict:

@@ -17,21 +17,21 @@ the load, not to the loss. `--record` trains the deployment and writes such a re
 configs/ was made with --config.model.experts=16 --config.train.batch=256 --config.train.steps=240.
 """
 
-import json
 import pathlib
 
 import numpy as np
 from absl import flags
 
+from launch import paths
 from launch import recording as recording_lib
-from launch.flags import define_png, run
+from launch.flags import run
 from moe_jax import config as config_lib
 from moe_jax.balance import price, workloads
 from moe_jax.plan import hardware
 
-_JSON = flags.DEFINE_string("json", None, "Also write the rows here.")
-_OUT = define_png("out", "Also draw them here, .png.")
-_RECORD = flags.DEFINE_string("record", None, "Train the deployment, write its routing here, end.")
+_JSON = paths.define_json("Also write the rows here.")
+_OUT = paths.define_png("out", "Also draw them here, .png.")
+_RECORD = paths.define_file("record", "Train the deployment, write its routing here, end.")
 _RECORDINGS = flags.DEFINE_list(
   "recordings", ["configs/laptop_routing.npz"], "Recorded routing to balance; empty for none."
 )
@@ -66,9 +66,7 @@ def main(settings: config_lib.Config) -> None:
     rows += found
     print(balance.to_text(found))
   if _JSON.value:
-    path = pathlib.Path(_JSON.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=2) + "\n")
+    paths.write_json(_JSON.value, rows)
   if _OUT.value:
     # matplotlib takes a second to import, which the text need not wait for.
     from launch.balance_picture import picture

@@ -7,18 +7,17 @@ shares of it. Time to the first token counts from when a request arrived, the wa
 included. Untrained weights, uniform random prompts, in process, without HTTP.
 """
 
-import json
 import pathlib
 
 from absl import flags
 
-from launch import load_figures
+from launch import load_figures, paths
 from launch.flags import run
 from launch.load_figures import Mix
 from moe_jax import config as config_lib
 
-_JSON = flags.DEFINE_string("json", None, "also write the figures here")
-_PLOT = flags.DEFINE_string("plot", None, "also draw them here")
+_JSON = paths.define_json("also write the figures here")
+_PLOT = paths.define_file("plot", "also draw them here")
 _REQUESTS = flags.DEFINE_integer("requests", 64, "at each load", lower_bound=1)
 _LOADS = flags.DEFINE_list("loads", ["0.3", "0.6", "0.9", "1.2"], "shares of the capacity")
 _QUEUE = flags.DEFINE_integer(
@@ -50,24 +49,12 @@ def main(settings: config_lib.Config) -> None:
     if not loads:
       raise ValueError("--loads= is empty, and --plot draws over loads; choose one, such as 0.6")
     load_curve.check(pathlib.Path(_PLOT.value))
-  for name in (_JSON.value, _PLOT.value):
-    if name:
-      _check_writable(pathlib.Path(name))
   found = load_figures.measure(settings, mix, loads, _QUEUE.value)
   print(load_figures.to_text(found))
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+    paths.write_json(_JSON.value, found)
   if _PLOT.value:
     load_curve.draw(found, pathlib.Path(_PLOT.value))
-
-
-def _check_writable(path: pathlib.Path) -> None:
-  """Makes a file's folder; OSError if the file could not be written after the measurement."""
-  is_new = not path.exists()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.open("a").close()
-  if is_new:
-    path.unlink()
 
 
 def _range(words: list[str], flag: str) -> tuple[int, int]:

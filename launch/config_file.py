@@ -92,7 +92,7 @@ def load(path: str) -> config_dict.ConfigDict:
 
 
 def _get_config(path: str) -> config_dict.ConfigDict:
-  file = pathlib.Path(path)
+  file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise ValueError(f"--config={path}: {_what_is_there(file)}")
   namespace = {"__name__": "config_file", "__file__": path}

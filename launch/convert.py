@@ -11,14 +11,14 @@ import pathlib
 
 from absl import flags, logging
 
-from launch import trained
+from launch import paths, trained
 from launch.flags import run
 from moe_jax import config
 
-_FROM = flags.DEFINE_string(
-  "from", None, "folder with a model in Hugging Face's format, or of a run", required=True
+_FROM = paths.define(
+  "from", "folder with a model in Hugging Face's format, or of a run", required=True
 )
-_TO = flags.DEFINE_string("to", None, "new folder to write", required=True)
+_TO = paths.define("to", "new folder to write", required=True)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,

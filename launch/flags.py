@@ -3,7 +3,8 @@
 Every mistake a user can make there ends in one line on stderr and exit code 2. This module must not
 import jax, so that a mistyped flag is answered at once and XLA's flags can still be set.
 
-    from launch.flags import define_workdir, run
+    from launch.flags import run
+    from launch.paths import define_workdir
 
     _WORKDIR = define_workdir()
 
@@ -34,21 +35,6 @@ _OUR_PACKAGES = ("moe_jax", "launch", "configs", "__main__")
 flags.DEFINE_boolean(
   "traceback", False, "show the traceback of errors that otherwise take one line"
 )
-
-
-def define_workdir() -> flags.FlagHolder:
-  """Returns the flag `--workdir`, required and not empty, as an unset variable would leave it."""
-  found = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.register_validator(found, lambda name: name != "", "it is empty; name a folder")
-  return found
-
-
-def define_png(name: str, about: str) -> flags.FlagHolder:
-  """Returns the flag of a picture's file, which must be named as the PNG that it becomes."""
-  found = flags.DEFINE_string(name, None, about)
-  is_png = lambda path: path is None or path.lower().endswith(".png")
-  flags.register_validator(found, is_png, "it is no name of a PNG; choose one that ends in .png")
-  return found
 
 
 def run(

@@ -14,7 +14,8 @@ import sys
 from absl import flags, logging
 
 from launch import trained
-from launch.flags import define_workdir, run
+from launch.flags import run
+from launch.paths import define_workdir
 from moe_jax import config
 
 _WORKDIR = define_workdir()

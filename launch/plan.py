@@ -18,6 +18,7 @@ import time
 
 from absl import flags
 
+from launch import paths
 from launch.flags import run
 from moe_jax import config as config_lib
 from moe_jax.plan import (
@@ -60,12 +61,9 @@ _RATE = flags.DEFINE_float(
   lower_bound=0,
 )  # fmt: skip
 _ZIPF = flags.DEFINE_float("zipf", 0.0, "Exponent of the experts' popularity; 0 is even.")
-_TRACE = flags.DEFINE_string(
-  "trace", None, "Recorded load: JSON with counts_LE; instead of --zipf."
-)
-_CALIBRATION = flags.DEFINE_string(
+_TRACE = paths.define("trace", "Recorded load: JSON with counts_LE; instead of --zipf.")
+_CALIBRATION = paths.define(
   "calibration",
-  None,
   "Factors on the plan's times, from what launch.rehearse --step=train --json=FILE found.",
 )
 _TIED = flags.DEFINE_boolean(
@@ -74,8 +72,8 @@ _TIED = flags.DEFINE_boolean(
 _SYMMETRIC_MEMORY = flags.DEFINE_boolean(
   "symmetric_memory", False, "Plan as launch.train --symmetric_memory sends inside hosts."
 )
-_JSON = flags.DEFINE_string("json", None, "Also write all figures here.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the best config, the graph and the timeline.")
+_JSON = paths.define_json("Also write all figures here.")
+_OUT = paths.define_folder("out", "Folder for the best config, the graph and the timeline.")
 _MISSED = 1
 
 
@@ -131,7 +129,7 @@ def main(settings: config_lib.Config) -> int:
     _write(pathlib.Path(_OUT.value), best, plans, progress)
   if _JSON.value:
     report = _report(settings, rows, plans, changes, least, tried, found)
-    _save(pathlib.Path(_JSON.value), json.dumps(report, indent=2) + "\n")
+    paths.write_json(_JSON.value, report)
   progress("done")
   return 0 if least is not None else _MISSED
 
@@ -305,20 +303,20 @@ def _report(settings, rows, plans, changes, least, tried, found) -> dict:
 
 
 def _write(folder: pathlib.Path, best: search.Plan, plans, progress) -> None:
-  _save(folder / "best.py", config_text(best, folder / "best.py"))
+  paths.write(folder / "best.py", config_text(best, folder / "best.py"))
   shown = plans.get("given", best)
   step = graph.build(shown.settings)
   progress(f"writing a graph of {step.num_nodes:,} nodes and {step.num_edges:,} edges")
-  _save(folder / "graph.json", export.to_json(step))
-  _save(folder / "graph.graphml", export.to_graphml(step))
-  _save(folder / "modules.dot", export.to_dot(step))
-  _save(folder / "modules.svg", export.picture(shown.settings))
+  paths.write(folder / "graph.json", export.to_json(step))
+  paths.write(folder / "graph.graphml", export.to_graphml(step))
+  paths.write(folder / "modules.dot", export.to_dot(step))
+  paths.write(folder / "modules.svg", export.picture(shown.settings))
   for name, plan in {"best": best, "given": shown}.items():
     events = simulate.events(plan.settings, plan.machine, _TIED.value)
     steady, title = timeline.steady(events), f"A steady tick of the {name} plan, one GPU"
-    _save(folder / f"{name}.trace.json", json.dumps(timeline.trace(events)))
-    _save(folder / f"{name}.html", timeline.page(steady, title))
-    _save(folder / f"{name}.svg", timeline.svg(steady, title))
+    paths.write(folder / f"{name}.trace.json", json.dumps(timeline.trace(events)))
+    paths.write(folder / f"{name}.html", timeline.page(steady, title))
+    paths.write(folder / f"{name}.svg", timeline.svg(steady, title))
 
 
 def config_text(plan: search.Plan, path: pathlib.Path) -> str:
@@ -332,11 +330,6 @@ def config_text(plan: search.Plan, path: pathlib.Path) -> str:
     f' predicted.\n"""\n\nfrom ml_collections import ConfigDict\n\n\n'
     f"def get_config() -> ConfigDict:\n  return ConfigDict(\n    {{\n{sections}    }}\n  )\n"
   )
-
-
-def _save(path: pathlib.Path, content: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

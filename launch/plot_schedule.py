@@ -6,11 +6,9 @@
 Needs no device and no jax. Bad values and flags end in one line on stderr and exit code 2.
 """
 
-import json
-import pathlib
-
 from absl import flags
 
+from launch import paths
 from launch.flags import run
 from moe_jax.pipeline.schedules import SCHEDULES
 from moe_jax.pipeline.table import CLASSIC_COSTS, Table, check, to_text
@@ -25,8 +23,8 @@ _COSTS = flags.DEFINE_list(
   "Time of one unit, kind=number, in any one unit of time. The kinds that are not named keep: "
   + ",".join(f"{kind}={cost:g}" for kind, cost in CLASSIC_COSTS.items()),
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
-_OUT = flags.DEFINE_string("out", None, "Also draw the schedule here, .png or .svg.")
+_JSON = paths.define_json("Also write the figures here.")
+_OUT = paths.define_file("out", "Also draw the schedule here, .png or .svg.", (".png", ".svg"))
 
 
 def main() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
   for name in ("ticks", "bubble_fraction", "peak_in_flight"):
     print(f"{name:<16}{figures[name]:.6g}")
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+    paths.write_json(_JSON.value, figures)
   if _OUT.value:
     # matplotlib takes a second to import, which the text need not wait for.
     from moe_jax.pipeline.picture import picture

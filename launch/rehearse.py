@@ -14,7 +14,7 @@ import time
 
 from absl import flags
 
-from launch import environment
+from launch import environment, paths
 from launch.flags import run
 
 _POD = flags.DEFINE_string(
@@ -28,15 +28,13 @@ _STEP = flags.DEFINE_enum(
   "step", "train", ["train", "prefill", "decode"],
   "What to compile; prefill and decode are sized by the config's section serve.",
 )  # fmt: skip
-_JSON = flags.DEFINE_string("json", None, "Also write the report here.")
-_PICTURE = flags.DEFINE_string(
+_JSON = paths.define_json("Also write the report here.")
+_PICTURE = paths.define_file(
   "picture",
-  None,
   "Also draw a steady tick here, as an .html file and a Perfetto .trace.json beside it.",
 )
-_PROFILE = flags.DEFINE_string(
+_PROFILE = paths.define_file(
   "profile",
-  None,
   "Also write here the profile that the program was scheduled by; launch.train takes it as"
   " --scheduling_profile.",
 )
@@ -70,13 +68,13 @@ def main(config) -> int:
   progress("done")
   print(text.render(found))
   if _JSON.value:
-    _write(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
+    paths.write_json(_JSON.value, found)
   if _PICTURE.value:
     path = pathlib.Path(_PICTURE.value)
-    _write(path, picture.page(tick, found["pod"]["name"], found["binding"]))
-    _write(path.with_suffix(".trace.json"), json.dumps(picture.trace(tick)))
+    paths.write(path, picture.page(tick, found["pod"]["name"], found["binding"]))
+    paths.write(path.with_suffix(".trace.json"), json.dumps(picture.trace(tick)))
   if _PROFILE.value and profile:
-    _write(pathlib.Path(_PROFILE.value), profile)
+    paths.write(_PROFILE.value, profile)
   elif _PROFILE.value:
     print("XLA's own guess schedules this program better; no profile written", file=sys.stderr)
   if not found["fits"]:
@@ -108,11 +106,6 @@ def _refuse_of_gpus() -> None:
     raise ValueError(
       "--symmetric_memory is of GPUs and NCCL; leave it out, or choose a pod of GPUs"
     )
-
-
-def _write(path: pathlib.Path, content: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

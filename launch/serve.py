@@ -23,7 +23,8 @@ import threading
 from absl import flags, logging
 
 from launch import trained
-from launch.flags import define_workdir, run
+from launch.flags import run
+from launch.paths import define_workdir
 from moe_jax import config
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")  # setup.cfg's serve extra

@@ -14,7 +14,8 @@ import pathlib
 
 from absl import flags
 
-from launch.flags import define_png, define_workdir, run
+from launch.flags import run
+from launch.paths import define_png, define_workdir
 
 _WORKDIR = define_workdir()
 _OUT = define_png("out", "Draw it here, .png; by default load.png in the folder.")

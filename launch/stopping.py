@@ -1,4 +1,5 @@
-"""What SIGTERM and Ctrl-C mean to a run: finish the step, save, end; a second Ctrl-C ends at once.
+"""What SIGTERM, Ctrl-C and a lost terminal mean to a run: finish the step, save, end; a second
+Ctrl-C ends at once.
 
 A thread hears them, for Python runs its own handlers only between two bytecodes of the main thread,
 which may wait for a device, or a compiler, for a long time. Must not know what a run saves.
@@ -7,19 +8,21 @@ which may wait for a device, or a compiler, for a long time. Must not know what 
 import os
 import signal
 import socket
+import stat
 import threading
 
 from launch.flags import INTERRUPTED
 
-_HEARD = (signal.SIGTERM, signal.SIGINT)
+_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopping:
-  """As a context, hears SIGTERM and SIGINT in place of what they did before.
+  """As a context, hears SIGTERM, SIGINT and SIGHUP in place of what they did before; a SIGHUP that
+  is ignored, as under nohup, stays so.
 
   Attributes:
-    exit_code: of a process that was stopped: 0 after SIGTERM, as job schedulers expect, 130 after
-      Ctrl-C, as shells do.
+    exit_code: of a process that was stopped: 0 after SIGTERM, as job schedulers expect, and after
+      SIGHUP; 130 after Ctrl-C, as shells do.
   """
 
   exit_code = 0
@@ -35,7 +38,9 @@ class Stopping:
 
   def __enter__(self):
     # A handler that does nothing: without one, the signal would not reach the wakeup socket.
-    self._before = {number: signal.signal(number, lambda *_: None) for number in _HEARD}
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in _HEARD if number != signal.SIGHUP or not is_ignored]
+    self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
     self._wakeup_before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
     self._thread = threading.Thread(target=self._hear, name="signals", daemon=True)
     self._thread.start()
@@ -58,4 +63,17 @@ class Stopping:
       if number in _HEARD:
         if number == signal.SIGINT:
           self.exit_code = INTERRUPTED
+        if number == signal.SIGHUP:
+          _leave_terminal()
         self._asked.set()
+
+
+def _leave_terminal() -> None:
+  """Sends what is still to be printed nowhere, where it went to the terminal that is gone: it would
+  end the run before it has saved.
+  """
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  for stream in (1, 2):
+    if stat.S_ISCHR(os.fstat(stream).st_mode):
+      os.dup2(nowhere, stream)
+  os.close(nowhere)

@@ -2,9 +2,9 @@
 
   python -m launch.train --config=configs/laptop.py --virtual_devices=8 --workdir=runs/laptop
 
-SIGTERM or Ctrl-C finishes the step and saves; the same command goes on from there. Exit codes: 0
-finished, or saved after SIGTERM; 130 saved after Ctrl-C, unsaved after a second one; 1 too many
-steps were not finite; 2 bad input.
+SIGTERM, Ctrl-C or a closed terminal finishes the step and saves; the same command goes on from
+there. Exit codes: 0 finished, or saved after SIGTERM; 130 saved after Ctrl-C, unsaved after a
+second one; 1 too many steps were not finite; 2 bad input.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import sys
 from absl import flags, logging
 
 from launch import distributed, stopping
-from launch.flags import define_workdir, run
+from launch.flags import run
+from launch.paths import define_workdir
 
 _WORKDIR = define_workdir()
 _PROFILE_STEPS = flags.DEFINE_string(

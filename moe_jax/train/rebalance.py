@@ -173,7 +173,8 @@ class Balancer:
     if not is_due or not self._num_steps:
       return None
     start_s = time.perf_counter()
-    load_LE = self._tokens_LE / (self._num_steps * self._settings.pipeline.micro_batches)
+    num_micro_batches = self._num_steps * self._settings.pipeline.micro_batches
+    load_LE = self._tokens_LE / (num_micro_batches * mesh.data)  # of one copy
     plan = max(self._plans(load_LE), key=lambda plan: plan.gain_tokens - plan.cost_tokens)
     change, num_slots = plan.change, int(plan.change.moved_LP.sum())
     pays = placement.pays(change, mesh.expert, self._cost, migration.num_rounds(plan.moves))
@@ -220,7 +221,8 @@ def _cost(settings: config.Config, expert_bytes: int) -> placement.Cost:
   mesh, balance = settings.mesh, settings.balance
   chip = CHIPS[balance.chip]
   return placement.Cost(
-    slot_bytes=expert_bytes / mesh.tensor,  # each tensor rank sends its share
+    # Each tensor rank sends its share, and each copy its part of that (ZeRO-1).
+    slot_bytes=expert_bytes / (mesh.tensor * mesh.data),
     link_bytes_per_s=price.link_bytes_per_s(settings, chip),
     token_s=price.token_seconds(settings, chip),
     # Stages work at once, so of what all layers save a step gains one stage's part.

@@ -1,6 +1,8 @@
-"""What SIGTERM and Ctrl-C do to a process, seen from outside."""
+"""What SIGTERM, Ctrl-C and a lost terminal do to a process, seen from outside."""
 
+import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
@@ -46,7 +48,9 @@ def start():
     process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]
+)
 def test_one_signal_is_heard_and_the_process_ends_by_itself(start, number, code):
   process = start(PATIENT)
   process.send_signal(number)
@@ -79,6 +83,43 @@ def test_after_sigterm_it_takes_two_ctrl_c_to_end_unsaved(start):
       process.wait(timeout=1)
   process.send_signal(signal.SIGINT)
   assert process.wait(timeout=10) == 130
+
+
+def test_a_run_outlives_its_terminal_and_ends_by_itself(tmp_path):
+  # The session's first open terminal is its own, whose end it is told by SIGHUP.
+  program = (
+    "import os, sys, time\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+    "from launch.stopping import Stopping\n"
+    "with Stopping() as stopping:\n"
+    "  print('ready', flush=True)\n"
+    "  while not stopping.is_asked(): time.sleep(0.01)\n"
+    "  print('one line more', flush=True)\n"
+    f"  open({str(tmp_path / 'saved')!r}, 'w').close()\n"
+    "sys.exit(stopping.exit_code)"
+  )
+  master, slave = pty.openpty()
+  streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+  process = subprocess.Popen(
+    [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, **streams
+  )
+  os.close(slave)
+  assert os.read(master, 5) == b"ready"
+  os.close(master)
+  assert process.wait(timeout=60) == 0
+  assert (tmp_path / "saved").exists()
+
+
+def test_under_nohup_a_lost_terminal_means_nothing(start):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a process inherits
+  try:
+    process = start(PATIENT)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  process.send_signal(signal.SIGHUP)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=1)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=60) == 0
 
 
 def test_afterwards_signals_mean_what_they_did():

@@ -333,8 +333,8 @@ def test_plot_schedule(tmp_path):
     ("interleaved", "interleaved does not belong to a flag"),
     ("--costs=backward", "--costs='backward' is not kind=number"),
     ("--costs=backwards=2", "backwards is unknown"),
-    ("--out=schedule.gif", "neither .png nor .svg"),
-    ("--json=no/such/folder/figures.json", "No such file or directory"),
+    ("--out=schedule.gif", "choose one that ends in .png or .svg"),
+    ("--json=Makefile/figures.json", "Makefile is a file, not a folder; choose another place"),
   ],
 )
 def test_plot_schedule_answers_a_typo_with_one_line(argument, message):

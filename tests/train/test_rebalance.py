@@ -119,6 +119,18 @@ def test_a_slower_link_makes_a_move_dearer():
   assert balancer.look(10).cost_tokens == pytest.approx(rounds * by_hand(989.4e12, 450e9))
 
 
+def test_of_two_copies_each_serves_half_and_sends_half():
+  looks = {}
+  for copies in (1, 2):
+    _, balancer = balancer_of(mesh=(4, 1, 1, copies))
+    balancer.observe(uneven())
+    looks[copies] = balancer.look(10)
+  np.testing.assert_array_equal(looks[1].moves[0], looks[2].moves[0])
+  assert looks[2].gain_tokens == pytest.approx(looks[1].gain_tokens / 2)
+  assert looks[2].cost_tokens == pytest.approx(looks[1].cost_tokens / 2)
+  assert looks[2].moved_bytes == looks[1].moved_bytes
+
+
 def test_no_more_experts_move_than_allowed():
   _, balancer = balancer_of(balance={"most_moved": 4})
   before_LP = balancer.expert_LP
