@@ -89,6 +89,7 @@ class Model(NamedTuple):
       values), the first part of that layer; `before` are keys and values of positions between the
       cached ones and the chunk's, () for none.
     experts_of_chunk: (layers, index, x_bsD, Chunk, runs) -> (y, Report), the rest of it.
+    last_layer_of_chunk: as `layer_of_chunk`, of which only what `pick_last` picks is asked.
     layer_of_tokens: (layers, index, x_1cD, Tokens, Cache, runs) -> (y, Cache, Report).
     pick_last: (y_bsD, Chunk) -> `y_bD`, each row's last token where this tensor rank holds it, else
       zero.
@@ -101,6 +102,7 @@ class Model(NamedTuple):
   layer_of_chunk: Callable
   attention_of_chunk: Callable
   experts_of_chunk: Callable
+  last_layer_of_chunk: Callable
   layer_of_tokens: Callable
   pick_last: Callable
   last_logits: Callable
@@ -147,12 +149,28 @@ def functions(settings: config.Config) -> Model:
     y_1cD, report = _add_experts(weights, settings, experts, x_1cD, is_real_1c)
     return y_1cD, cache, report
 
+  def last_layer_of_chunk(layers, index, x_bsD, chunk: Chunk, cache: Cache, runs):
+    # Of all tokens only keys and values, which later ones attend to; the rest of the last one.
+    weights = weights_of(layers, index, _ATTENTION)
+    with jax.named_scope("attention"):
+      h_bsD = rms_norm(weights.attention_norm.scale[...], x_bsD, model.norm_epsilon)
+      _, cache, _ = _write_chunk(weights, model, index, h_bsD, chunk, cache, runs)
+    x_bD = jax.lax.psum(_pick_last(x_bsD, chunk), TENSOR)
+    tokens = _last_tokens(chunk, settings.serve.page)
+    y_1cD, cache, report = layer_of_tokens(layers, index, _my_share(x_bD), tokens, cache, runs)
+    y_bD = collectives.gather(y_1cD, TENSOR, 1)[0, : x_bD.shape[0]]
+    place_b, is_mine_b = _last_places(x_bsD, chunk)
+    row_b = jnp.arange(x_bD.shape[0], dtype=jnp.int32)
+    nowhere_b = jnp.where(is_mine_b, place_b, x_bsD.shape[1])
+    return x_bsD.at[row_b, nowhere_b].set(y_bD, mode="drop"), cache, report
+
   return Model(
     embed_chunk=lambda shared, chunk: transformer.embed(merge(shared), chunk.tokens_bS),
     embed_tokens=lambda shared, t: transformer.embed(merge(shared), _padded(t.tokens_b)),
     layer_of_chunk=layer_of_chunk,
     attention_of_chunk=attention_of_chunk,
     experts_of_chunk=experts_of_chunk,
+    last_layer_of_chunk=last_layer_of_chunk,
     layer_of_tokens=layer_of_tokens,
     pick_last=_pick_last,
     last_logits=lambda shared, y_bD: _last_logits(merge(shared), model, y_bD),
@@ -173,19 +191,27 @@ def _attend_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, before, cac
   Args:
     before: keys and values of positions between the cached ones and the chunk's, or ().
 
-  Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; reduce-scatter over
-  `tensor`, as many; between them `attention.project`'s.
+  Communication: `_write_chunk`'s; reduce-scatter over `tensor`, (tensor - 1) * x.size elements.
   """
-  S = h_bsD.shape[1] * jax.lax.axis_size(TENSOR)
-  positions_bS = chunk.starts_b[:, None] + jnp.arange(S, dtype=jnp.int32)[None, :]
-  q_bSnH, *own = attention.project(weights.attention, model, attention.gather(h_bsD), positions_bS)
-  pages_bW = jnp.where(runs, chunk.pages_bW, -1)
-  cache = kv_cache.write_pages(cache, index, pages_bW, *own)
+  q_bSnH, cache, own = _write_chunk(weights, model, index, h_bsD, chunk, cache, runs)
+  S = q_bSnH.shape[1]
   context = kv_cache.read(cache, index, chunk.context_bW, h_bsD.dtype)
   keys = [jnp.concatenate(parts, 1) for parts in zip(before, own, strict=True)] if before else own
   num_cached_b = chunk.starts_b - (keys[0].shape[1] - S)
   o_bSnH = cached_attention.chunk(q_bSnH, *keys, *context, num_cached_b)
   return attention.output(weights.attention, o_bSnH), cache, tuple(own)
+
+
+def _write_chunk(weights: Layer, model, index, h_bsD, chunk: Chunk, cache: Cache, runs):
+  """Returns the chunk's queries, the cache with its keys and values written, and these.
+
+  Communication: all-gather over `tensor`, (tensor - 1) * x.size elements; `attention.project`'s.
+  """
+  S = h_bsD.shape[1] * jax.lax.axis_size(TENSOR)
+  positions_bS = chunk.starts_b[:, None] + jnp.arange(S, dtype=jnp.int32)[None, :]
+  q_bSnH, *own = attention.project(weights.attention, model, attention.gather(h_bsD), positions_bS)
+  pages_bW = jnp.where(runs, chunk.pages_bW, -1)
+  return q_bSnH, kv_cache.write_pages(cache, index, pages_bW, *own), own
 
 
 def _attend_tokens(weights: Layer, model, index, h_1cD, tokens: Tokens, cache: Cache, runs):
@@ -236,14 +262,37 @@ def _add_experts(weights: Layer, settings: config.Config, experts: Stacked, x_bs
   return x_bsD + y_tD.reshape(x_bsD.shape), Report(assigned_E, dropped)
 
 
-def _pick_last(y_bsD, chunk: Chunk) -> jax.Array:
-  """Returns `y_bD`, each row's last token where this tensor rank holds it, else zero."""
+def _last_places(y_bsD, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
+  """Returns where each row's last token lies on this tensor rank, and whether it does."""
   size = y_bsD.shape[1]
   last_b = jnp.maximum(chunk.lengths_b - 1, 0) - jax.lax.axis_index(TENSOR) * size
-  is_mine_b = (last_b >= 0) & (last_b < size)
-  place_b11 = jnp.clip(last_b, 0, size - 1)[:, None, None]
-  y_bD = jnp.take_along_axis(y_bsD, place_b11, 1)[:, 0]
+  return jnp.clip(last_b, 0, size - 1), (last_b >= 0) & (last_b < size)
+
+
+def _pick_last(y_bsD, chunk: Chunk) -> jax.Array:
+  """Returns `y_bD`, each row's last token where this tensor rank holds it, else zero."""
+  place_b, is_mine_b = _last_places(y_bsD, chunk)
+  y_bD = jnp.take_along_axis(y_bsD, place_b[:, None, None], 1)[:, 0]
   return jnp.where(is_mine_b[:, None], y_bD, jnp.zeros_like(y_bD))
+
+
+def _last_tokens(chunk: Chunk, page: int) -> Tokens:
+  """Returns each row's last token, as decode takes it; its pages are those of the context that
+  count, then the chunk's own.
+  """
+  last_b = jnp.maximum(chunk.lengths_b - 1, 0)
+  num_context = chunk.context_bW.shape[1]
+  pages_bW = jnp.concatenate([chunk.context_bW, chunk.pages_bW], 1)
+  place_bW = jax.lax.broadcasted_iota(jnp.int32, pages_bW.shape, 1)
+  before_b1 = chunk.starts_b[:, None] // page
+  own_bW = jnp.minimum(num_context + place_bW - before_b1, pages_bW.shape[1] - 1)
+  at_bW = jnp.where(place_bW < before_b1, place_bW, own_bW)
+  return Tokens(
+    tokens_b=jnp.take_along_axis(chunk.tokens_bS, last_b[:, None], 1)[:, 0],
+    positions_b=chunk.starts_b + last_b,
+    is_active_b=chunk.lengths_b > 0,
+    pages_bW=jnp.take_along_axis(pages_bW, at_bW, 1),
+  )
 
 
 def _last_logits(shared: Shared, model: config.Model, y_bD) -> jax.Array:
@@ -281,7 +330,7 @@ def _padded(x_b: jax.Array) -> jax.Array:
 
 
 def _my_share(x_b: jax.Array) -> jax.Array:
-  """Returns this tensor rank's part of `_padded(x_b)`."""
+  """Returns this tensor rank's part of `_padded(x_b)`, along its rows."""
   x_1c = _padded(x_b)
   size = x_1c.shape[1] // jax.lax.axis_size(TENSOR)
   return jax.lax.dynamic_slice_in_dim(x_1c, jax.lax.axis_index(TENSOR) * size, size, 1)

@@ -36,12 +36,16 @@ class Functions(NamedTuple):
     head: (shared, picked, inputs, carry) -> (carry, outputs); `picked` is the same on every stage,
       `outputs` a tree that is returned for every micro-batch.
     pick: (y, inputs) -> picked, what the head needs of the last layer's output; the default is all.
+    last_layer: as `layer`, of the last layer of all, if it may leave out of y what `pick` does not
+      pick; else None. It runs where one stage has all layers: where there are others, they are busy
+      with a whole layer meanwhile.
   """
 
   embed: Callable[[Tree, Tree, Tree], Tree]
   layer: Callable[..., tuple[Tree, Tree, Tree]]
   head: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
   pick: Callable[[Tree, Tree], Tree] = lambda y, inputs: y
+  last_layer: Callable[..., tuple[Tree, Tree, Tree]] | None = None
 
 
 class Result(NamedTuple):
@@ -260,13 +264,16 @@ class _Forward(Units):
     x = collectives.after(of_head, x)
     first = jnp.maximum(row.forward_chunk, 0) * self.num_layers
 
-    def layer(carry, l):
+    def run_layer(layer, carry, l):
       x, state, reports = carry
-      y, state, report = self.functions.layer(
+      y, state, report = layer(
         self.layers, first + l, self.shared, x, inputs, result.carry, state, runs
       )
-      return (y, state, self.count(reports, first + l, report, runs)), None
+      return y, state, self.count(reports, first + l, report, runs)
 
-    index = jnp.arange(self.num_layers, dtype=jnp.int32)
-    (y, state, reports), _ = jax.lax.scan(layer, (x, result.state, result.reports), index)
+    last = self.functions.last_layer if self.table.num_virtual_stages == 1 else None
+    index = jnp.arange(self.num_layers - (last is not None), dtype=jnp.int32)
+    body = lambda carry, l: (run_layer(self.functions.layer, carry, l), None)
+    carry, _ = jax.lax.scan(body, (x, result.state, result.reports), index)
+    y, state, reports = run_layer(last, carry, self.num_layers - 1) if last else carry
     return run._replace(sent=y, result=result._replace(state=state, reports=reports))

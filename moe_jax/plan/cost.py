@@ -104,6 +104,30 @@ def train_flops(model: Model, document_tokens: Sequence[int]) -> ByPhase:
   return forward_flops(model, document_tokens).times(1 + BACKWARD_PER_FORWARD)
 
 
+def prefill_flops(model: Model, prompt_tokens: Sequence[int]) -> ByPhase:
+  """Returns the model FLOPs of prompts' first tokens, and of the keys and values that later tokens
+  attend to.
+
+  As a forward pass but for the last layer and the head: behind the last layer's keys and values,
+  2 T D 2 G H, only each prompt's last position is asked for.
+
+  Args:
+    model: the sizes.
+    prompt_tokens: tokens of each prompt.
+  """
+  D, N, G, H = model.d_model, model.heads, model.kv_heads, model.head_dim
+  before = forward_flops(dataclasses.replace(model, layers=model.layers - 1), prompt_tokens)
+  last = forward_flops(dataclasses.replace(model, layers=1), [1] * len(prompt_tokens))
+  keys = 2 * (sum(prompt_tokens) - len(prompt_tokens)) * D * 2 * G * H
+  pairs = 4 * (sum(prompt_tokens) - len(prompt_tokens)) * N * H
+  return ByPhase(
+    attention=before.attention + last.attention + keys + pairs,
+    dispatch=before.dispatch + last.dispatch,
+    experts=before.experts + last.experts,
+    head=last.head,
+  )
+
+
 def output_flops(model: Model, tokens: int) -> int:
   """Returns the FLOPs of one layer's product of attention's heads with the output matrix."""
   return 2 * tokens * model.d_model * model.heads * model.head_dim

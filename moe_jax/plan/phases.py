@@ -267,6 +267,17 @@ def _attention(settings: Config, at: Sizes) -> tuple[Step, ...]:
   )  # fmt: skip
 
 
+def keys_and_values(settings: Config, at: Sizes) -> tuple[Step, ...]:
+  """Returns the steps of attention that keys and values of all positions take, and no more."""
+  model, whole = settings.model, at.sequences * at.positions
+  gathered = whole * model.d_model * at.dtype_bytes
+  g = 2 * model.kv_heads // settings.mesh.tensor * model.head_dim
+  num_bytes = 4 * gathered + (3 * whole + model.d_model) * g * at.dtype_bytes
+  gather = _attention(settings, at)[0]
+  flops = 2.0 * whole * model.d_model * g
+  return gather, Step("keys and values", "attention", flops=flops, num_bytes=num_bytes, kernels=5)
+
+
 def _pair_flops(settings: Config, at: Sizes, part: str) -> float:
   """Returns the operations of attention's products over (query, key) pairs, in blocks unless there
   is one query for each sequence.

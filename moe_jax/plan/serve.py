@@ -6,7 +6,9 @@ must not know how requests arrive.
 
 Tokens reach their experts as the server's do (moe.few_tokens), whatever moe.dispatch says. A
 prefill's micro-batch is worked as two halves side by side where it sends much (serve.halving),
-whatever pipeline.halves says, and is priced here as one after the other, which takes longer.
+whatever pipeline.halves says, and is priced here as one after the other, which takes longer. A GPU
+that holds a whole copy works of the last layer, behind its keys and values, only each prompt's last
+position.
 """
 
 import dataclasses
@@ -87,6 +89,9 @@ def run(settings: Config, machine: Machine, workload: Workload) -> Served:
   at = steps.sizes(prefill)
   table = forward_only(memory.table(settings.pipeline, mesh.stage))
   unit_s, transfer_s = _unit_seconds(prefill, machine, at), _transfer_seconds(prefill, machine, at)
+  if mesh.expert * mesh.tensor * mesh.stage == 1:
+    unit_s *= 1 - 1 / settings.model.layers
+    unit_s += _last_layer_seconds(prefill, machine, at)
   head_s = _head_seconds(prefill, machine, at.sequences)
   # The last stage's output goes back to stage 0, beside the head of the one before.
   tick_s = unit_s + transfer_s
@@ -132,6 +137,14 @@ def _token_seconds(settings: Config, machine: Machine, workload: Workload) -> fl
   stage_s = _unit_seconds(decode, machine, at)
   head_s = _head_seconds(decode, machine, at.sequences)
   return mesh.stage * (stage_s + _transfer_seconds(decode, machine, at)) + groups * head_s
+
+
+def _last_layer_seconds(settings: Config, machine: Machine, at: Sizes) -> float:
+  """Returns the seconds of a prompt's last layer where all of it is on one device."""
+  of_token = _as_served(settings, positions=1)
+  last = _layer(of_token, steps.sizes(of_token, positions=1, context=at.positions))
+  found = (*phases.keys_and_values(settings, at), *last)
+  return sum(seconds(step, settings, machine) for step in found)
 
 
 def _as_served(settings: Config, positions: int = 0) -> Config:

@@ -58,11 +58,9 @@ def prefill(settings: config.Config) -> Workload:
   micro_batches = settings.serve.prefill_micro_batches
   prompts = micro_batches * prefill_lib.rows(settings)
   length = prefill_lib.chunk_tokens(settings)
-  flops = cost.forward_flops(settings.model, [length] * prompts)
-  heads = cost.forward_flops(settings.model, [1] * prompts).head
+  flops = cost.prefill_flops(settings.model, [length] * prompts).total
   table = prefill_lib.table_of(settings, micro_batches)
-  total = flops.total - flops.head + heads
-  return Workload(PREFILL, prompts, length, 0, micro_batches, total, table)
+  return Workload(PREFILL, prompts, length, 0, micro_batches, flops, table)
 
 
 def decode(settings: config.Config) -> Workload:

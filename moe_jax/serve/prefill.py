@@ -47,7 +47,8 @@ class Result(NamedTuple):
   Attributes:
     tokens_UB: the token after each row's last one, drawn as its request wishes, int32; of use
       where the row ends its prompt.
-    assigned_LE: assignments per layer (in the pipeline's placement) and expert, int32.
+    assigned_LE: assignments per layer (in the pipeline's placement) and expert, int32; where a
+      micro-batch is worked whole on one stage, of the last layer those of each row's last token.
     dropped_L: assignments that no expert served, int32.
   """
 
@@ -97,6 +98,9 @@ def prefill_step(settings: config.Config, mesh: Mesh) -> Callable:
     ),
     head=head,
     pick=lambda y, given: model.pick_last(y, given.chunk),
+    last_layer=lambda layers, index, shared, x, given, carry, cache, runs: (
+      model.last_layer_of_chunk(layers, index, x, given.chunk, cache, runs)
+    ),
   )
 
   def region(parameters: Parameters, cache: Cache, batch: Batch):
@@ -152,8 +156,10 @@ def abstract_wishes(shape: tuple[int, ...]) -> Wishes:
 
 
 def table_of(settings: config.Config, num_micro_batches: int) -> Table:
-  """Returns the schedule of a call."""
+  """Returns the schedule of a call; one stage has all layers in one chunk, in the same order."""
   pipeline = settings.pipeline
+  if settings.mesh.stage == 1:
+    return forward_only(SCHEDULES["1f1b"](1, num_micro_batches, 1))
   return forward_only(
     SCHEDULES[pipeline.schedule](settings.mesh.stage, num_micro_batches, pipeline.chunks)
   )
