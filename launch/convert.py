@@ -48,7 +48,7 @@ _TOKENIZER = flags.DEFINE_enum(
 def main() -> None:
   # orbax logs the traceback of every error that it raises; the error's one line is enough.
   logging.set_verbosity(logging.FATAL)
-  source, target = (pathlib.Path(flag.value).expanduser() for flag in (_FROM, _TO))
+  source, target = (pathlib.Path(flag.value) for flag in (_FROM, _TO))
   if target.exists():
     raise ValueError(f"--to={target} exists already; name a new folder")
   mesh_sizes = trained.mesh_sizes(_MESH.value)

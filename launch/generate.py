@@ -46,7 +46,7 @@ _KV_DTYPE = flags.DEFINE_string(
 def main() -> None:
   # orbax logs the traceback of every error that it raises; the error's one line is enough.
   logging.set_verbosity(logging.FATAL)
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  workdir = pathlib.Path(_WORKDIR.value)
   mesh = trained.mesh_sizes(_MESH.value)
   settings, window = trained.settings_of(
     workdir, mesh, config.Serve(slots=1, max_tokens=1, kv_dtype=_KV_DTYPE.value)

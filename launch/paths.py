@@ -14,11 +14,13 @@ from typing import Any
 from absl import flags
 
 
-def define(name: str, about: str, required: bool = False) -> flags.FlagHolder:
+def define(name: str, about: str, kind: str = "folder", required: bool = False) -> flags.FlagHolder:
   """Returns the flag of a file or folder to read, or of a folder that its program makes; None by
   default, and never empty, as an unset variable would leave it.
   """
-  return _define(name, about, lambda path: None if path else "it is empty; name one", required)
+  return _define(
+    name, about, lambda path: None if path else f"it is empty; name a {kind}", required
+  )
 
 
 def define_workdir() -> flags.FlagHolder:

@@ -61,10 +61,11 @@ _RATE = flags.DEFINE_float(
   lower_bound=0,
 )  # fmt: skip
 _ZIPF = flags.DEFINE_float("zipf", 0.0, "Exponent of the experts' popularity; 0 is even.")
-_TRACE = paths.define("trace", "Recorded load: JSON with counts_LE; instead of --zipf.")
+_TRACE = paths.define("trace", "Recorded load: JSON with counts_LE; instead of --zipf.", "file")
 _CALIBRATION = paths.define(
   "calibration",
   "Factors on the plan's times, from what launch.rehearse --step=train --json=FILE found.",
+  "file",
 )
 _TIED = flags.DEFINE_boolean(
   "tied", True, "Whether a tick's forward and backward layers run beside each other."

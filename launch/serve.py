@@ -71,7 +71,7 @@ def main() -> int:
   # orbax logs the traceback of every error that it raises; the error's one line is enough.
   logging.set_verbosity(logging.FATAL)
   _check_installed()
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  workdir = pathlib.Path(_WORKDIR.value)
   settings, deadline_s = _settings(workdir), _deadline_s()
   listening = _bind()  # a port that is taken is known before the model is loaded
   # Here and not above: a mistyped flag is answered before jax is imported.

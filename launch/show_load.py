@@ -24,7 +24,7 @@ _PHASE = flags.DEFINE_string("phase", None, "Show a phase's latencies by device,
 
 
 def main() -> None:
-  folder = pathlib.Path(_WORKDIR.value).expanduser()
+  folder = pathlib.Path(_WORKDIR.value)
   out = pathlib.Path(_OUT.value or folder / "load.png")
   if _PHASE.value is not None:
     # jax takes seconds to import, which a mistyped flag need not wait for.

@@ -34,7 +34,7 @@ def main(config) -> int:
     from moe_jax.observe import profile
     from moe_jax.train import log, loop
 
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = pathlib.Path(_WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
       raise ValueError(f"--workdir={workdir} is a file; name a folder")
     steps = profile.parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else None

@@ -7,7 +7,9 @@ moe_jax.
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version
 
 NUM_DEVICES = 8
@@ -39,8 +41,14 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-# A user's own cache would hide recompilation and be filled with the tests' programs.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Workers, and the programs that tests start, compile many a program that another has compiled. A
+# cache of this session's own: a user's would be filled with the tests' programs.
+_CACHE = "MOE_JAX_TESTS_CACHE"
+_is_first = _CACHE not in os.environ
+if _is_first:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="moe_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[_CACHE]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -63,6 +71,12 @@ def pytest_collection_finish(session):
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure():
+  """Removes the cache, once the workers are through."""
+  if _is_first:
+    shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True)
 
 
 @pytest.fixture
