@@ -180,6 +180,9 @@ def _check_nccl() -> None:
 
 
 def _set_xla_flags(value_by_name: dict[str, str], replace: tuple[str, ...] = ()) -> None:
+  # Programs here name every dtype, and types of 64 bits that jax would then give to what has none
+  # fit to none of theirs.
+  os.environ["JAX_ENABLE_X64"] = "0"
   words = [
     word
     for word in os.environ.get("XLA_FLAGS", "").split()

@@ -17,6 +17,7 @@ import jax, so that a mistyped flag is answered at once and XLA's flags can stil
 
 import difflib
 import dis
+import io
 import re
 import sys
 import traceback
@@ -71,6 +72,9 @@ def run(
       " NCCL 2.30.7 or newer",
     )
   argv = sys.argv
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # of any encoding: a text may hold what it has not
+      stream.reconfigure(errors="backslashreplace")
   if help_text.is_asked(argv):
     print(help_text.text(sys.modules[main.__module__], argv, config, default_config))
     sys.exit(0)

@@ -52,6 +52,11 @@ def test_virtual_devices_too_late_is_refused():
   assert "RuntimeError: virtual_devices(3) was called after jax started" in done.stderr
 
 
+def test_types_of_64_bits_stay_off():
+  done = run(f"{VIRTUAL}(1); import jax; print(jax.numpy.arange(1).dtype)", JAX_ENABLE_X64="1")
+  assert (done.returncode, done.stdout) == (0, "int32\n"), done.stderr
+
+
 def test_the_users_own_flags_stay(monkeypatch):
   users = "--xla_cpu_collective_timeout_seconds=7"
   monkeypatch.setenv("XLA_FLAGS", f"{users} --xla_dump_to=x")

@@ -145,6 +145,13 @@ def test_a_mistyped_command_line(launch, arguments, parts):
   assert_one_line(launch(f"--config={TINY}", WORKDIR, *arguments), *parts)
 
 
+def test_a_stream_of_few_characters_takes_any_text(launch):
+  program = PROGRAM.replace("print(config)", 'print("\u2019", config)')
+  finished = launch(f"--config={TINY}", WORKDIR, program=program, PYTHONIOENCODING="ascii")
+  assert (finished.code, finished.err) == (0, "")
+  assert finished.out.startswith("\\u2019 Config(")
+
+
 def test_a_required_flag_that_is_missing(launch):
   assert_one_line(launch(f"--config={TINY}"), "--workdir is missing", "folder of the run")
   assert_one_line(launch(WORKDIR), "--config is missing", "configs/laptop.py")

@@ -192,3 +192,17 @@ def inner_jaxprs(equation):
       inner = getattr(inner, "jaxpr", inner)
       if hasattr(inner, "eqns"):
         yield inner
+
+
+def test_a_prefill_asks_of_the_last_layer_keys_values_and_each_prompts_last_token():
+  prompts = [9, 1, 4]
+  tokens, D, model = sum(prompts), SMALL.d_model, SMALL
+  whole, asked = cost.forward_flops(model, prompts), cost.prefill_flops(model, prompts)
+  rest = tokens - len(prompts)  # that bring keys and values only
+  queries_and_output = 2 * rest * D * 2 * model.heads * model.head_dim
+  pairs = 4 * (cost.causal_pairs(prompts) - tokens) * model.heads * model.head_dim
+  assert whole.attention - asked.attention == queries_and_output + pairs
+  assert whole.dispatch - asked.dispatch == 2 * rest * D * model.experts
+  assert (whole.experts - asked.experts) * model.layers * tokens == whole.experts * rest
+  assert asked.head == whole.head * len(prompts) / tokens
+  assert cost.prefill_flops(model, [1, 1]) == cost.forward_flops(model, [1, 1])
