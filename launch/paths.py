@@ -103,9 +103,23 @@ def _problem_of_file(path: str, endings: tuple[str, ...]) -> str | None:
   if endings and not path.lower().endswith(endings):
     kinds = " or ".join(ending[1:].upper() for ending in endings)
     return f"it is no name of a {kinds}; choose one that ends in {' or '.join(endings)}"
-  if pathlib.Path(path).is_dir():
+  file = pathlib.Path(path)
+  if file.is_dir():
     return "it is a folder; name a file"
-  return _problem_of_place(pathlib.Path(path))
+  if file.parent.is_dir() and (file.is_file() or not file.exists()):
+    return _problem_of_opening(file)
+  return _problem_of_place(file)
+
+
+def _problem_of_opening(file: pathlib.Path) -> str | None:
+  is_new = not file.exists()
+  try:
+    file.open("ab").close()  # leaves what is there as it is
+    if is_new:
+      file.unlink()
+  except OSError as error:
+    return f"{error.strerror}; choose another place"
+  return None
 
 
 def _problem_of_folder(path: str) -> str | None:

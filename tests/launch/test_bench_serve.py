@@ -135,8 +135,11 @@ def test_lengths_are_mixed_on_a_logarithmic_scale():
     ([*MIX, "--plot=x.foo"], "picture 'x.foo' ends in none of .eps, "),
     ([*MIX, "--plot=x"], "picture 'x' ends in none of"),
     ([*MIX, "--plot=x.png", "--loads="], "--loads= is empty, and --plot draws over loads"),
-    ([*MIX, "--json=configs"], "configs: Is a directory"),
-    ([*MIX, "--json=/proc/x.json"], "/proc/x.json: No such file or directory"),
+    ([*MIX, "--json=configs"], "--json=configs: it is a folder; name a file"),
+    (
+      [*MIX, "--json=/proc/x.json"],
+      "--json=/proc/x.json: No such file or directory; choose another place",
+    ),
     (["--load=1"], "did you mean --loads?"),
   ],
 )

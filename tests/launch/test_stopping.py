@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 DEAF = "hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000_000)"
 PATIENT = "while not stopping.is_asked(): time.sleep(0.01)"
 PROGRAM = """
-import hashlib, sys, time
+import hashlib, signal, sys, time
 from launch.stopping import Stopping
-
+{before}
 with Stopping() as stopping:
   print("ready", flush=True)
   {wait}
@@ -30,9 +30,11 @@ sys.exit(stopping.exit_code)
 def start():
   processes = []
 
-  def start(wait):
+  def start(wait, hang_up="signal.SIG_DFL"):
+    # Whatever pytest was started with: under nohup it is ignored, and so by its children.
+    before = f"signal.signal(signal.SIGHUP, {hang_up})"
     process = subprocess.Popen(
-      [sys.executable, "-W", "error", "-c", PROGRAM.format(wait=wait)],
+      [sys.executable, "-W", "error", "-c", PROGRAM.format(wait=wait, before=before)],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -88,7 +90,8 @@ def test_after_sigterm_it_takes_two_ctrl_c_to_end_unsaved(start):
 def test_a_run_outlives_its_terminal_and_ends_by_itself(tmp_path):
   # The session's first open terminal is its own, whose end it is told by SIGHUP.
   program = (
-    "import os, sys, time\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+    "import os, signal, sys, time\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     "from launch.stopping import Stopping\n"
     "with Stopping() as stopping:\n"
     "  print('ready', flush=True)\n"
@@ -110,11 +113,7 @@ def test_a_run_outlives_its_terminal_and_ends_by_itself(tmp_path):
 
 
 def test_under_nohup_a_lost_terminal_means_nothing(start):
-  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a process inherits
-  try:
-    process = start(PATIENT)
-  finally:
-    signal.signal(signal.SIGHUP, before)
+  process = start(PATIENT, hang_up="signal.SIG_IGN")
   process.send_signal(signal.SIGHUP)
   with pytest.raises(subprocess.TimeoutExpired):
     process.wait(timeout=1)
