@@ -94,6 +94,8 @@ def described_devices(pod: str, symmetric_memory: bool = False) -> None:
     symmetric_memory: as of `live_devices`.
   """
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # What is compiled for devices that are not there can be kept, but not loaded again.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   # XLA warns of each kernel that a scheduling profile does not name.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   gpus = pod.rpartition("x")[2]

@@ -57,6 +57,12 @@ def test_types_of_64_bits_stay_off():
   assert (done.returncode, done.stdout) == (0, "int32\n"), done.stderr
 
 
+def test_for_described_devices_nothing_is_kept():
+  code = "from launch import environment; environment.described_devices('h100:1x8'); import jax"
+  done = run(f"{code}; print(jax.config.jax_enable_compilation_cache)")
+  assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_the_users_own_flags_stay(monkeypatch):
   users = "--xla_cpu_collective_timeout_seconds=7"
   monkeypatch.setenv("XLA_FLAGS", f"{users} --xla_dump_to=x")
