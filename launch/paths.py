@@ -8,6 +8,7 @@ files hold.
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -103,23 +104,9 @@ def _problem_of_file(path: str, endings: tuple[str, ...]) -> str | None:
   if endings and not path.lower().endswith(endings):
     kinds = " or ".join(ending[1:].upper() for ending in endings)
     return f"it is no name of a {kinds}; choose one that ends in {' or '.join(endings)}"
-  file = pathlib.Path(path)
-  if file.is_dir():
+  if pathlib.Path(path).is_dir():
     return "it is a folder; name a file"
-  if file.parent.is_dir() and (file.is_file() or not file.exists()):
-    return _problem_of_opening(file)
-  return _problem_of_place(file)
-
-
-def _problem_of_opening(file: pathlib.Path) -> str | None:
-  is_new = not file.exists()
-  try:
-    file.open("ab").close()  # leaves what is there as it is
-    if is_new:
-      file.unlink()
-  except OSError as error:
-    return f"{error.strerror}; choose another place"
-  return None
+  return _problem_of_place(pathlib.Path(path))
 
 
 def _problem_of_folder(path: str) -> str | None:
@@ -131,4 +118,11 @@ def _problem_of_place(file: pathlib.Path) -> str | None:
   there = next(place for place in (file.absolute(), *file.absolute().parents) if place.exists())
   if there != file.absolute() and not there.is_dir():
     return f"{there} is a file, not a folder; choose another place"
-  return None if os.access(there, os.W_OK) else f"{there} may not be written to; choose another"
+  if not os.access(there, os.W_OK):
+    return f"{there} may not be written to; choose another"
+  if there.is_dir():
+    try:  # for access is not all: a file without a name, of which nothing is left
+      tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+      return f"{error.strerror} in {there}; choose another place"
+  return None

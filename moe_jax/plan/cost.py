@@ -118,8 +118,8 @@ def prefill_flops(model: Model, prompt_tokens: Sequence[int]) -> ByPhase:
   D, N, G, H = model.d_model, model.heads, model.kv_heads, model.head_dim
   before = forward_flops(dataclasses.replace(model, layers=model.layers - 1), prompt_tokens)
   last = forward_flops(dataclasses.replace(model, layers=1), [1] * len(prompt_tokens))
-  keys = 2 * (sum(prompt_tokens) - len(prompt_tokens)) * D * 2 * G * H
-  pairs = 4 * (sum(prompt_tokens) - len(prompt_tokens)) * N * H
+  earlier = sum(prompt_tokens) - len(prompt_tokens)  # positions, each a key of one query
+  keys, pairs = 2 * earlier * D * 2 * G * H, 4 * earlier * N * H
   return ByPhase(
     attention=before.attention + last.attention + keys + pairs,
     dispatch=before.dispatch + last.dispatch,

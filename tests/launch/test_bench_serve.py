@@ -138,7 +138,7 @@ def test_lengths_are_mixed_on_a_logarithmic_scale():
     ([*MIX, "--json=configs"], "--json=configs: it is a folder; name a file"),
     (
       [*MIX, "--json=/proc/x.json"],
-      "--json=/proc/x.json: No such file or directory; choose another place",
+      "--json=/proc/x.json: No such file or directory in /proc; choose another place",
     ),
     (["--load=1"], "did you mean --loads?"),
   ],

@@ -54,6 +54,17 @@ def test_programs_say_so_before_they_work(tmp_path, program, argument):
   assert f"{tmp_path / 'file'} is a file, not a folder; choose another place" in line
 
 
+def test_processes_of_one_program_may_try_at_once(tmp_path):
+  try_often = (
+    "import sys; from launch import paths\n"
+    "assert not any(paths._problem_of_file(sys.argv[1], ()) for _ in range(3000))"
+  )
+  command = [sys.executable, "-c", try_often, str(tmp_path / "figures.json")]
+  processes = [subprocess.Popen(command) for _ in range(4)]
+  assert [process.wait(timeout=60) for process in processes] == [0] * 4
+  assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(tmp_path):
   tmp_path.chmod(0o500)
